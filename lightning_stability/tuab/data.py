@@ -1,0 +1,138 @@
+"""The TUAB corpus as a LightningDataModule."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+
+from lightning_stability.tuab._extra import need
+from lightning_stability.tuab.cache import WindowCache, WindowDataset, build_cache
+from lightning_stability.tuab.corpus import Split, find_recordings, split_by_subject
+from lightning_stability.tuab.synthetic import SyntheticCorpus
+
+SYNTHETIC_ROOT = Path("tuab_synthetic")
+
+
+class TUABDataModule(pl.LightningDataModule):
+    """Windows of the Temple University Abnormal EEG Corpus, from EDF files to batches.
+
+    Validation is cut from the official train set by subject, the official eval set is the test set. Recordings are
+    preprocessed once, into a cache. Training windows overlap as ``stride_seconds`` says, evaluation windows do not.
+    Batches are dictionaries; :class:`~lightning_stability.tuab.WindowDataset` tells what is in them.
+
+    Args:
+        root: The folder that holds TUAB's ``edf`` folder. None uses a synthetic corpus in ``tuab_synthetic``, which is
+            written there on first use.
+        cache_dir: Where preprocessed recordings are kept: about 10 kB for each second of recording. Every corpus has a
+            folder of its own in it.
+        window_seconds: Length of a window; the probe must be told the same.
+        stride_seconds: Distance between the starts of training windows.
+        batch_size: Windows in a batch.
+        val_fraction: Part of the train set's subjects that is used for validation.
+        num_workers: Processes that load batches.
+        split_seed: Seed of the division into train and validation.
+
+    Raises:
+        MisconfigurationException: If the folder is missing or has another layout, if a package of the ``tuab`` extra is
+            missing, or if a split ends up without windows.
+
+    Example::
+
+        >>> from lightning_stability.tuab import EEGPTProbe, TUABDataModule
+        >>> trainer.fit(EEGPTProbe(), TUABDataModule(root="/data/tuab"))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        cache_dir: str = "tuab_cache",
+        window_seconds: float = 8.0,
+        stride_seconds: float = 4.0,
+        batch_size: int = 32,
+        val_fraction: float = 0.25,
+        num_workers: int = 0,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for module in ("mne", "edfio", "torchdata"):
+            need(module)
+        for name, value in (
+            ("window_seconds", window_seconds),
+            ("stride_seconds", stride_seconds),
+            ("batch_size", batch_size),
+        ):
+            if value <= 0:
+                raise MisconfigurationException(f"{name} must be positive, got {value}.")
+        if not 0 < val_fraction < 1:
+            raise MisconfigurationException(f"val_fraction must be between 0 and 1, got {val_fraction}.")
+        self.root = SYNTHETIC_ROOT if root is None else Path(root)
+        self._synthetic = root is None
+        # two corpora of the same name must not share a cache
+        place = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:8]
+        self.cache_folder = Path(cache_dir) / f"{self.root.resolve().name}-{place}"
+        self.window_seconds = window_seconds
+        self.stride_seconds = stride_seconds
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.num_workers = num_workers
+        self.split_seed = split_seed
+        self.datasets: dict[Split, WindowDataset] = {}
+
+    def prepare_data(self) -> None:
+        if self._synthetic and not (self.root / "edf").exists():
+            rank_zero_info(f"No --data.root was given: writing a synthetic corpus to {self.root}.")
+            SyntheticCorpus().write(self.root)
+        recordings = find_recordings(self.root)
+        if not (self.cache_folder / "index.json").exists():
+            build_cache(self.root, recordings, self.cache_folder)
+
+    def setup(self, stage: str) -> None:
+        if self.datasets:
+            return
+        self.cache = WindowCache(self.cache_folder)
+        found = find_recordings(self.root)
+        changed = {r.path for r in found} ^ ({r.path for r in self.cache.recordings} | set(self.cache.skipped))
+        if changed:
+            raise MisconfigurationException(
+                f"{self.root} has changed since {self.cache_folder} was built: {len(changed)} recordings are in one "
+                f"of them only ({', '.join(sorted(changed)[:3])}, ...). Delete that folder to build it anew."
+            )
+        places = {recording.path: index for index, recording in enumerate(self.cache.recordings)}
+        for split, recordings in split_by_subject(found, self.val_fraction, self.split_seed).items():
+            stride = self.stride_seconds if split == "train" else self.window_seconds
+            indices = [places[r.path] for r in recordings if r.path in places]
+            self.datasets[split] = WindowDataset(self.cache, indices, self.window_seconds, stride)
+            if len(self.datasets[split]) == 0:
+                raise MisconfigurationException(
+                    f"The {split} split has no window of {self.window_seconds:g} seconds in its {len(indices)} "
+                    "readable recordings."
+                )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def _loader(self, split: Split, shuffle: bool = False) -> DataLoader[Any]:
+        # its position within an epoch can be saved, a plain DataLoader's cannot
+        loader: DataLoader[Any] = need("torchdata.stateful_dataloader").StatefulDataLoader(
+            self.datasets[split],
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+        return loader

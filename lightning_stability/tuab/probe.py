@@ -1,0 +1,364 @@
+"""A linear probe on the frozen EEGPT encoder, to tell normal from abnormal EEG."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
+
+from lightning_stability.tuab.cache import WindowCache
+from lightning_stability.tuab.channels import CHANNELS
+from lightning_stability.tuab.configs import packaged_file
+from lightning_stability.tuab.corpus import CLASSES, SAMPLING_RATE
+from lightning_stability.tuab.encoder import PATCH_SAMPLES, EEGPTEncoder, load_pretrained
+from lightning_stability.tuab.metrics import RecordingAverage, binary_metrics
+
+_MIN_LEARNING_RATE = 1e-6  # where the warm-up starts and the cosine ends
+_RANDOM_ENCODER_SEED = 0
+
+Batch = dict[str, Tensor]
+
+
+class EEGPTProbe(pl.LightningModule):
+    """Trains a channel adapter and a two-layer classifier around the frozen EEGPT encoder.
+
+    The adapter is a 1x1 convolution over channels (max-norm 1) that starts as the identity; the classifier maps the
+    four summary vectors of each quarter of a second to ``hidden`` numbers (max-norm 1), and those of the whole window
+    to the two classes (max-norm 0.25). The encoder stays in evaluation mode and without gradients of its own, but
+    gradients go through it to the adapter.
+
+    Logged: ``train_loss``, ``val_loss``, and ``{val,test}_`` and ``{val,test}_recording_`` followed by ``auroc``,
+    ``auprc``, ``balanced_accuracy``, ``accuracy``, ``kappa`` and ``f1``, per window and per recording (the mean
+    probability of its windows).
+
+    Source: section 3 of the EEGPT paper (Wang et al., NeurIPS 2024).
+
+    Args:
+        checkpoint: The published EEGPT checkpoint. Without one the encoder has random weights, and says so.
+        encoder: ``"large"``, 25 million parameters, is EEGPT's; ``"small"`` has 0.1 million and the same architecture.
+            None takes the large one when there is a checkpoint.
+        learning_rate: The highest one, after warm-up.
+        weight_decay: Of AdamW.
+        scheduler: ``"cosine"`` or ``"onecycle"``, stepped at every optimizer step over the whole of training.
+        warmup_fraction: Part of the optimizer steps in which the learning rate rises.
+        label_smoothing: Of the cross entropy.
+        input_stats: A JSON file with ``mean`` and ``std`` that windows are normalised with before they reach the
+            adapter. They already have unit variance, so the right value is none.
+        hidden: Numbers that the first layer of the classifier makes of a quarter of a second.
+        dropout: Before the classifier.
+        window_seconds: Length of a window; the data module must be told the same.
+
+    Raises:
+        MisconfigurationException: If a file is missing or wrong, or an option is out of range.
+        ValueError: From the end of a validation or test in which outputs were not finite.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_stability.tuab import EEGPTProbe
+        >>> EEGPTProbe()(torch.randn(2, 19, 2048)).shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        encoder: Literal["small", "large"] | None = None,
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.05,
+        scheduler: Literal["cosine", "onecycle"] = "cosine",
+        warmup_fraction: float = 0.1,
+        label_smoothing: float = 0.0,
+        input_stats: str | None = None,
+        hidden: int = 16,
+        dropout: float = 0.5,
+        window_seconds: float = 8.0,
+    ) -> None:
+        super().__init__()
+        if learning_rate <= _MIN_LEARNING_RATE:
+            raise MisconfigurationException(f"learning_rate must be above {_MIN_LEARNING_RATE:g}, got {learning_rate}.")
+        if not 0 <= warmup_fraction < 1:
+            raise MisconfigurationException(f"warmup_fraction must be at least 0 and below 1, got {warmup_fraction}.")
+        if scheduler not in ("cosine", "onecycle"):
+            raise MisconfigurationException(f"scheduler must be 'cosine' or 'onecycle', got {scheduler!r}.")
+        self.save_hyperparameters()
+        self.input_stats = InputStats.load(input_stats) if input_stats else None
+        self.adapter = MaxNormConv1d(len(CHANNELS), len(CHANNELS), kernel_size=1, max_norm=1.0)
+        with torch.no_grad():
+            nn.init.dirac_(self.adapter.weight)
+            self.adapter.bias.zero_()  # type: ignore[union-attr]
+        self.encoder = _make_encoder(encoder, checkpoint)
+        patches = int(window_seconds * SAMPLING_RATE) // PATCH_SAMPLES
+        features = self.encoder.summary_tokens * self.encoder.embed_dim
+        self.classifier = nn.Sequential(
+            nn.Dropout(dropout),
+            MaxNormLinear(features, hidden, max_norm=1.0),
+            nn.Flatten(),
+            MaxNormLinear(hidden * patches, len(CLASSES), max_norm=0.25),
+        )
+        self.val_metrics, self.test_metrics = binary_metrics().clone("val_"), binary_metrics().clone("test_")
+        # how many evaluation windows had outputs that are not finite, kept on the device until the epoch ends
+        self._nonfinite: Tensor | None = None
+        self._average: RecordingAverage | None = None
+
+    def forward(self, eeg: Tensor) -> Tensor:
+        """Return logits, (batch, 2), of windows, (batch, 19, samples)."""
+        expected = (len(CHANNELS), int(self.hparams["window_seconds"] * SAMPLING_RATE))
+        if tuple(eeg.shape[1:]) != expected:
+            raise ValueError(
+                f"Expected windows of shape (batch, {expected[0]}, {expected[1]}), got {tuple(eeg.shape)}. "
+                "Give --model.window_seconds and --data.window_seconds the same value."
+            )
+        summaries = self.encoder(self._encoder_input(eeg))
+        logits: Tensor = self.classifier(summaries.flatten(2))
+        return logits
+
+    def _encoder_input(self, eeg: Tensor) -> Tensor:
+        adapted: Tensor = self.adapter(eeg if self.input_stats is None else self.input_stats(eeg))
+        return adapted
+
+    def train(self, mode: bool = True) -> EEGPTProbe:
+        """Set the mode of everything but the encoder, which stays in evaluation mode."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits = self(batch["eeg"])
+        loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.hparams["label_smoothing"])
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(logits))
+        return loss
+
+    def on_train_start(self) -> None:
+        self._encoder_input_shown = False
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if not self._encoder_input_shown:
+            self._encoder_input_shown = True
+            self._print_encoder_input(batch["eeg"])
+
+    @torch.no_grad()
+    def _print_encoder_input(self, eeg: Tensor) -> None:
+        # in full precision, so that the figures are those of the numbers and not of the format
+        with torch.autocast(eeg.device.type, enabled=False):
+            seen = self._encoder_input(eeg.to(self.adapter.weight.dtype)).float()
+        rank_zero_info(
+            f"Encoder input in the first batch: mean {seen.mean():.4g}, deviation {seen.std():.4g}, "
+            f"range {seen.min():.4g} to {seen.max():.4g}; expected is a deviation of about 1."
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_metrics.reset()
+        self._start_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        self.test_metrics.reset()
+        self._start_evaluation()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        logits = self._evaluate(batch, self.val_metrics)
+        self.log("val_loss", F.cross_entropy(logits, batch["label"]), prog_bar=True, batch_size=len(logits))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish_evaluation(self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        self._finish_evaluation(self.test_metrics)
+
+    def _start_evaluation(self) -> None:
+        if not hasattr(self.trainer.datamodule, "cache"):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "EEGPTProbe is evaluated per recording, so it needs a TUABDataModule; it was given bare data loaders."
+            )
+        self._average = RecordingAverage(len(self._cache.recordings)).to(self.device)
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    @property
+    def _cache(self) -> WindowCache:
+        cache: WindowCache = self.trainer.datamodule.cache  # type: ignore[attr-defined]
+        return cache
+
+    def _evaluate(self, batch: Batch, metrics: Any) -> Tensor:
+        assert self._average is not None
+        assert self._nonfinite is not None
+        logits: Tensor = self(batch["eeg"]).float()
+        self._nonfinite += (~torch.isfinite(logits).all(dim=1)).sum()
+        abnormal = logits.softmax(dim=1)[:, 1]
+        metrics.update(abnormal, batch["label"])
+        self._average.update(abnormal, batch["label"], batch["recording"])
+        return logits
+
+    def _finish_evaluation(self, metrics: Any) -> None:
+        assert self._average is not None
+        assert self._nonfinite is not None
+        # torchmetrics' AUROC answers NaN with an ordinary number (0.375 if all are), so it has to be asked before
+        nonfinite = int(self.trainer.strategy.reduce(self._nonfinite, reduce_op="sum"))
+        if nonfinite:
+            raise ValueError(
+                f"Input contains NaN: the outputs for {nonfinite} windows of this evaluation are not finite."
+            )
+        if self.trainer.sanity_checking:
+            return  # two batches may hold one class only, of which no score can be made
+        _, probabilities, labels = self._average.compute()
+        per_recording = binary_metrics().clone(f"{metrics.prefix}recording_").to(self.device)
+        per_recording.update(probabilities, labels)
+        self.log_dict({**metrics.compute(), **per_recording.compute()})
+
+    def on_predict_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Return the probability that each window is abnormal, with its recording and start."""
+        assert self._average is not None
+        abnormal = self(batch["eeg"]).float().softmax(dim=1)[:, 1]
+        self._average.update(abnormal, batch["label"], batch["recording"])
+        return {"abnormal": abnormal, "recording": batch["recording"], "start": batch["start"]}
+
+    def on_predict_epoch_end(self) -> None:
+        """Write the mean probability of each recording to ``predictions.csv``."""
+        assert self._average is not None
+        numbers, probabilities, _ = self._average.compute()
+        if not self.trainer.is_global_zero:
+            return
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "predictions.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["recording", "abnormal_probability"])
+            for number, probability in zip(numbers.tolist(), probabilities.tolist(), strict=True):
+                rows.writerow([self._cache.recordings[number].path, f"{probability:.4f}"])
+        rank_zero_info(f"Probabilities of {len(numbers)} recordings: {folder / 'predictions.csv'}")
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
+        )
+        scheduler = self._scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+        learning_rate, fraction = self.hparams["learning_rate"], self.hparams["warmup_fraction"]
+        if self.hparams["scheduler"] == "onecycle":
+            return OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps, pct_start=fraction)
+        warmup = round(fraction * steps)
+        cosine = CosineAnnealingLR(optimizer, T_max=max(1, steps - warmup), eta_min=_MIN_LEARNING_RATE)
+        if warmup == 0:
+            return cosine
+        rise = LinearLR(optimizer, start_factor=_MIN_LEARNING_RATE / learning_rate, total_iters=warmup)
+        return SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
+
+
+class InputStats(nn.Module):
+    """Normalises with given statistics: subtracts ``mean``, divides by ``std``.
+
+    Args:
+        mean: Of the data that the statistics were taken from.
+        std: Its standard deviation, above 0.
+        source: Where they come from, for ``print``.
+    """
+
+    def __init__(self, mean: float, std: float, source: str = "") -> None:
+        super().__init__()
+        self.source = source
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+
+    @classmethod
+    def load(cls, file: str) -> InputStats:
+        """Read ``{"mean": ..., "std": ...}`` from a JSON file, by path or by the name of a packaged one.
+
+        Raises:
+            MisconfigurationException: If the file is missing or holds something else.
+        """
+        path = packaged_file(file) or Path(file)
+        try:
+            stats = json.loads(path.read_text())
+            mean, std = float(stats["mean"]), float(stats["std"])
+            if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+                raise ValueError(f"mean is {mean}, std is {std}")
+            return cls(mean, std, source=file)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MisconfigurationException(
+                f"input_stats {file} could not be used ({type(error).__name__}: {error}); expected a JSON file like "
+                '{"mean": 0.0, "std": 1.0}, with std above 0.'
+            ) from error
+
+    def forward(self, eeg: Tensor) -> Tensor:
+        """Return (eeg - mean) / std."""
+        normalised: Tensor = (eeg - self.mean) / self.std
+        return normalised
+
+    def extra_repr(self) -> str:
+        return self.source
+
+
+class MaxNormConv1d(nn.Conv1d):
+    """A convolution whose filters' L2 norms are cut to ``max_norm`` before each use.
+
+    Args:
+        args: Of :class:`torch.nn.Conv1d`.
+        max_norm: Largest norm of an output channel's weights.
+        kwargs: Of :class:`torch.nn.Conv1d`.
+    """
+
+    def __init__(self, *args: Any, max_norm: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_norm = max_norm
+
+    def forward(self, input: Tensor) -> Tensor:
+        _cut_norms(self.weight, self.max_norm)
+        return super().forward(input)
+
+
+class MaxNormLinear(nn.Linear):
+    """A linear layer whose rows' L2 norms are cut to ``max_norm`` before each use.
+
+    Args:
+        args: Of :class:`torch.nn.Linear`.
+        max_norm: Largest norm of an output's weights.
+        kwargs: Of :class:`torch.nn.Linear`.
+    """
+
+    def __init__(self, *args: Any, max_norm: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_norm = max_norm
+
+    def forward(self, input: Tensor) -> Tensor:
+        _cut_norms(self.weight, self.max_norm)
+        return super().forward(input)
+
+
+@torch.no_grad()
+def _cut_norms(weight: Tensor, max_norm: float) -> None:
+    weight.copy_(torch.renorm(weight, p=2, dim=0, maxnorm=max_norm))
+
+
+def _make_encoder(size: Literal["small", "large"] | None, checkpoint: str | None) -> EEGPTEncoder:
+    size = size or ("large" if checkpoint else "small")
+    with torch.random.fork_rng(devices=[]):  # the same random encoder in every run, whatever the run's seed
+        torch.manual_seed(_RANDOM_ENCODER_SEED)
+        encoder = EEGPTEncoder() if size == "large" else EEGPTEncoder(embed_dim=64, depth=2, num_heads=4)
+    if checkpoint:
+        load_pretrained(encoder, checkpoint)
+    else:
+        rank_zero_warn(
+            f"No EEGPT checkpoint was given: the {size} encoder has random weights and is no EEGPT. For real results "
+            "give --model.checkpoint=eegpt_mcae_58chs_4s_large4E.ckpt."
+        )
+    return encoder.requires_grad_(False).eval()
