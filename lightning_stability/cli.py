@@ -174,10 +174,7 @@ def write_synthetic(words: list[str]) -> None:
     parser.add_argument("--artefacts", type=int, default=0, help="recordings with bursts of 1e6 microvolts")
     parser.add_argument("--broken", type=int, default=0, help="files that are cut off in their header")
     given = parser.parse_args(words[1:])
-    try:
-        SyntheticCorpus(artefacts=given.artefacts, broken=given.broken, seed=given.seed).write(given.folder)
-    except FileExistsError as error:
-        raise MisconfigurationException(str(error)) from error
+    SyntheticCorpus(artefacts=given.artefacts, broken=given.broken, seed=given.seed).write(given.folder)
     print(f"Wrote {given.folder}. Train on it with --data.root={given.folder}")
 
 

@@ -67,7 +67,8 @@ class RecordingAverage(Metric):
         >>> average = RecordingAverage(3)
         >>> average.update(torch.tensor([0.2, 0.4, 0.9]), torch.tensor([0, 0, 1]), torch.tensor([2, 2, 0]))
         >>> average.compute()
-        (tensor([0, 2]), tensor([0.9000, 0.3000]), tensor([1, 0]))
+        tensor([[0.0000, 0.9000, 1.0000],
+                [2.0000, 0.3000, 0.0000]], dtype=torch.float64)
     """
 
     full_state_update = False
@@ -92,8 +93,9 @@ class RecordingAverage(Metric):
         self.windows.index_add_(0, recording, torch.ones_like(preds, dtype=torch.float64))
         self.positive.index_add_(0, recording, target.double())
 
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the indices of the recordings seen, their mean probabilities and their labels."""
+    def compute(self) -> Tensor:
+        """Return a row for each recording seen: its index, its mean probability and its label, float64."""
         seen = self.windows.nonzero().flatten()
         windows = self.windows[seen]
-        return seen, (self.total[seen] / windows).float(), (self.positive[seen] / windows).round().long()
+        # one tensor of rows: torchmetrics would squeeze three results of a single recording to scalars
+        return torch.stack([seen.double(), self.total[seen] / windows, (self.positive[seen] / windows).round()], dim=1)

@@ -212,9 +212,9 @@ class EEGPTProbe(pl.LightningModule):
             )
         if self.trainer.sanity_checking:
             return  # two batches may hold one class only, of which no score can be made
-        _, probabilities, labels = self._average.compute()
+        _, probabilities, labels = self._average.compute().unbind(dim=1)
         per_recording = binary_metrics().clone(f"{metrics.prefix}recording_").to(self.device)
-        per_recording.update(probabilities, labels)
+        per_recording.update(probabilities.float(), labels.long())
         self.log_dict({**metrics.compute(), **per_recording.compute()})
 
     def on_predict_epoch_start(self) -> None:
@@ -230,7 +230,7 @@ class EEGPTProbe(pl.LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Write the mean probability of each recording to ``predictions.csv``."""
         assert self._average is not None
-        numbers, probabilities, _ = self._average.compute()
+        scores = self._average.compute().tolist()
         if not self.trainer.is_global_zero:
             return
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
@@ -238,23 +238,27 @@ class EEGPTProbe(pl.LightningModule):
         with (folder / "predictions.csv").open("w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["recording", "abnormal_probability"])
-            for number, probability in zip(numbers.tolist(), probabilities.tolist(), strict=True):
-                rows.writerow([self._cache.recordings[number].path, f"{probability:.4f}"])
-        rank_zero_info(f"Probabilities of {len(numbers)} recordings: {folder / 'predictions.csv'}")
+            for number, probability, _ in scores:
+                rows.writerow([self._cache.recordings[int(number)].path, f"{probability:.4f}"])
+        rank_zero_info(f"Probabilities of {len(scores)} recordings: {folder / 'predictions.csv'}")
 
     def configure_optimizers(self) -> Any:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
         )
-        scheduler = self._scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        scheduler = self._scheduler(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-        learning_rate, fraction = self.hparams["learning_rate"], self.hparams["warmup_fraction"]
+    def _scheduler(self, optimizer: torch.optim.Optimizer, steps: float) -> LRScheduler:
+        if math.isinf(steps):
+            raise MisconfigurationException("The learning rate's schedule needs an end: set max_epochs or max_steps.")
+        learning_rate, steps = self.hparams["learning_rate"], int(steps)
+        warmup = round(self.hparams["warmup_fraction"] * steps)
         if self.hparams["scheduler"] == "onecycle":
-            return OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps, pct_start=fraction)
-        warmup = round(fraction * steps)
+            # OneCycleLR peaks at step pct_start * total_steps - 1 and divides by that and by what is left
+            warmup, total = max(1, warmup), max(3, steps)
+            return OneCycleLR(optimizer, max_lr=learning_rate, total_steps=total, pct_start=(warmup + 1) / total)
         cosine = CosineAnnealingLR(optimizer, T_max=max(1, steps - warmup), eta_min=_MIN_LEARNING_RATE)
         if warmup == 0:
             return cosine

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_stability.tuab._extra import need
 from lightning_stability.tuab.channels import CHANNELS
@@ -72,13 +73,14 @@ class SyntheticCorpus:
         nothing that looks like a corpus.
 
         Raises:
-            FileExistsError: If ``root`` holds a corpus already.
-            MisconfigurationException: If edfio is not installed.
+            MisconfigurationException: If ``root`` holds a corpus already, or edfio is not installed.
         """
         root = Path(root)
         edf, partial = root / "edf", root / "edf.partial"
         if edf.exists():
-            raise FileExistsError(f"{edf} exists already: choose an empty folder, or delete that one to write it anew.")
+            raise MisconfigurationException(
+                f"{edf} exists already: choose an empty folder, or delete that one to write it anew."
+            )
         for recording in self._recordings():
             recording.write(partial)
         partial.rename(edf)

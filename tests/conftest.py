@@ -1,0 +1,23 @@
+"""Corpora that many tests read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_stability.tuab import SyntheticCorpus
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small intact corpus; nobody writes to it."""
+    small = SyntheticCorpus(train_subjects=12, eval_subjects=4, seconds=(24, 30))
+    return small.write(tmp_path_factory.mktemp("corpora") / "small")
+
+
+@pytest.fixture(scope="session")
+def damaged_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus with artefacts in four recordings and one broken file."""
+    damaged = SyntheticCorpus(train_subjects=12, eval_subjects=4, seconds=(24, 30), artefacts=4, broken=1, seed=1)
+    return damaged.write(tmp_path_factory.mktemp("corpora") / "damaged")

@@ -1,0 +1,202 @@
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightning_stability.tuab import TUABDataModule, WindowCache, WindowDataset, build_cache, find_recordings
+from lightning_stability.tuab.cache import CachedRecording
+from lightning_stability.tuab.corpus import read_recording
+
+
+@pytest.fixture(scope="module")
+def cache(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    build_cache(corpus, find_recordings(corpus), folder)
+    return WindowCache(folder)
+
+
+def test_the_cache_holds_each_recording_whole_in_fp16(corpus, cache):
+    assert [r.path for r in cache.recordings] == [r.path for r in find_recordings(corpus)]
+    for recording in cache.recordings[::5]:
+        expected = read_recording(corpus / recording.path)
+        rows = cache.samples[recording.start : recording.start + recording.samples]
+        np.testing.assert_array_equal(rows.T, expected.astype(np.float16))
+
+
+@settings(deadline=None, max_examples=40)
+@given(seconds=st.sampled_from([1, 2.5, 4, 8, 20, 26]), stride=st.sampled_from([0.5, 1, 4, 8, 30]), data=st.data())
+def test_one_cache_serves_every_window_length_and_stride(cache, seconds, stride, data):
+    indices = data.draw(st.lists(st.integers(0, len(cache.recordings) - 1), unique=True))
+    dataset = WindowDataset(cache, indices, seconds, stride)
+    length, step = round(seconds * 256), round(stride * 256)
+    expected = [
+        (number, start) for number in indices for start in range(0, cache.recordings[number].samples - length + 1, step)
+    ]
+    assert len(dataset) == len(expected)
+    for index in {0, len(dataset) // 2, len(dataset) - 1} if expected else ():
+        item, (number, start) = dataset[index], expected[index]
+        recording = cache.recordings[number]
+        rows = cache.samples[recording.start + start : recording.start + start + length]
+        assert (int(item["recording"]), int(item["start"]), int(item["label"])) == (number, start, recording.label)
+        assert item["eeg"].dtype == torch.float32
+        np.testing.assert_array_equal(item["eeg"], rows.T)
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_a_dataset_goes_to_workers_without_the_array(cache):
+    dataset = WindowDataset(cache, range(len(cache.recordings)), 8, 4)
+    first = dataset[0]["eeg"]
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 20_000 < cache.samples.nbytes
+    assert torch.equal(pickle.loads(pickled)[0]["eeg"], first)
+
+
+def test_opening_a_cache_of_the_reports_size_needs_no_list_of_windows():
+    # 930,495 windows of the report: the arithmetic alone, since the array itself would be 36 GB
+    recordings = [CachedRecording(f"{n}.edf", f"s{n}", 0, "train", 0, 256 * 1300) for n in range(2890)]
+    cache = WindowCache.__new__(WindowCache)
+    cache.recordings = recordings
+    dataset = WindowDataset(cache, range(len(recordings)), 8, 4)
+    assert len(dataset) == 2890 * 324
+    assert sum(value.nbytes for value in vars(dataset).values() if isinstance(value, np.ndarray)) < 50_000
+
+
+def test_broken_files_are_left_out_with_a_warning_and_their_reason_in_the_index(damaged_corpus, tmp_path):
+    with pytest.warns(UserWarning, match="1 recordings were left out:\n  edf/train/.*: not readable as EDF"):
+        build_cache(damaged_corpus, find_recordings(damaged_corpus), tmp_path)
+    cache = WindowCache(tmp_path)
+    assert next(iter(cache.skipped.values())).startswith("not readable as EDF")
+    assert len(cache.recordings) + 1 == len(find_recordings(damaged_corpus))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
+@pytest.mark.filterwarnings("ignore:.*beyond the range of fp16")
+def test_artefacts_arrive_at_their_full_size_and_stay_finite(damaged_corpus, tmp_path):
+    build_cache(damaged_corpus, find_recordings(damaged_corpus), tmp_path)
+    samples = np.abs(WindowCache(tmp_path).samples)
+    assert np.isfinite(samples).all()
+    assert samples.max() > 20_000
+
+
+def test_values_beyond_fp16_are_cut_to_its_range_and_counted(tmp_path, corpus, monkeypatch):
+    signal = np.ones((19, 512), dtype=np.float32)
+    signal[0, :3] = [70_000, -1e6, 65_000]
+    monkeypatch.setattr("lightning_stability.tuab.cache.read_recording", lambda path: signal)
+    with pytest.warns(UserWarning, match="2 of 9728 samples are beyond the range of fp16"):
+        build_cache(corpus, find_recordings(corpus)[:1], tmp_path)
+    assert WindowCache(tmp_path).samples[:3, 0].tolist() == [65504, -65504, 64992]
+
+
+def test_a_build_in_which_nothing_can_be_read_fails_and_leaves_no_cache(tmp_path):
+    for split in ("train", "eval"):
+        (tmp_path / "edf" / split / "normal").mkdir(parents=True)
+        (tmp_path / "edf" / split / "normal" / "a_s001_t000.edf").write_bytes(b"junk")
+    with (
+        pytest.warns(UserWarning, match="2 recordings were left out"),
+        pytest.raises(MisconfigurationException, match="None of the 2 recordings"),
+    ):
+        build_cache(tmp_path, find_recordings(tmp_path), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index, samples: index.write_text("{"), "holds no cache that can be opened"),
+        (lambda index, samples: index.unlink(), "holds no cache that can be opened"),
+        (lambda index, samples: os.truncate(samples, 1000), "samples.f16 has 1000 bytes, expected"),
+        (
+            lambda index, samples: index.write_text(
+                index.read_text().replace('"sampling_rate": 256', '"sampling_rate": 200')
+            ),
+            "sampling_rate is 200, expected 256",
+        ),
+    ],
+)
+def test_a_cache_that_is_cut_short_or_of_other_settings_is_refused_with_the_difference(
+    corpus, tmp_path, change, message
+):
+    build_cache(corpus, find_recordings(corpus)[:2], tmp_path)
+    change(tmp_path / "index.json", tmp_path / "samples.f16")
+    with pytest.raises(MisconfigurationException, match=message):
+        WindowCache(tmp_path)
+
+
+def data_module(corpus, tmp_path, **options):
+    module = TUABDataModule(root=str(corpus), cache_dir=str(tmp_path / "cache"), **options)
+    module.prepare_data()
+    module.setup("fit")
+    return module
+
+
+def test_training_windows_overlap_and_evaluation_windows_do_not(corpus, tmp_path):
+    module = data_module(corpus, tmp_path)
+    for split, stride in (("train", 4), ("val", 8), ("test", 8)):
+        dataset = module.datasets[split]
+        assert (dataset.length, dataset.stride) == (8 * 256, stride * 256)
+
+
+def test_the_cache_is_built_once(corpus, tmp_path):
+    folder = data_module(corpus, tmp_path).cache_folder
+    before = (folder / "samples.f16").stat().st_mtime_ns
+    data_module(corpus, tmp_path, window_seconds=4)
+    assert (folder / "samples.f16").stat().st_mtime_ns == before
+
+
+def test_two_corpora_of_one_name_do_not_share_a_cache(tmp_path):
+    folders = {TUABDataModule(root=str(tmp_path / place / "tuab")).cache_folder for place in "ab"}
+    assert len(folders) == 2
+
+
+def test_a_corpus_that_changed_since_it_was_cached_is_refused(corpus, tmp_path):
+    module = data_module(corpus, tmp_path)
+    index = module.cache_folder / "index.json"
+    content = json.loads(index.read_text())
+    content["recordings"][0]["path"] = "edf/train/normal/01_tcp_ar/gone_s001_t000.edf"
+    index.write_text(json.dumps(content))
+    with pytest.raises(MisconfigurationException, match=r"has changed since .* 2 recordings are in one of them only"):
+        data_module(corpus, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_seconds": 0}, "window_seconds must be positive, got 0"),
+        ({"stride_seconds": -1}, "stride_seconds must be positive"),
+        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"val_fraction": 1.5}, "val_fraction must be between 0 and 1, got 1.5"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        TUABDataModule(**options)
+
+
+def test_a_window_longer_than_the_recordings_is_refused(corpus, tmp_path):
+    with pytest.raises(MisconfigurationException, match="train split has no window of 60 seconds"):
+        data_module(corpus, tmp_path, window_seconds=60)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_train_loader_goes_on_where_its_state_was_taken(corpus, tmp_path, workers):
+    module = data_module(corpus, tmp_path, batch_size=4, num_workers=workers)
+    torch.manual_seed(0)
+    loader = module.train_dataloader()
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    state = loader.state_dict()
+    rest = [(batch["recording"].tolist(), batch["start"].tolist()) for batch in batches]
+    resumed = module.train_dataloader()
+    resumed.load_state_dict(state)
+    assert [(batch["recording"].tolist(), batch["start"].tolist()) for batch in resumed] == rest
+    assert len(rest) == len(loader) - 3
