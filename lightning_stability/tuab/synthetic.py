@@ -184,12 +184,12 @@ def _bouts(rng: np.random.Generator, time: Signals) -> Signals:
 
 
 def _electrodes_come_off(rng: np.random.Generator, rate: int, signals: dict[str, Signals]) -> None:
-    """Put two bursts of ``_ARTEFACT_UV`` into four channels, in place."""
-    for start in rng.choice(np.arange(10, signals["CZ"].size // rate - 10), size=2, replace=False):
-        span = slice(int(start) * rate, int(start) * rate + rate)
-        for name in rng.choice(CHANNELS, size=4, replace=False):
-            # a loose electrode jumps between the ends of the amplifier's range
-            signals[name][span] = _ARTEFACT_UV * np.sign(np.sin(2 * np.pi * rng.uniform(2, 8) * np.arange(rate) / rate))
+    """Put a second of ``_ARTEFACT_UV`` into four channels, in place."""
+    start = int(rng.integers(10, signals["CZ"].size // rate - 10)) * rate
+    for name in rng.choice(CHANNELS, size=4, replace=False):
+        # a loose electrode jumps between the ends of the amplifier's range
+        swing = np.sin(2 * np.pi * rng.uniform(2, 8) * np.arange(rate) / rate)
+        signals[name][start : start + rate] = _ARTEFACT_UV * np.sign(swing)
 
 
 def _as_in_files(rng: np.random.Generator, rate: int, signals: dict[str, Signals]) -> list[tuple[str, Signals]]:

@@ -1,0 +1,196 @@
+"""The command line, run as a process in an empty folder."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.command import run, run_python
+from tests.tuab.test_encoder import published_form
+
+OWN_CLASSES = """
+import torch
+from pytorch_lightning import Callback
+from pytorch_lightning.demos.boring_classes import BoringDataModule, BoringModel
+
+class Model(BoringModel):
+    def __init__(self, width: int = 3):
+        super().__init__()
+
+class Data(BoringDataModule):
+    pass
+
+class Precision(Callback):
+    def on_train_start(self, trainer, module):
+        plugin = trainer.precision_plugin
+        print("PRECISION", trainer.precision, type(plugin).__name__, getattr(plugin, "scaler", None) is not None)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with files that are not what they are given for, and classes of the user's own."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "junk.ckpt").write_text("junk")
+    (folder / "empty").mkdir()
+    (folder / "own.py").write_text(OWN_CLASSES)
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6", "loops": {}}, folder / "other.ckpt")
+    partial = published_form(_small_encoder())
+    partial["state_dict"].pop("target_encoder.norm.bias")
+    torch.save(partial, folder / "partial.ckpt")
+    return folder
+
+
+def _small_encoder():
+    from lightning_stability.tuab import EEGPTEncoder
+
+    return EEGPTEncoder(embed_dim=64, depth=2, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("fit --model Nonsense", "unknown class Nonsense: give a path such as my_module.Nonsense"),
+        ("fit --model.nonsense=3", "Option 'nonsense' is not accepted"),
+        ("fit --nonsense 3", "unrecognized arguments: --nonsense 3"),
+        ("fit --trainer.callbacks+=Nonsense", "unknown class Nonsense"),
+        ("fit --model.scheduler=step", "Expected a typing.Literal['cosine', 'onecycle']"),
+        ("fit --config nonsense", "no file nonsense. Configurations known by name: demo, tuab_crash, tuab_stable"),
+        ("fit --data.root=nowhere", "There is no folder nowhere"),
+        ("fit --data.root=empty", "empty holds no recordings under edf/train. Expected TUAB's layout"),
+        ("fit --model.checkpoint=nowhere.ckpt", "There is no EEGPT checkpoint nowhere.ckpt"),
+        ("fit --model.checkpoint=junk.ckpt", "junk.ckpt is not a checkpoint written by torch.save"),
+        ("fit --model.checkpoint=partial.ckpt --model.encoder=small", "missing: norm.bias"),
+        ("fit --model.input_stats=nowhere.json", "input_stats nowhere.json could not be used"),
+        ("test --ckpt_path=nowhere.ckpt", "There is no checkpoint nowhere.ckpt"),
+        ("test --ckpt_path=junk.ckpt", "junk.ckpt is not a checkpoint written by torch.save"),
+        ("nonsense", "invalid choice: 'nonsense'"),
+        ("synthetic empty/../full", "exists already"),
+    ],
+)
+def test_bad_input_gives_one_clear_message_a_non_zero_status_and_no_traceback(folder, words, message):
+    (folder / "full" / "edf").mkdir(parents=True, exist_ok=True)
+    done = run(*words.split(), cwd=folder)
+    error = done.stderr[done.stderr.index("lightning-stability: error:") :]
+    assert done.returncode == 2
+    assert message in error
+    assert len(error.splitlines()) <= 6, error
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder, corpus):
+    done = run("test", "--ckpt_path=other.ckpt", f"--data.root={corpus}", cwd=folder)
+    assert done.returncode == 2
+    assert "error: the checkpoint is not one of this model" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["mne", "edfio", "torchdata"])
+def test_without_the_extra_the_message_names_the_line_that_installs_it(tmp_path, missing):
+    # None in sys.modules makes an import fail as if the package were not there
+    script = (
+        f"import sys; sys.modules[{missing!r}] = None; from lightning_stability.cli import main; exit(main(['fit']))"
+    )
+    done = run_python("-c", script, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"The included TUAB trainer needs {missing}" in done.stderr
+    assert "pip install 'lightning-stability[tuab]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_any_module_and_data_module_train_by_class_path_without_the_probes_settings(folder):
+    done = run("fit", "--model", "own.Model", "--data=own.Data", "--trainer.max_steps=2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "`max_steps=2` reached" in done.stderr
+    assert "EEGPT" not in done.stderr
+    config = yaml.safe_load(next((folder / "lightning_logs").rglob("config.yaml")).read_text())
+    assert config["trainer"]["callbacks"] is None
+
+
+def test_a_second_run_without_a_logger_is_not_stopped_by_the_first_ones_files(folder):
+    words = ("fit", "--model=own.Model", "--trainer.max_steps=1", "--trainer.logger=false")
+    assert [run(*words, cwd=folder).returncode for _ in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--trainer.precision=16-mixed"], "PRECISION 16-mixed MixedPrecision True"),
+        (["--trainer.precision=16-mixed", "--trainer.accelerator=cpu"], "PRECISION 16-mixed MixedPrecision True"),
+        (["--trainer.precision=bf16-mixed"], "PRECISION bf16-mixed MixedPrecision False"),
+        ([], "PRECISION 32-true Precision False"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what a CPU does")
+def test_fp16_is_real_on_a_cpu_and_nothing_else_is_changed(folder, options, said):
+    own = ("--model=own.Model", "--trainer.callbacks+=own.Precision", "--trainer.max_steps=1")
+    done = run("fit", *own, *options, cwd=folder)
+    assert said in done.stdout, done.stderr
+    assert ("real fp16 with a gradient scaler" in done.stderr) == ("--trainer.precision=16-mixed" in options)
+
+
+def test_with_nothing_named_the_probe_is_what_trains(folder):
+    done = run("fit", "--print_config", cwd=folder)
+    config = yaml.safe_load(done.stdout)
+    assert config["model"]["class_path"] == "lightning_stability.tuab.EEGPTProbe"
+    assert config["data"]["class_path"] == "lightning_stability.tuab.TUABDataModule"
+    assert config["trainer"]["max_epochs"] < 10
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_configurations_are_known_by_name_and_by_path(folder, by_path):
+    name = "tuab_stable"
+    if by_path:
+        from lightning_stability.tuab.configs import packaged_file
+
+        shutil.copy(packaged_file("tuab_stable"), folder / "copy.yaml")
+        name = "copy.yaml"
+    config = yaml.safe_load(run("fit", "--config", name, "--print_config", cwd=folder).stdout)
+    assert config["trainer"]["accumulate_grad_batches"] == 2
+    assert config["trainer"]["precision"] == "32-true"
+    assert config["model"]["init_args"]["learning_rate"] == 2e-4
+    assert config["model"]["init_args"]["scheduler"] == "cosine"
+
+
+def test_the_windows_length_is_given_once(folder):
+    done = run("fit", "--data.window_seconds=4", "--print_config", cwd=folder)
+    assert yaml.safe_load(done.stdout)["data"]["init_args"]["window_seconds"] == 4.0
+    assert "window_seconds" not in yaml.safe_load(done.stdout)["model"]["init_args"]
+
+
+def test_help_names_every_command_and_configuration(folder):
+    done = run("--help", cwd=folder)
+    assert done.returncode == 0
+    for word in ("fit", "validate", "test", "predict", "demo", "synthetic", "tuab_crash", "tuab_stable"):
+        assert word in done.stdout
+
+
+def test_both_commands_are_installed_with_the_package():
+    for name in ("lightning-stability", "lightning"):
+        command = Path(sys.executable).parent / name
+        assert "from lightning_stability.cli import main" in command.read_text()
+
+
+def test_fit_validate_test_and_predict_work_on_a_copy_of_tuab_with_an_eegpt_checkpoint(corpus, tmp_path):
+    """The commands of the README for the real corpus and the real weights, on files of their form."""
+    from lightning_stability.tuab import EEGPTEncoder
+
+    torch.save(published_form(EEGPTEncoder()), tmp_path / "eegpt.ckpt")
+    real = ["--config=tuab_stable", f"--data.root={corpus}", "--model.checkpoint=eegpt.ckpt"]
+    short = ["--data.window_seconds=1", "--data.stride_seconds=8", "--data.batch_size=2"]
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+    done = run(
+        "fit", *real, *short, *limits, "--trainer.limit_val_batches=2", "--trainer.val_check_interval=1.0", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no EEGPT" not in done.stderr
+    best = next(line.split()[2] for line in done.stdout.splitlines() if line.startswith("Best checkpoint:"))
+    evaluation = [f"--ckpt_path={best}", *real, *short]
+    limit = {"validate": "val", "test": "test", "predict": "predict"}
+    for command, split in limit.items():
+        done = run(command, *evaluation, f"--trainer.limit_{split}_batches=2", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert next(tmp_path.rglob("predictions.csv")).read_text().startswith("recording,abnormal_probability\nedf/eval/")
