@@ -25,6 +25,7 @@ from lightning_stability.tuab.metrics import RecordingAverage, binary_metrics
 
 _MIN_LEARNING_RATE = 1e-6  # where the warm-up starts and the cosine ends
 _RANDOM_ENCODER_SEED = 0
+_WINDOWS_LOOKED_AT = 32  # at the start of fit
 
 Batch = dict[str, Tensor]
 
@@ -139,22 +140,20 @@ class EEGPTProbe(pl.LightningModule):
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(logits))
         return loss
 
-    def on_train_start(self) -> None:
-        self._encoder_input_shown = False
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        if not self._encoder_input_shown:
-            self._encoder_input_shown = True
-            self._print_encoder_input(batch["eeg"])
-
     @torch.no_grad()
-    def _print_encoder_input(self, eeg: Tensor) -> None:
+    def on_fit_start(self) -> None:
+        """Say what reaches the encoder: had its owners seen that, the crash report would not have been written."""
+        datasets = getattr(self.trainer.datamodule, "datasets", {})  # type: ignore[attr-defined]
+        if "train" not in datasets:
+            return
+        train, weight = datasets["train"], self.adapter.weight
+        chosen = torch.linspace(0, len(train) - 1, _WINDOWS_LOOKED_AT).long().tolist()
         # in full precision, so that the figures are those of the numbers and not of the format
-        with torch.autocast(eeg.device.type, enabled=False):
-            seen = self._encoder_input(eeg.to(self.adapter.weight.dtype)).float()
+        eeg = torch.stack([train[index]["eeg"] for index in chosen]).to(weight.device, weight.dtype)
+        seen = self._encoder_input(eeg).float()
         rank_zero_info(
-            f"Encoder input in the first batch: mean {seen.mean():.4g}, deviation {seen.std():.4g}, "
-            f"range {seen.min():.4g} to {seen.max():.4g}; expected is a deviation of about 1."
+            f"Encoder input: mean {seen.mean():.4g}, deviation {seen.std():.4g}, range {seen.min():.4g} to "
+            f"{seen.max():.4g}, in {len(eeg)} windows of the train set. EEGPT expects a deviation of about 1."
         )
 
     def on_validation_epoch_start(self) -> None:
