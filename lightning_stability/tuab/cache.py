@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lightning_stability.tuab.channels import CHANNELS
-from lightning_stability.tuab.corpus import BAND, SAMPLING_RATE, Recording, read_recording
+from lightning_stability.tuab.corpus import BAND, SAMPLING_RATE, Recording, read_recording, window_samples
 
 _SETTINGS: dict[str, Any] = {
     "format": 1,
@@ -180,10 +180,7 @@ class WindowDataset(Dataset[dict[str, torch.Tensor]]):
         self, cache: WindowCache, indices: Sequence[int], window_seconds: float, stride_seconds: float
     ) -> None:
         self.cache = cache
-        self.length, self.stride = (
-            round(window_seconds * SAMPLING_RATE),
-            round(stride_seconds * SAMPLING_RATE),
-        )
+        self.length, self.stride = window_samples(window_seconds), window_samples(stride_seconds)
         self.indices = np.asarray(indices, dtype=np.int64)
         samples = np.array([cache.recordings[i].samples for i in indices], dtype=np.int64)
         windows = np.where(samples >= self.length, (samples - self.length) // self.stride + 1, 0)

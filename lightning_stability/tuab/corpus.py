@@ -44,6 +44,11 @@ class Recording:
     official_split: str
 
 
+def window_samples(seconds: float) -> int:
+    """Return how many samples a window of ``seconds`` has."""
+    return round(seconds * SAMPLING_RATE)
+
+
 def find_recordings(root: str | Path) -> list[Recording]:
     """List the recordings under ``root``, sorted by path.
 

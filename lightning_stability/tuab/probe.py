@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, O
 from lightning_stability.tuab.cache import WindowCache
 from lightning_stability.tuab.channels import CHANNELS
 from lightning_stability.tuab.configs import packaged_file
-from lightning_stability.tuab.corpus import CLASSES, SAMPLING_RATE
+from lightning_stability.tuab.corpus import CLASSES, window_samples
 from lightning_stability.tuab.encoder import PATCH_SAMPLES, EEGPTEncoder, load_pretrained
 from lightning_stability.tuab.metrics import RecordingAverage, binary_metrics
 
@@ -42,7 +42,7 @@ class EEGPTProbe(pl.LightningModule):
     ``auprc``, ``balanced_accuracy``, ``accuracy``, ``kappa`` and ``f1``, per window and per recording (the mean
     probability of its windows).
 
-    Source: section 3 of the EEGPT paper (Wang et al., NeurIPS 2024).
+    Source: the linear probe of the EEGPT paper (Wang et al., NeurIPS 2024).
 
     Args:
         checkpoint: The published EEGPT checkpoint. Without one the encoder has random weights, and says so.
@@ -99,7 +99,7 @@ class EEGPTProbe(pl.LightningModule):
             nn.init.dirac_(self.adapter.weight)
             self.adapter.bias.zero_()  # type: ignore[union-attr]
         self.encoder = _make_encoder(encoder, checkpoint)
-        patches = int(window_seconds * SAMPLING_RATE) // PATCH_SAMPLES
+        patches = window_samples(window_seconds) // PATCH_SAMPLES
         features = self.encoder.summary_tokens * self.encoder.embed_dim
         self.classifier = nn.Sequential(
             nn.Dropout(dropout),
@@ -114,7 +114,7 @@ class EEGPTProbe(pl.LightningModule):
 
     def forward(self, eeg: Tensor) -> Tensor:
         """Return logits, (batch, 2), of windows, (batch, 19, samples)."""
-        expected = (len(CHANNELS), int(self.hparams["window_seconds"] * SAMPLING_RATE))
+        expected = (len(CHANNELS), window_samples(self.hparams["window_seconds"]))
         if tuple(eeg.shape[1:]) != expected:
             raise ValueError(
                 f"Expected windows of shape (batch, {expected[0]}, {expected[1]}), got {tuple(eeg.shape)}. "

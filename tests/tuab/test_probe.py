@@ -101,6 +101,7 @@ def test_windows_of_another_length_are_refused_with_the_options_to_change():
     with pytest.raises(ValueError, match=r"Expected windows of shape \(batch, 19, 2048\), got \(2, 19, 1024\)"):
         probe()(torch.randn(2, 19, 1024))
     assert probe(window_seconds=4)(torch.randn(2, 19, 1024)).shape == (2, 2)
+    assert probe(window_seconds=2.3)(torch.randn(2, 19, 589)).shape == (2, 2)  # as long as the data module makes them
 
 
 @pytest.mark.parametrize(
