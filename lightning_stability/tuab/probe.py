@@ -94,7 +94,7 @@ class EEGPTProbe(pl.LightningModule):
             raise MisconfigurationException(f"scheduler must be 'cosine' or 'onecycle', got {scheduler!r}.")
         self.save_hyperparameters()
         self.input_stats = InputStats.load(input_stats) if input_stats else None
-        self.adapter = MaxNormConv1d(len(CHANNELS), len(CHANNELS), kernel_size=1, max_norm=1.0)
+        self.adapter = _MaxNormConv1d(len(CHANNELS), len(CHANNELS), kernel_size=1, max_norm=1.0)
         with torch.no_grad():
             nn.init.dirac_(self.adapter.weight)
             self.adapter.bias.zero_()  # type: ignore[union-attr]
@@ -103,9 +103,9 @@ class EEGPTProbe(pl.LightningModule):
         features = self.encoder.summary_tokens * self.encoder.embed_dim
         self.classifier = nn.Sequential(
             nn.Dropout(dropout),
-            MaxNormLinear(features, hidden, max_norm=1.0),
+            _MaxNormLinear(features, hidden, max_norm=1.0),
             nn.Flatten(),
-            MaxNormLinear(hidden * patches, len(CLASSES), max_norm=0.25),
+            _MaxNormLinear(hidden * patches, len(CLASSES), max_norm=0.25),
         )
         self.val_metrics, self.test_metrics = binary_metrics().clone("val_"), binary_metrics().clone("test_")
         # how many evaluation windows had outputs that are not finite, kept on the device until the epoch ends
@@ -311,45 +311,28 @@ class InputStats(nn.Module):
         return self.source
 
 
-class MaxNormConv1d(nn.Conv1d):
-    """A convolution whose filters' L2 norms are cut to ``max_norm`` before each use.
+class _MaxNorm(nn.Module):
+    """Cuts the L2 norm of each output's weights to ``max_norm`` before each use."""
 
-    Args:
-        args: Of :class:`torch.nn.Conv1d`.
-        max_norm: Largest norm of an output channel's weights.
-        kwargs: Of :class:`torch.nn.Conv1d`.
-    """
+    weight: Tensor
 
     def __init__(self, *args: Any, max_norm: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.max_norm = max_norm
 
     def forward(self, input: Tensor) -> Tensor:
-        _cut_norms(self.weight, self.max_norm)
-        return super().forward(input)
+        with torch.no_grad():
+            self.weight.copy_(torch.renorm(self.weight, p=2, dim=0, maxnorm=self.max_norm))
+        output: Tensor = super().forward(input)
+        return output
 
 
-class MaxNormLinear(nn.Linear):
-    """A linear layer whose rows' L2 norms are cut to ``max_norm`` before each use.
-
-    Args:
-        args: Of :class:`torch.nn.Linear`.
-        max_norm: Largest norm of an output's weights.
-        kwargs: Of :class:`torch.nn.Linear`.
-    """
-
-    def __init__(self, *args: Any, max_norm: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.max_norm = max_norm
-
-    def forward(self, input: Tensor) -> Tensor:
-        _cut_norms(self.weight, self.max_norm)
-        return super().forward(input)
+class _MaxNormConv1d(_MaxNorm, nn.Conv1d):
+    """A convolution whose filters have a largest norm."""
 
 
-@torch.no_grad()
-def _cut_norms(weight: Tensor, max_norm: float) -> None:
-    weight.copy_(torch.renorm(weight, p=2, dim=0, maxnorm=max_norm))
+class _MaxNormLinear(_MaxNorm, nn.Linear):
+    """A linear layer whose rows have a largest norm."""
 
 
 def _make_encoder(size: Literal["small", "large"] | None, checkpoint: str | None) -> EEGPTEncoder:
