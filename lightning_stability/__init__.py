@@ -1,4 +1,4 @@
-"""Callbacks that keep a PyTorch Lightning run alive and honest when numbers go bad, and say why they went bad."""
+"""Callbacks that keep a Lightning run alive and honest when numbers go bad, and say why they went bad."""
 
 from lightning_stability.callbacks import GradNormMonitor
 

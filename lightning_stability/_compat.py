@@ -1,8 +1,8 @@
-"""Whatever differs between `pytorch_lightning` and `lightning.pytorch`, which are two copies of one code base.
+"""Whatever differs between `pytorch_lightning` and `lightning.pytorch`, two copies of one code base.
 
 A Trainer of one runs callbacks of the other, but its `isinstance` checks know only its own classes, and an
-`except MisconfigurationException` catches only its own. So every class here derives from both copies when both are
-installed. The second import costs about 0.2 s; `lightning` may be absent.
+`except MisconfigurationException` catches only its own. So every class here derives from both copies when
+both are installed. The second import costs about 0.2 s; `lightning` may be absent.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities.exceptions import MisconfigurationException as _PlMisconfiguration
+from lightning_fabric.utilities.exceptions import MisconfigurationException as _PlMisconfiguration
 
 if TYPE_CHECKING:
     _CALLBACKS: tuple[type[pl.Callback], ...]

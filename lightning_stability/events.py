@@ -16,10 +16,11 @@ PREVIOUS_FILE_NAME = "events.1.jsonl"
 class EventLog:
     """Appends a run's events to `events.jsonl` in its log folder.
 
-    Every line has `event`, `step`, `epoch`, `time` (seconds since 1970) and `rank`, then what the event itself says. A
-    line is written whole and handed to the operating system at once, so that a killed run keeps what it wrote and
-    the processes of one machine can share the file. When the file has reached `max_bytes` it becomes `events.1.jsonl`,
-    replacing the one before it: the newest events survive, in at most twice that size.
+    Every line has `event`, `step`, `epoch`, `time` (seconds since 1970) and `rank`, then what the event
+    itself says. A line is written whole and handed to the operating system at once, so that a killed run
+    keeps what it wrote and the processes of one machine can share the file. When the file has reached
+    `max_bytes` it becomes `events.1.jsonl`, replacing the one before it: the newest events survive, in at
+    most twice that size.
 
     Args:
         folder: The run's log folder, or None: then nothing is written.
@@ -49,8 +50,8 @@ class EventLog:
             event: What happened, in snake_case, for example `"gradient_norm_rising"`.
             step: The optimizer steps completed before it.
             epoch: The epoch in which it happened.
-            details: Whatever else JSON can hold. A number that is not finite is written as a string ("nan", "inf"),
-                because JSON has none.
+            details: Whatever else JSON can hold. A number that is not finite is written as a string ("nan",
+                "inf"), because JSON has none.
         """
         if self.path is None:
             return

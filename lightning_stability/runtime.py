@@ -1,12 +1,12 @@
 """One object per Trainer and fit: it owns the hooks into the step and shows its policies one record of each.
 
-The first callback's `setup` makes it, the last one's `teardown` removes it. In between it stands in for four methods of
-the Trainer's precision plugin (as attributes of that instance, so that the plugin keeps its class, which checkpoints are
-keyed by):
+The first callback's `setup` makes it, the last one's `teardown` removes it. In between it stands in for four
+methods of the Trainer's precision plugin (as attributes of that instance, so that the plugin keeps its class,
+which checkpoints are keyed by):
 
     pre_backward        the loss, before GradScaler multiplies it
-    _clip_gradients     the last point before clipping: after `unscale_`, after every `on_before_optimizer_step`
-    clip_grad_by_norm   clips with the norm just measured
+    _clip_gradients     the last point before clipping: after `unscale_`, after every
+    `on_before_optimizer_step` clip_grad_by_norm   clips with the norm just measured
     optimizer_step      the whole step; afterwards the record is on its way to the host
 """
 
@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -32,11 +31,11 @@ NO_LOSS = "no loss"
 
 # Strategies whose gradients are not to be had where we look, and what to use in their place.
 _REFUSED = {
-    "FSDPStrategy": "its parameters hold this rank's flat shard only; use ModelParallelStrategy (FSDP2) instead",
-    "DeepSpeedStrategy": "the engine keeps and clips the gradients itself; use DDP or ModelParallelStrategy instead",
-    "XLAStrategy": "its tensors are evaluated lazily and have no multi-tensor norm; leave the callback out",
-    "XLAFSDPStrategy": "its tensors are evaluated lazily and have no multi-tensor norm; leave the callback out",
-    "SingleDeviceXLAStrategy": "its tensors are evaluated lazily and have no multi-tensor norm; leave the callback out",
+    "FSDPStrategy": "its parameters are this rank's flat shard; use ModelParallelStrategy (FSDP2)",
+    "DeepSpeedStrategy": "its engine keeps and clips the gradients; use DDP or ModelParallelStrategy",
+    "XLAStrategy": "its tensors have no multi-tensor norm; leave the callback out",
+    "XLAFSDPStrategy": "its tensors have no multi-tensor norm; leave the callback out",
+    "SingleDeviceXLAStrategy": "its tensors have no multi-tensor norm; leave the callback out",
 }
 
 
@@ -74,7 +73,7 @@ class Runtime:
         self.events = EventLog(log_folder(trainer), trainer.global_rank)
         self._tap = _PluginTap(trainer.strategy.precision_plugin, self)
 
-    # -- the policies' side ------------------------------------------------------------------------------------------
+    # The policies' side.
 
     @classmethod
     def attach(cls, trainer: Any, policy: Policy) -> Runtime:
@@ -122,12 +121,13 @@ class Runtime:
         assert trainer is not None, "a runtime does not outlive its Trainer"
         return trainer
 
-    # -- the step, in the order in which the plugin calls --------------------------------------------------------------
+    # The step, in the order in which the plugin calls.
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """An optimizer step starts; its closure, if it has one, has not run yet."""
         self._step = None
-        # The learning-rate finder and the batch-size finder train with other callbacks: those steps are not the run's.
+        # The learning-rate finder and the batch-size finder train with other callbacks: those steps are not
+        # the run's.
         callbacks = self.trainer.callbacks
         if any(policy in callbacks for policy in self._policies):
             self._step = _OpenStep(optimizer)
@@ -184,7 +184,8 @@ class Runtime:
         trainer = self.trainer
         if step.found_inf is not None:
             step.meter.put("found_inf", step.found_inf)
-        # The progress counters have not moved yet in automatic optimization, nor in manual: Lightning does it after us.
+        # The progress counters have not moved yet in automatic optimization, nor in manual: Lightning does it
+        # after us.
         record = _RecordDraft(
             step=trainer.global_step,
             logger_step=step.logger_step,
@@ -199,7 +200,7 @@ class Runtime:
         step.meter.send(self._reads, lambda measurement: self._hand_over(record.complete(measurement)))
         self._reads.poll()
 
-    # -- parts of the above -----------------------------------------------------------------------------------------
+    # Parts of the above.
 
     def _hand_over(self, record: StepRecord) -> None:
         for policy in list(self._policies):
@@ -229,7 +230,7 @@ class Runtime:
         )
 
     def _watch_step_call(self, optimizer: Optimizer) -> None:
-        """Learn from the optimizer itself whether GradScaler lets it step, and what it is told about infinities."""
+        """Learn from the optimizer itself whether GradScaler lets it step, and what it is told."""
         if optimizer not in self._hooks:
             self._hooks[optimizer] = optimizer.register_step_pre_hook(self._on_step_call)
 
@@ -380,7 +381,7 @@ def logger_step(trainer: Any) -> int:
 
 
 def log_folder(trainer: Any) -> str | None:
-    """The folder of this run's first logger that has one. Every rank has to ask, because Lightning broadcasts it.
+    """The folder of this run's first logger that has one. All ranks have to ask: Lightning broadcasts.
 
     A logger with a version gets `save_dir/name/version`, which is where Lightning puts its checkpoints.
     """
@@ -400,5 +401,5 @@ def _refuse_strategy(trainer: Any) -> None:
     for name, reason in _REFUSED.items():
         if is_instance_by_name(trainer.strategy, name):
             raise MisconfigurationException(
-                f"lightning-stability cannot measure gradients under {type(trainer.strategy).__name__}: {reason}."
+                f"gradients cannot be measured under {type(trainer.strategy).__name__}: {reason}."
             )

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import RuntimeCallback
@@ -17,9 +17,10 @@ from lightning_stability.health.trend import NormTrend, Rise
 class GradNormMonitor(RuntimeCallback):
     """Logs the L2 norms of the gradients and warns when they rise.
 
-    The norms are those of the true gradients: after accumulation, without GradScaler's scale, before clipping. They
-    are measured at every optimizer step, in one pass over the gradients, and read without waiting for the device;
-    a value may therefore reach the logger a few steps later, under the step that it belongs to.
+    The norms are those of the true gradients: after accumulation, without GradScaler's scale, before
+    clipping. They are measured at every optimizer step, in one pass over the gradients, and read without
+    waiting for the device; a value may therefore reach the logger a few steps later, under the step that it
+    belongs to.
 
     Logged every `every_n_steps` steps:
 
@@ -28,25 +29,25 @@ class GradNormMonitor(RuntimeCallback):
     | `grad_norm/total` | norm of all gradients together at this step |
     | `grad_norm/total_max` | the largest total since the last logged step, this one included |
     | `grad_norm/<group>` | norm of one group's gradients (see `group_depth`) |
-    | `grad_norm/clip_coefficient` | what clipping by norm multiplied the gradients with; 1.0 when it left them alone |
-    | `grad_norm/nonfinite_steps` | steps so far whose gradients were NaN, infinite, or overflowed the sum of squares |
+    | `grad_norm/clip_coefficient` | factor that clipping by norm applied; 1.0 when it left them alone |
+    | `grad_norm/nonfinite_steps` | steps so far with NaN, infinite or overflowing gradients |
     | `loss_scale` | GradScaler's scale, in 16-mixed |
-    | `update_ratio/<group>` | norm of the update over norm of the weights before it, with `log_update_ratio` |
+    | `update_ratio/<group>` | norm of the update over norm of the weights, with `log_update_ratio` |
 
-    With several optimizers (manual optimization) the keys read `grad_norm/optimizer_0/total` and so on, by the
-    optimizer's place in `configure_optimizers`. A value that is not finite is left out and counted instead. Without a
-    logger the callback does nothing.
+    With several optimizers (manual optimization) the keys read `grad_norm/optimizer_0/total` and so on, by
+    the optimizer's place in `configure_optimizers`. A value that is not finite is left out and counted
+    instead. Without a logger the callback does nothing.
 
     Args:
-        group_depth: Leading components of a module's path that make a group: with 2, `encoder.blocks.0.attn.weight`
-            belongs to `encoder.blocks`.
+        group_depth: Leading components of a module's path that make a group: with 2,
+            `encoder.blocks.0.attn.weight` belongs to `encoder.blocks`.
         every_n_steps: How often to log, in optimizer steps; None for the Trainer's `log_every_n_steps`.
-        log_update_ratio: Whether to log update ratios. A logged step then holds a second copy of the trained weights
-            while the optimizer runs.
+        log_update_ratio: Whether to log update ratios. A logged step then holds a second copy of the trained
+            weights while the optimizer runs.
 
     Raises:
-        MisconfigurationException: If an option is out of range, or, at setup, if the strategy hides the gradients
-            (FSDP1, DeepSpeed, XLA).
+        MisconfigurationException: If an option is out of range, or, at setup, if the strategy hides the
+            gradients (FSDP1, DeepSpeed, XLA).
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -142,8 +143,8 @@ class GradNormMonitor(RuntimeCallback):
             self._runtime.events.write("gradient_norm_rising", record.step, record.epoch, **details)
         rank_zero_warn(
             f"GradNormMonitor: the gradient norm is rising: {record.total_norm:.3g} at step {record.step},"
-            f" {rise.ratio:.3g} times its usual value; group `{rise.group}` grew most, to {rise.group_ratio:.3g} times"
-            " its own. A lower learning rate or gradient_clip_val holds it."
+            f" {rise.ratio:.3g} times its usual value; group `{rise.group}` grew most, to"
+            f" {rise.group_ratio:.3g} times its own. A lower learning rate or gradient_clip_val holds it."
         )
 
     def _lay_out_charts(self, trainer: Any, several: bool) -> None:
@@ -225,6 +226,7 @@ def _lines(tags: list[str]) -> list[Any]:
 def _at_least_one(option: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise MisconfigurationException(
-            f"GradNormMonitor({option}={value!r}): expected a whole number of at least 1. Give one, or leave it out."
+            f"GradNormMonitor({option}={value!r}): expected a whole number of at least 1;"
+            " give one or leave it out."
         )
     return value

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from lightning_stability.health.late_reads import LateReads
 from lightning_stability.health.record import Floats
 
-# torch's CPU norm adds squares up in one fp32 number per lane: 7e-4 off on 16 million normal values, 1e-2 on equal ones.
-# Pieces of this size are below 5e-5; a vector of their norms is short enough to be exact.
+# torch's CPU norm adds squares up in one fp32 number per lane: 7e-4 off on 16 million normal values, 1e-2 on
+# equal ones. Pieces of this size are below 5e-5; a vector of their norms is short enough to be exact.
 CPU_PIECE = 2**16
 
 
@@ -39,14 +39,15 @@ class Measurement:
 
 
 class GradientMeter:
-    """Measures all gradients of one optimizer with one `torch._foreach_norm` per dtype, and clips with the result.
+    """Measures all gradients of one optimizer in one `torch._foreach_norm` per dtype; clips with the result.
 
-    Lists, names and buffers are made here, once; the runtime makes a new meter when `is_current` says that the trained
-    parameters are others. Nothing waits for the device.
+    Lists, names and buffers are made here, once; the runtime makes a new meter when `is_current` says that
+    the trained parameters are others. Nothing waits for the device.
 
-    Norms are L2: the square root of the sum of squared magnitudes, of a complex element's too. They are accumulated
-    in float64 on CUDA, where that costs nothing more and no fp32 square can overflow, except when they also drive
-    the clipping: then in fp32 and in Lightning's order, so that clipping gives the same bits with and without us.
+    Norms are L2: the square root of the sum of squared magnitudes, of a complex element's too. They are
+    accumulated in float64 on CUDA, where that costs nothing more and no fp32 square can overflow, except when
+    they also drive the clipping: then in fp32 and in Lightning's order, so that clipping gives the same bits
+    with and without us.
 
     Args:
         optimizer: The bare torch optimizer.
@@ -91,14 +92,15 @@ class GradientMeter:
 
     @torch.no_grad()
     def clip_(self, max_norm: float) -> None:
-        """Multiply the measured gradients with `min(1, max_norm / (total + 1e-6))`, as `clip_grad_norm_` does.
+        """Multiply the gradients with `min(1, max_norm / (total + 1e-6))`, as `clip_grad_norm_` does.
 
         Args:
             max_norm: The norm that the gradients shall not exceed.
         """
         norms = self._row.norms
         if not all(bucket.regular for bucket in self._buckets):
-            # Lightning's total leaves absent gradients out; a zero in between would change the order of the sum.
+            # Lightning's total leaves absent gradients out; a zero in between would change the order of the
+            # sum.
             present = [
                 i for i, grad in enumerate(g for b in self._buckets for g in b.gradients) if grad is not None
             ]
@@ -160,7 +162,7 @@ class GradientMeter:
         return vector
 
     def _add_up_shards(self, norms: Tensor) -> None:
-        """Turn the norms of this rank's shards into those of whole gradients: one all-reduce per mesh dimension."""
+        """Make norms of shards those of whole gradients, with one all-reduce per mesh dimension."""
         start = 0
         for bucket in self._buckets:
             if bucket.mesh is not None:
@@ -173,8 +175,8 @@ class GradientMeter:
             start += len(bucket.parameters)
 
     def _tell_overflow_from_inf(self) -> None:
-        """On the host, where a look is free, measure again in float64 if fp32 says that something is not finite."""
-        if self._row.on_device or bool(torch.isfinite(self._row.norms).all()):
+        """On the host, where a look is free, measure again in float64 if fp32 says not finite."""
+        if not isinstance(self._row, _HostRow) or bool(torch.isfinite(self._row.norms).all()):
             return
         exact = [
             torch.zeros((), dtype=torch.float64)
@@ -203,7 +205,8 @@ class _Bucket:
 
     def gradient_norms(self) -> Sequence[Tensor]:
         if self.regular:
-            # An absent or sparse gradient is told by the call that refuses it, so that nobody has to look at each.
+            # An absent or sparse gradient is told by the call that refuses it, so that nobody has to look at
+            # each.
             try:
                 gradients = self.local([p.grad for p in self.parameters])  # type: ignore[misc]
                 norms = self.norms(gradients)
@@ -217,19 +220,21 @@ class _Bucket:
     def _irregular_norms(self) -> Sequence[Tensor]:
         self.gradients = [None if p.grad is None else self._dense(p) for p in self.parameters]
         present = [gradient for gradient in self.gradients if gradient is not None]
-        self.regular = len(present) == len(self.parameters) and not any(
-            p.grad.is_sparse for p in self.parameters
-        )  # type: ignore[union-attr]
+        self.regular = len(present) == len(self.parameters) and not self._any_sparse()
         norms = iter(self.norms(present) if present else ())
         zero = torch.zeros((), dtype=self.norm_dtype or torch.float32, device=self.device)
         return [zero if gradient is None else next(norms) for gradient in self.gradients]
+
+    def _any_sparse(self) -> bool:
+        return any(p.grad is not None and p.grad.is_sparse for p in self.parameters)
 
     def _dense(self, parameter: Tensor) -> Tensor:
         assert parameter.grad is not None
         if not parameter.grad.is_sparse:
             return self.local([parameter.grad])[0]
         if not parameter.grad.is_coalesced():
-            # Rows that occur twice have to be added before they are squared, and clipping has to reach the sum.
+            # Rows that occur twice have to be added before they are squared, and clipping has to reach the
+            # sum.
             parameter.grad = parameter.grad.coalesce()
         return parameter.grad._values()
 
@@ -244,14 +249,13 @@ class _Bucket:
         return [self._norm_in_pieces(tensor) for tensor in tensors]
 
     def _norm_in_pieces(self, tensor: Tensor) -> Tensor:
-        pieces = tensor.reshape(-1).split(CPU_PIECE)
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, self.norm_dtype)))
+        pieces: list[Tensor] = list(torch.split(tensor.reshape(-1), CPU_PIECE))  # type: ignore[no-untyped-call]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, self.norm_dtype)))
+        return norm
 
 
 class _HostRow:
     """The numbers of one step where they are on the host already."""
-
-    on_device = False
 
     def __init__(self, count: int, device: torch.device, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -286,7 +290,6 @@ class _HostRow:
 class _DeviceRow:
     """The numbers of one step in one buffer on the device, filled by a single multi-tensor copy."""
 
-    on_device = True
     _SLOTS = 16  # for the scalars: loss, scale, coefficient, found_inf, learning rates kept as tensors
 
     def __init__(self, count: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -350,14 +353,12 @@ def _norm_dtype(dtype: torch.dtype, wide: bool) -> torch.dtype | None:
 
 def _replicas(bucket: _Bucket) -> Tensor | None:
     """How many ranks hold the same piece of each parameter, so that a sum over ranks counts it once."""
-    counts = [
-        float(
-            np.prod(
-                [bucket.mesh.size(d) for d, placement in enumerate(p.placements) if placement.is_replicate()]
-            )
-        )  # type: ignore[attr-defined]
-        for p in bucket.parameters
-    ]
+    mesh = bucket.mesh
+    counts = []
+    for parameter in bucket.parameters:
+        placements: Any = parameter.placements  # type: ignore[attr-defined]
+        copies = [mesh.size(dimension) for dimension, p in enumerate(placements) if p.is_replicate()]
+        counts.append(float(np.prod(copies)))
     if all(count == 1.0 for count in counts):
         return None
     return torch.tensor(counts, dtype=torch.float64, device=bucket.device)

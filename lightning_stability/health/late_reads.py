@@ -22,11 +22,11 @@ class _Pending:
 
 
 class LateReads:
-    """Copies vectors to the host behind the device's back and hands them over, in order, once they have arrived.
+    """Copies vectors to the host behind the device's back and hands them over, in order, once they are there.
 
-    On CUDA a vector goes to pinned memory with an asynchronous copy and an event; `poll` looks whether the event has
-    passed and never waits. Buffers and events are used again, so that a steady run allocates nothing. Elsewhere the
-    values are handed over at once (on the CPU they are there already).
+    On CUDA a vector goes to pinned memory with an asynchronous copy and an event; `poll` looks whether the
+    event has passed and never waits. Buffers and events are used again, so that a steady run allocates
+    nothing. Elsewhere the values are handed over at once (on the CPU they are there already).
 
     Example:
         >>> reads = LateReads()
@@ -53,14 +53,14 @@ class LateReads:
             buffer, event = free.pop()
         else:
             buffer = torch.empty(vector.numel(), dtype=vector.dtype, pin_memory=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         buffer.copy_(vector, non_blocking=True)
         event.record(torch.cuda.current_stream(vector.device))
         self._pending.append(_Pending(buffer, event, on_host))
 
     def poll(self) -> None:
         """Hand over what has arrived."""
-        while self._pending and self._pending[0].event.query():
+        while self._pending and self._pending[0].event.query():  # type: ignore[no-untyped-call]
             self._hand_over(self._pending.popleft())
 
     def drain(self) -> None:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 
 def scale_tensor(precision_plugin: Any) -> Tensor | None:
-    """The scale that this step's loss was multiplied with, as the device tensor that the scaler updates in place.
+    """The scale that this step's loss was multiplied with, as the device tensor that is updated in place.
 
     `GradScaler.get_scale()` is the public way, but it waits for the device.
 
@@ -27,7 +27,7 @@ def scale_tensor(precision_plugin: Any) -> Tensor | None:
 
 
 def unscales_itself(optimizer: Optimizer) -> bool:
-    """Whether the optimizer divides the scale out inside its step, so that its gradients still carry it before.
+    """Whether the optimizer divides the scale out inside its step, so that gradients carry it until then.
 
     True for the fused ones and for any optimizer that declares the same to GradScaler.
 

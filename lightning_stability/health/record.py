@@ -18,7 +18,7 @@ FP32_LARGEST_NORM = math.sqrt(float(np.finfo(np.float32).max))
 
 @dataclass(slots=True, eq=False)
 class StepRecord:
-    """What one optimizer step's tensors said. Gradients are true ones: unscaled, accumulated, before clipping.
+    """What one optimizer step's tensors said. Gradients are the true ones: unscaled, accumulated, unclipped.
 
     Attributes:
         step: Optimizer steps completed before this one (`trainer.global_step`).
@@ -28,12 +28,13 @@ class StepRecord:
         batches: Batches whose gradients it accumulated.
         parameter_names: The trained parameters.
         grad_norms: The L2 norm of each one's gradient; 0 where it got none.
-        gradients: `"finite"`; `"nan"`; `"inf"`; or `"overflow"` when every element is finite but the fp32 sum of
-            squares is not.
+        gradients: `"finite"`; `"nan"`; `"inf"`; or `"overflow"` when every element is finite but the fp32 sum
+            of squares is not.
         loss: The mean loss of the batches; None without a backward pass.
         loss_scale: The GradScaler's scale during the step; None without one.
         learning_rates: One for each of the optimizer's parameter groups.
-        clip_coefficient: What clipping by norm multiplied the gradients with; None where Lightning's was not used.
+        clip_coefficient: What clipping by norm multiplied the gradients with; None where Lightning's was not
+            used.
         skipped_by: Who skipped the update (`"GradScaler"`, `"no loss"`); None if it was taken.
         weight_norms: The L2 norm of each parameter before the update, if a policy asked for it.
         update_norms: The L2 norm of each parameter's change, if a policy asked for it.
@@ -76,8 +77,8 @@ class StepRecord:
 class ParameterGroups:
     """Which parameters belong together, by the leading components of their names.
 
-    `group_depth` counts the components of the module's path: with depth 2, `encoder.blocks.0.attn.weight` belongs to
-    `encoder.blocks` and `head.weight` to `head`. A parameter of the root module is its own group.
+    `group_depth` counts the components of the module's path: with depth 2, `encoder.blocks.0.attn.weight`
+    belongs to `encoder.blocks` and `head.weight` to `head`. A parameter of the root module is its own group.
 
     Args:
         parameter_names: The names, as in a `StepRecord`.

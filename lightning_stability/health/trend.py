@@ -39,9 +39,9 @@ class NormTrend:
     """Follows the logarithm of a norm with an exponentially weighted mean and deviation.
 
     With weight `w = max(1 / n, 1 / 50)` for the n-th value `x` and `d = x - mean`: `mean += w d` and
-    `variance = (1 - w) (variance + w d^2)` (T. Finch, "Incremental calculation of weighted mean and variance", 2009).
-    A value out of range enters at the range's edge, so that a rise does not hide itself, while a lasting new level is
-    accepted in time.
+    `variance = (1 - w) (variance + w d^2)` (T. Finch, "Incremental calculation of weighted mean and
+    variance", 2009). A value out of range enters at the range's edge, so that a rise does not hide itself,
+    while a lasting new level is accepted in time.
 
     Args:
         group_names: The groups whose norms come with each total.
