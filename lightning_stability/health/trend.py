@@ -109,9 +109,8 @@ class NormTrend:
         )
 
     def _follow_groups(self, group_norms: Floats, weight: float) -> None:
-        with np.errstate(divide="ignore"):
-            logs = np.log(group_norms)
-        known = np.isfinite(logs)  # a group without a gradient says nothing about its norm
+        known = group_norms > 0.0  # a group without a gradient says nothing about its norm
+        logs = np.log(np.where(known, group_norms, 1.0))
         start = np.where(np.isnan(self._group_means), logs, self._group_means)
         self._group_means = np.where(known, start + weight * (logs - start), self._group_means)
 
