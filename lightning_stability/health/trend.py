@@ -40,8 +40,10 @@ class NormTrend:
 
     With weight `w = max(1 / n, 1 / 50)` for the n-th value `x` and `d = x - mean`: `mean += w d` and
     `variance = (1 - w) (variance + w d^2)` (T. Finch, "Incremental calculation of weighted mean and
-    variance", 2009). A value out of range enters at the range's edge, so that a rise does not hide itself,
-    while a lasting new level is accepted in time.
+    variance", 2009).
+
+    A value out of range moves the mean as one at the range's edge would, and the deviation not at all: a rise
+    does not widen the range that it left, while a lasting new level is accepted in time.
 
     Args:
         group_names: The groups whose norms come with each total.
@@ -78,16 +80,15 @@ class NormTrend:
             return None
         value = math.log(total)
         margin = max(DEVIATIONS * math.sqrt(self._variance), math.log(LEAST_FACTOR))
-        rise = None
-        if self._count >= MEMORY_STEPS:
-            rise = self._judge(value, margin, group_norms)
-            value = min(value, self._mean + margin)
+        rise = self._judge(value, margin, group_norms) if self._count >= MEMORY_STEPS else None
         self._count += 1
         weight = max(1.0 / self._count, 1.0 / MEMORY_STEPS)
-        difference = value - self._mean
-        self._mean += weight * difference
-        self._variance = (1.0 - weight) * (self._variance + weight * difference * difference)
-        if not self._steps_above:  # a group's usual norm is the one from before the rise
+        if self._steps_above:
+            self._mean += weight * margin
+        else:
+            difference = value - self._mean
+            self._mean += weight * difference
+            self._variance = (1.0 - weight) * (self._variance + weight * difference * difference)
             self._follow_groups(group_norms, weight)
         return rise
 
