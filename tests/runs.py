@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stability.runtime import StepRecord, runtime_of
+from lightning_stability.callbacks.base import RuntimeCallback
+from lightning_stability.health import StepRecord
+from lightning_stability.runtime import runtime_of
 
 NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -119,35 +121,18 @@ def data(
     return DataLoader(TensorDataset(torch.randn(count, features).to(dtype)), batch_size=batch_size)
 
 
-class Recorder:
+class RecordCallback(RuntimeCallback):
     """A policy that keeps every record."""
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
+        self.seen_runtimes: list[Any] = []
 
     def on_record(self, record: StepRecord) -> None:
         self.records.append(record)
 
-    def wants_update(self, logger_step: int) -> bool:
-        return False
-
-
-def record_callback(pl: types.ModuleType) -> Any:
-    """A callback that is itself a policy of the runtime and keeps the records."""
-    from lightning_stability.callbacks.base import RuntimeCallback
-
-    class RecordCallback(RuntimeCallback):
-        def __init__(self) -> None:
-            self.records: list[StepRecord] = []
-            self.seen_runtimes: list[Any] = []
-
-        def on_record(self, record: StepRecord) -> None:
-            self.records.append(record)
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            self.seen_runtimes.append(runtime_of(trainer))
-
-    return RecordCallback()
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen_runtimes.append(runtime_of(trainer))
 
 
 def trainer(pl: types.ModuleType, **options: Any) -> Any:

@@ -157,7 +157,7 @@ class TestClipping:
 
         module = runs.make_module(pl)
         options = {"logger": runs.memory_logger(pl), "gradient_clip_val": 0.05}
-        trainer = runs.trainer(pl, callbacks=[GradNormMonitor(), runs.record_callback(pl)], **options)
+        trainer = runs.trainer(pl, callbacks=[GradNormMonitor(), runs.RecordCallback()], **options)
         with Count():
             trainer.fit(module, runs.data())
         assert calls["norm"] == len(module.copies) == 4
