@@ -93,7 +93,7 @@ class TestWhatIsLogged:
 
     def test_update_ratio_is_measured_on_logged_steps_alone(self, pl: Any) -> None:
         rows = fit_scripted(pl, [1.0] * 6, GradNormMonitor(every_n_steps=3, log_update_ratio=True))
-        assert all("update_ratio/net" in row for _, row in rows) and len(rows) == 2
+        assert ["update_ratio/net" in row for _, row in rows] == [True, True]
         assert all("update_ratio/net" not in row for _, row in fit_scripted(pl, [1.0] * 2, GradNormMonitor()))
 
     def test_a_group_that_is_called_like_a_key_keeps_apart(self, pl: Any) -> None:
@@ -230,9 +230,10 @@ class TestRisingNorm:
         rise = [1.5**i for i in range(1, 20)]
         messages, events = self.fit(pl, self.STEADY + rise + self.STEADY + rise, tmp_path)
         assert len(messages) == len(events) == 2
-        assert "group `net` grew most" in messages[0] and f"step {events[0]['step']}" in messages[0]
+        assert "group `net` grew most" in messages[0]
+        assert f"step {events[0]['step']}" in messages[0]
         first = events[0]
-        assert first["event"] == "gradient_norm_rising" and first["rank"] == 0 and first["epoch"] == 0
+        assert (first["event"], first["rank"], first["epoch"]) == ("gradient_norm_rising", 0, 0)
         assert len(self.STEADY) < first["step"] < len(self.STEADY) + 10, "long before the explosion"
         assert 3.0 < first["ratio"] < 30.0
         assert first["norm"] == pytest.approx(rise[first["step"] - len(self.STEADY)], rel=1e-6)
@@ -241,7 +242,7 @@ class TestRisingNorm:
         norms = self.STEADY * 2
         norms[80] = norms[100] = norms[101] = 50.0
         messages, events = self.fit(pl, norms, tmp_path)
-        assert messages == [] and events == []
+        assert (messages, events) == ([], [])
 
     def test_falling_is_not(self, pl: Any, tmp_path: Path) -> None:
         assert self.fit(pl, [100 * 0.97**i for i in range(150)], tmp_path)[0] == []
@@ -307,7 +308,7 @@ class TestLifeInATrainer:
                 pl, on_train_batch_start=lambda self, b, i, seen=seen: seen.append(runtime_of(self.trainer))
             )
             runs.trainer(pl, callbacks=[GradNormMonitor()], **options).fit(module, runs.data())
-            assert seen and set(seen) == {None}
+            assert set(seen) == {None}
 
     def test_second_fit_and_two_trainers_one_after_the_other(self, pl: Any) -> None:
         monitor, module = GradNormMonitor(), runs.make_module(pl)
@@ -347,7 +348,7 @@ class TestLifeInATrainer:
         module = runs.make_module(pl, on_train_batch_end=on_train_batch_end)
         runs.trainer(pl, logger=logger, callbacks=[monitor], max_steps=1).fit(module, runs.data())
         for copied in copies:
-            assert copied.group_depth == 1 and copied._runtime is None
+            assert (copied.group_depth, copied._runtime) == (1, None)
             runs.trainer(pl, logger=logger, callbacks=[copied], max_steps=1).fit(
                 runs.make_module(pl), runs.data()
             )
