@@ -55,7 +55,7 @@ class RuntimeCallback(Callback):
             self._runtime = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, here or in another process, has no Trainer yet. `log` and `log_dict` are the LightningModule's:
+        # A copy, here or in another process, has no Trainer yet. `log` and `log_dict` belong to the module:
         # Lightning puts them on every callback while it runs.
         not_ours = ("_runtime", "log", "log_dict")
         return {name: value for name, value in vars(self).items() if name not in not_ours}
