@@ -2,16 +2,17 @@
 
 Two figures for each way:
 
-* step ratio: the time of a step over that of a bare Trainer's. Blocks of steps of all ways are interleaved in one
-  process with bare blocks around them; each block is compared with the bare blocks of its own round, and the
+* step ratio: the time of a step over that of a bare Trainer's. Blocks of steps of all ways are interleaved in
+  one process with bare blocks around them; each block is compared with the bare blocks at its sides, and the
   median over the rounds is given with the range.
-* hook time: the microseconds on host and device that the hooks themselves take, on the gradients of a real step, beside
-  one bare `torch._foreach_norm` over the same gradients.
+* hook time: the microseconds on host and device that the hooks themselves take, on the gradients of a real
+  step, beside one bare `torch._foreach_norm` over the same gradients.
 
-usage: python benchmarks/grad_norm.py [--quick] [--rounds N] [--device cuda] [--workloads a,b] [--json FILE] [--gpu-tests]
+usage: python benchmarks/grad_norm.py [--quick] [--rounds N] [--device cuda] [--workloads a,b] [--json FILE]
+                                      [--gpu-tests]
 
-`--gpu-tests` first runs the tests marked `gpu`, which count synchronisations, so that one command does everything on
-a machine with a GPU.
+`--gpu-tests` first runs the tests marked `gpu`, which count synchronisations, so that one command does everything
+on a machine with a GPU.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def main() -> None:
             "parameters": sum(p.numel() for p in workload.module.parameters() if p.requires_grad),
             "tensors": sum(p.requires_grad for p in workload.module.parameters()),
             "hooks": hook_times(workload, device, bandwidth=report["machine"]["read_bytes_per_second"]),
-            "steps": step_ratios(workload, device, options.rounds),
+            "steps": step_ratios(workload, device, options.rounds) if options.rounds else None,
         }
         report["workloads"][name] = result
         print_result(name, result, device)
@@ -459,12 +460,13 @@ def synchronise(device: torch.device) -> None:
 
 
 def print_result(name: str, result: dict[str, Any], device: torch.device) -> None:
-    bare = result["steps"]["bare_ms"]
     print(f"\n{name}: {result['parameters']:,} trained numbers in {result['tensors']} tensors")
-    print(f"bare step {bare['median']:.2f} ms ({bare['min']:.2f} to {bare['max']:.2f})")
-    print(f"{'way':40s} {'step ratio':>10s}   range")
-    for way, ratio in result["steps"]["ratio"].items():
-        print(f"{way:40s} {ratio['median']:10.3f}   {ratio['min']:.3f} to {ratio['max']:.3f}")
+    if result["steps"]:
+        bare = result["steps"]["bare_ms"]
+        print(f"bare step {bare['median']:.2f} ms ({bare['min']:.2f} to {bare['max']:.2f})")
+        print(f"{'way':40s} {'step ratio':>10s}   range")
+        for way, ratio in result["steps"]["ratio"].items():
+            print(f"{way:40s} {ratio['median']:10.3f}   {ratio['min']:.3f} to {ratio['max']:.3f}")
     print(f"{'hook':40s} {'host us':>10s} {'device us':>10s} {'kernels':>8s}")
     for hook, times in result["hooks"].items():
         columns = [f"{times[key]:10.1f}" if key in times else " " * 10 for key in ("host_us", "device_us")]
@@ -485,7 +487,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="shorter blocks and 3 rounds: to see that it runs"
     )
-    parser.add_argument("--rounds", type=int, help="rounds of interleaved blocks (7)")
+    parser.add_argument("--rounds", type=int, help="rounds of interleaved blocks (7); 0: hook times alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--workloads", type=lambda text: text.split(","), default=every, help=", ".join(every)
@@ -493,7 +495,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--gpu-tests", action="store_true", help="first run the tests marked gpu")
     options = parser.parse_args()
-    options.rounds = options.rounds or (3 if options.quick else 7)
+    if options.rounds is None:
+        options.rounds = 3 if options.quick else 7
     return options
 
 

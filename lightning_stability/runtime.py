@@ -171,7 +171,7 @@ class Runtime:
         step = self._step
         if step is None or step.meter is None or step.optimizer is not optimizer:
             return False
-        if not self._drives_clipping(self.trainer.lightning_module):
+        if not step.meter.drives_clipping:
             return False
         step.meter.clip_(float(max_norm))
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class GradientMeter:
 
     def __init__(self, optimizer: Optimizer, names: Mapping[Tensor, str], drives_clipping: bool) -> None:
         self._optimizer = optimizer
+        self.drives_clipping = drives_clipping
         self._parameters = _parameters(optimizer)
         self._buckets = _buckets(self._parameters, drives_clipping)
         in_order = [parameter for bucket in self._buckets for parameter in bucket.parameters]
@@ -68,6 +70,7 @@ class GradientMeter:
         dtype = torch.float64 if wide or any(p.dtype == torch.float64 for p in in_order) else torch.float32
         row_class = _DeviceRow if self._device.type == "cuda" else _HostRow
         self._row: _HostRow | _DeviceRow = row_class(len(in_order), self._device, dtype)
+        self._present: list[Tensor] | None = None
         self._before: list[list[Tensor]] | None = None
         self._weight_norms: Tensor | None = None
 
@@ -86,6 +89,9 @@ class GradientMeter:
         norms = [norm for bucket in self._buckets for norm in bucket.gradient_norms()]
         if self._several_devices:
             norms = [norm.to(self._device, non_blocking=True) for norm in norms]
+        self._present = (
+            None if all(bucket.regular for bucket in self._buckets) else self._without_absent(norms)
+        )
         self._row.write(norms, scalars)
         self._tell_overflow_from_inf()
         self._add_up_shards(self._row.norms)
@@ -98,13 +104,9 @@ class GradientMeter:
             max_norm: The norm that the gradients shall not exceed.
         """
         norms = self._row.norms
-        if not all(bucket.regular for bucket in self._buckets):
-            # Lightning's total leaves absent gradients out; a zero in between would change the order of the
-            # sum.
-            present = [
-                i for i, grad in enumerate(g for b in self._buckets for g in b.gradients) if grad is not None
-            ]
-            norms = torch.stack([norms[i] for i in present]) if present else norms
+        if self._present is not None and not self._sharded:
+            # Lightning's total leaves absent gradients out; a zero in between would change the order of the sum.
+            norms = _stack(self._present, norms.dtype, norms.device)
         total = torch.linalg.vector_norm(norms)
         coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for bucket in self._buckets:
@@ -140,6 +142,7 @@ class GradientMeter:
             self._before = self._weight_norms = None
         for bucket in self._buckets:
             bucket.gradients = []
+        self._present = None
         unpack = self._row.unpacker()
         count = len(self.parameter_names)
 
@@ -154,6 +157,10 @@ class GradientMeter:
             on_host(measurement)
 
         reads.send(vectors[0] if len(vectors) == 1 else torch.cat(vectors), arrived)
+
+    def _without_absent(self, norms: list[Tensor]) -> list[Tensor]:
+        gradients = (gradient for bucket in self._buckets for gradient in bucket.gradients)
+        return [norm for norm, gradient in zip(norms, gradients, strict=True) if gradient is not None]
 
     def _norms_of(self, tensors: list[list[Tensor]]) -> Tensor:
         norms = [n for bucket, group in zip(self._buckets, tensors, strict=True) for n in bucket.norms(group)]
@@ -176,7 +183,7 @@ class GradientMeter:
 
     def _tell_overflow_from_inf(self) -> None:
         """On the host, where a look is free, measure again in float64 if fp32 says not finite."""
-        if not isinstance(self._row, _HostRow) or bool(torch.isfinite(self._row.norms).all()):
+        if not isinstance(self._row, _HostRow) or math.isfinite(float(self._row.norms.sum())):
             return
         exact = [
             torch.zeros((), dtype=torch.float64)

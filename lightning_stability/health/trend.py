@@ -63,6 +63,7 @@ class NormTrend:
         self._mean = 0.0
         self._variance = 0.0
         self._group_means = np.full(len(group_names), np.nan)
+        self._all_known = False
         self._steps_above = 0
         self._rising = False
 
@@ -110,10 +111,14 @@ class NormTrend:
         )
 
     def _follow_groups(self, group_norms: Floats, weight: float) -> None:
+        if self._all_known and group_norms.min(initial=math.inf) > 0.0:
+            self._group_means += weight * (np.log(group_norms) - self._group_means)
+            return
         known = group_norms > 0.0  # a group without a gradient says nothing about its norm
         logs = np.log(np.where(known, group_norms, 1.0))
         start = np.where(np.isnan(self._group_means), logs, self._group_means)
         self._group_means = np.where(known, start + weight * (logs - start), self._group_means)
+        self._all_known = not np.isnan(self._group_means).any()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next `update` depends on."""
