@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,16 +153,14 @@ def make_workload(name: str, device: torch.device, quick: bool) -> Workload | No
         width, layers, length, batch = (768, 12, 512, 16) if cuda else (256, 4, 64, 4)
         net = Transformer(width, layers, 12 if cuda else 4, 32_000 if cuda else 4_000, length)
         tokens = torch.randint(0, 4_000, (batch, length))
-        return Workload(Module(net), tokens.to(device), (20 if cuda else 12) // shorter, precision)
+        return Workload(Module(net), tokens.to(device), 12 // shorter, precision)
     if name == "small_tensors":
         layers = [part for _ in range(73) for part in (nn.Linear(128, 128), nn.Tanh())]
         net = nn.Sequential(*layers, nn.Linear(128, 128, bias=False))
-        return Workload(
-            Module(net), torch.randn(32, 128).to(device), (60 if cuda else 40) // shorter, precision
-        )
+        return Workload(Module(net), torch.randn(32, 128).to(device), 40 // shorter, precision)
     if name == "2000_tensors":
-        return Workload(Module(ManyTensors(2000)), torch.randn(8, 1024).to(device), 24 // shorter, precision)
-    return probe_workload(device, precision, 30 // shorter if cuda else 6 // shorter)
+        return Workload(Module(ManyTensors(2000)), torch.randn(8, 1024).to(device), 15 // shorter, precision)
+    return probe_workload(device, precision, (12 if cuda else 6) // shorter)
 
 
 def probe_workload(device: torch.device, precision: str, steps: int) -> Workload | None:
@@ -255,7 +253,7 @@ class KeepNothing(Logger):
 class Clock(pl.Callback):
     """Times the steps of a block after the first few."""
 
-    WARM_UP = 5
+    WARM_UP = 3
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -307,14 +305,13 @@ def step_ratios(workload: Workload, device: torch.device, rounds: int) -> dict[s
     for _ in range(rounds):
         ways = list(WAYS)
         order.shuffle(ways)
+        bare.append(run_block(workload, device, [], None, workload.steps))
         for way in ways:
-            # A bare block before and after: what drifts over the round falls on both sides.
-            before = run_block(workload, device, [], None, workload.steps)
             callbacks, clip = WAYS[way]()
             seconds = run_block(workload, device, callbacks, clip, workload.steps)
-            after = run_block(workload, device, [], None, workload.steps)
-            bare += [before, after]
-            ratios[way].append(2 * seconds / (before + after))
+            # A bare block before and after: what drifts over the round falls on both sides.
+            bare.append(run_block(workload, device, [], None, workload.steps))
+            ratios[way].append(2 * seconds / (bare[-2] + bare[-1]))
     summary = {way: spread(values) for way, values in ratios.items()}
     return {"bare_ms": {key: 1e3 * value for key, value in spread(bare).items()}, "ratio": summary}
 
@@ -392,27 +389,25 @@ def interleaved(timed: dict[str, Callable[[], Any]], device: torch.device, repea
         result[name] = {"host_us": spread_of_host["median"], "host_us_range": spread_of_host}
         if device.type == "cuda":
             result[name]["device_us"] = device_microseconds(function)
-            result[name]["kernels"] = count_kernels(function)
     return result
 
 
-def device_microseconds(function: Callable[[], Any], calls: int = 10) -> float:
-    """The time that the function's own kernels and copies take on the device, without the gaps between them."""
-    return sum(event.self_device_time_total for event in profile(function, calls)) / calls
-
-
-def count_kernels(function: Callable[[], Any]) -> int:
-    return sum(event.count for event in profile(function, 1))
-
-
-def profile(function: Callable[[], Any], calls: int) -> Iterator[Any]:
-    from torch.autograd import DeviceType
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+def device_microseconds(function: Callable[[], Any], calls: int = 5) -> float:
+    """The time of the function's work on the device. A long wait in front lets the host queue all of it first."""
+    times = []
+    for repeat in range(6):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(400_000_000)  # about a fifth of a second
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
         for _ in range(calls):
             function()
-        torch.cuda.synchronize()
-    return (event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA)
+        end.record()
+        ahead = not start.query()
+        end.synchronize()
+        if repeat and ahead:  # the first one pins memory
+            times.append(1e3 * start.elapsed_time(end) / calls)
+    return statistics.median(times) if times else float("nan")
 
 
 # The machine and the report
@@ -467,10 +462,10 @@ def print_result(name: str, result: dict[str, Any], device: torch.device) -> Non
         print(f"{'way':40s} {'step ratio':>10s}   range")
         for way, ratio in result["steps"]["ratio"].items():
             print(f"{way:40s} {ratio['median']:10.3f}   {ratio['min']:.3f} to {ratio['max']:.3f}")
-    print(f"{'hook':40s} {'host us':>10s} {'device us':>10s} {'kernels':>8s}")
+    print(f"{'hook':40s} {'host us':>10s} {'device us':>10s}")
     for hook, times in result["hooks"].items():
         columns = [f"{times[key]:10.1f}" if key in times else " " * 10 for key in ("host_us", "device_us")]
-        print(f"{hook:40s} {columns[0]} {columns[1]} {times.get('kernels', ''):>8}")
+        print(f"{hook:40s} {columns[0]} {columns[1]}")
     sys.stdout.flush()
 
 

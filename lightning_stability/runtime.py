@@ -42,8 +42,11 @@ _REFUSED = {
 class Policy(Protocol):
     """What a callback registers with the runtime: usually itself."""
 
+    read_every: int
+    """How many steps may pass before records that are on the host are handed over. Several at a time cost less."""
+
     def on_record(self, record: StepRecord) -> None:
-        """Called once for each optimizer step, in order, as soon as its numbers are on the host."""
+        """Called once for each optimizer step, in order, some time after it."""
 
     def wants_update(self, logger_step: int) -> bool:
         """Whether the sizes of this step's update and weights shall be measured too."""
@@ -63,6 +66,7 @@ class Runtime:
         _refuse_strategy(trainer)
         self._trainer = weakref.ref(trainer)
         self._policies: list[Policy] = []
+        self._read_every = 1
         self._reads = LateReads()
         self._meters: dict[Optimizer, GradientMeter] = {}
         self._names: dict[Tensor, str] = {}
@@ -90,6 +94,7 @@ class Runtime:
         if runtime is None:
             runtime = _RUNTIMES[trainer] = cls(trainer)
         runtime._policies.append(policy)
+        runtime._read_every = min(policy.read_every for policy in runtime._policies)
         return runtime
 
     def detach(self, policy: Policy) -> None:
@@ -198,7 +203,8 @@ class Runtime:
             skipped_by=None if step.called else NO_LOSS if step.batches == 0 else GRAD_SCALER,
         )
         step.meter.send(self._reads, lambda measurement: self._hand_over(record.complete(measurement)))
-        self._reads.poll()
+        if len(self._reads) >= self._read_every:
+            self._reads.poll()
 
     # Parts of the above.
 

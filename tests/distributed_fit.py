@@ -115,7 +115,9 @@ def measure_placements(folder: Path) -> None:
     meter = GradientMeter(torch.optim.SGD([*parameters, plain], lr=0.1), {}, drives_clipping=False)
     meter.measure({})
     results: list[list[float]] = []
-    meter.send(LateReads(), lambda measurement: results.append(measurement.grad_norms.tolist()))
+    reads = LateReads()
+    meter.send(reads, lambda measurement: results.append(measurement.grad_norms.tolist()))
+    reads.drain()
     expected = [float(gradient.double().norm()) for gradient in whole] + [5.0]
     (folder / f"{rank}.json").write_text(json.dumps({"norms": results[0], "expected": expected}))
     dist.destroy_process_group()

@@ -134,13 +134,12 @@ def test_overflow_and_infinity_are_told_apart() -> None:
 
 
 def test_what_is_read_late_is_what_was_measured() -> None:
-    """The device lags behind, the buffer is written again and again, and each read still gets its own step."""
+    """The device lags behind, its buffer is written again and again: each read still gets its own step."""
     weight = torch.nn.Parameter(torch.zeros(1, device="cuda"))
     meter = GradientMeter(torch.optim.SGD([weight], lr=0.1), {}, drives_clipping=False)
     reads, norms = LateReads(), []
-    work = torch.randn(4096, 4096, device="cuda")
     for step in range(50):
-        work @ work
+        torch.cuda._sleep(2_000_000)
         weight.grad = torch.full((1,), float(step), device="cuda")
         meter.measure({"loss": torch.tensor(float(step), device="cuda")})
         meter.send(reads, lambda m: norms.append((float(m.grad_norms[0]), m.scalars["loss"])))

@@ -12,6 +12,9 @@ from lightning_stability.runtime import Runtime
 class RuntimeCallback(Callback):
     """A callback that is a policy of its Trainer's runtime while `fit` runs."""
 
+    read_every = 1
+    """How many steps may pass before records that are on the host are handed over. Several at a time cost less."""
+
     _runtime: Runtime | None = None
 
     def is_needed(self, trainer: Any) -> bool:
@@ -19,7 +22,7 @@ class RuntimeCallback(Callback):
         return True
 
     def on_record(self, record: StepRecord) -> None:
-        """Called once for each optimizer step, in order, as soon as its numbers are on the host."""
+        """Called once for each optimizer step, in order, some time after it."""
 
     def wants_update(self, logger_step: int) -> bool:
         """Whether the sizes of this step's update and weights shall be measured too."""

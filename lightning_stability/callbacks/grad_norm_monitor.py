@@ -55,6 +55,8 @@ class GradNormMonitor(RuntimeCallback):
         >>> trainer = Trainer(max_steps=100, callbacks=[GradNormMonitor(group_depth=1)], logger=False)
     """
 
+    read_every = 8  # a rise is called out in time, and most steps are spared the reading
+
     def __init__(
         self, group_depth: int = 2, every_n_steps: int | None = None, log_update_ratio: bool = False
     ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,8 +59,8 @@ class GradientMeter:
     def __init__(self, optimizer: Optimizer, names: Mapping[Tensor, str], drives_clipping: bool) -> None:
         self._optimizer = optimizer
         self.drives_clipping = drives_clipping
-        self._parameters = _parameters(optimizer)
-        self._buckets = _buckets(self._parameters, drives_clipping)
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        self._buckets = _buckets([p for group in self._groups for p in group], drives_clipping)
         in_order = [parameter for bucket in self._buckets for parameter in bucket.parameters]
         self.parameter_names = tuple(names.get(p, f"unnamed_{i}") for i, p in enumerate(in_order))
         self._device = in_order[0].device if in_order else torch.device("cpu")
@@ -76,8 +76,11 @@ class GradientMeter:
 
     def is_current(self) -> bool:
         """Whether the optimizer still holds exactly the parameters that this meter was made for."""
-        now = _parameters(self._optimizer)
-        return len(now) == len(self._parameters) and all(map(operator.is_, now, self._parameters))
+        now = [group["params"] for group in self._optimizer.param_groups]
+        return len(now) == len(self._groups) and all(
+            len(group) == len(before) and all(map(operator.is_, group, before))
+            for group, before in zip(now, self._groups, strict=True)
+        )
 
     @torch.no_grad()
     def measure(self, scalars: Mapping[str, Tensor]) -> None:
@@ -86,7 +89,10 @@ class GradientMeter:
         Args:
             scalars: Numbers on the device that travel to the host with the norms, by name.
         """
-        norms = [norm for bucket in self._buckets for norm in bucket.gradient_norms()]
+        if len(self._buckets) == 1:
+            norms = self._buckets[0].gradient_norms()
+        else:
+            norms = [norm for bucket in self._buckets for norm in bucket.gradient_norms()]
         if self._several_devices:
             norms = [norm.to(self._device, non_blocking=True) for norm in norms]
         self._present = (
@@ -158,7 +164,7 @@ class GradientMeter:
 
         reads.send(vectors[0] if len(vectors) == 1 else torch.cat(vectors), arrived)
 
-    def _without_absent(self, norms: list[Tensor]) -> list[Tensor]:
+    def _without_absent(self, norms: Sequence[Tensor]) -> list[Tensor]:
         gradients = (gradient for bucket in self._buckets for gradient in bucket.gradients)
         return [norm for norm, gradient in zip(norms, gradients, strict=True) if gradient is not None]
 
@@ -215,12 +221,13 @@ class _Bucket:
             # An absent or sparse gradient is told by the call that refuses it, so that nobody has to look at
             # each.
             try:
-                gradients = self.local([p.grad for p in self.parameters])  # type: ignore[misc]
+                gradients: list[Any] = [p.grad for p in self.parameters]
+                gradients = self.local(gradients)
                 norms = self.norms(gradients)
             except (TypeError, AttributeError, NotImplementedError):
                 self.regular = False
             else:
-                self.gradients = list(gradients)
+                self.gradients = gradients  # type: ignore[assignment]
                 return norms
         return self._irregular_norms()
 
@@ -245,9 +252,9 @@ class _Bucket:
             parameter.grad = parameter.grad.coalesce()
         return parameter.grad._values()
 
-    def local(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+    def local(self, tensors: list[Tensor]) -> list[Tensor]:
         if self.mesh is None:
-            return list(tensors)
+            return tensors
         return [_whole_or_shard(tensor).to_local() for tensor in tensors]  # type: ignore[attr-defined]
 
     def norms(self, tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -271,7 +278,7 @@ class _HostRow:
         self._exact: Tensor | None = None
         self._scalars: dict[str, float] = {}
 
-    def write(self, norms: list[Tensor], scalars: Mapping[str, Tensor]) -> None:
+    def write(self, norms: Sequence[Tensor], scalars: Mapping[str, Tensor]) -> None:
         self.norms, self._exact = self.stack(norms), None
         self._scalars = {name: float(scalar) for name, scalar in scalars.items()}
 
@@ -306,12 +313,11 @@ class _DeviceRow:
         self._norm_slots, self._scalar_slots = slots[:count], slots[count:]
         self._names: list[str] = []
 
-    def write(self, norms: list[Tensor], scalars: Mapping[str, Tensor]) -> None:
+    def write(self, norms: Sequence[Tensor], scalars: Mapping[str, Tensor]) -> None:
+        torch._foreach_copy_(self._norm_slots, norms)  # type: ignore[arg-type]
         self._names = list(scalars)[: self._SLOTS - 2]
-        buffer = self._buffer
-        # to() returns what already fits as it is
-        values = [s.detach().to(buffer.device, buffer.dtype, non_blocking=True) for s in scalars.values()]
-        torch._foreach_copy_(self._norm_slots + self._scalar_slots[: len(self._names)], norms + values)
+        for slot, scalar in zip(self._scalar_slots, scalars.values(), strict=False):
+            slot.copy_(scalar, non_blocking=True)
 
     def put(self, name: str, scalar: Tensor) -> None:
         self._scalar_slots[len(self._names)].copy_(scalar, non_blocking=True)
@@ -326,10 +332,6 @@ class _DeviceRow:
     def unpacker(self) -> Callable[[Floats], dict[str, float]]:
         names = self._names
         return lambda values: dict(zip(names, values.tolist(), strict=False))
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _buckets(parameters: list[Tensor], drives_clipping: bool) -> list[_Bucket]:

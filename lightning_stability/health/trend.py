@@ -16,6 +16,11 @@ DEVIATIONS = 4.0
 """How many deviations above the mean of the log norm are out of range."""
 LEAST_FACTOR = 3.0
 """A norm below this multiple of its usual value is never called out, however steady it was before."""
+LARGEST_STEP = 2.0
+"""A value further off than this many deviations counts as one at that distance, so that a slow rise cannot widen the
+range in front of it."""
+SMALLEST_DEVIATION = 0.05
+"""A deviation below this (5% of the norm) counts as this: without it a perfectly steady norm could never move on."""
 STEPS_IN_A_ROW = 3
 """A single spike is ordinary; this many steps out of range are a rise."""
 
@@ -42,8 +47,8 @@ class NormTrend:
     `variance = (1 - w) (variance + w d^2)` (T. Finch, "Incremental calculation of weighted mean and
     variance", 2009).
 
-    A value out of range moves the mean as one at the range's edge would, and the deviation not at all: a rise
-    does not widen the range that it left, while a lasting new level is accepted in time.
+    Once there is a usual value, `d` is held within two deviations: a rise then hardly moves the range that it is
+    leaving, while a lasting new level is accepted in time.
 
     Args:
         group_names: The groups whose norms come with each total.
@@ -84,12 +89,13 @@ class NormTrend:
         rise = self._judge(value, margin, group_norms) if self._count >= MEMORY_STEPS else None
         self._count += 1
         weight = max(1.0 / self._count, 1.0 / MEMORY_STEPS)
-        if self._steps_above:
-            self._mean += weight * margin
-        else:
-            difference = value - self._mean
-            self._mean += weight * difference
-            self._variance = (1.0 - weight) * (self._variance + weight * difference * difference)
+        difference = value - self._mean
+        if self._count > MEMORY_STEPS:
+            edge = LARGEST_STEP * max(math.sqrt(self._variance), SMALLEST_DEVIATION)
+            difference = min(max(difference, -edge), edge)
+        self._mean += weight * difference
+        self._variance = (1.0 - weight) * (self._variance + weight * difference * difference)
+        if not self._steps_above:  # a group's usual norm is the one from before the rise
             self._follow_groups(group_norms, weight)
         return rise
 

@@ -21,7 +21,9 @@ def measure(meter: GradientMeter, **scalars: float) -> Measurement:
 
 def send(meter: GradientMeter) -> Measurement:
     results: list[Measurement] = []
-    meter.send(LateReads(), results.append)
+    reads = LateReads()
+    meter.send(reads, results.append)
+    reads.drain()
     return results[0]
 
 
