@@ -11,8 +11,8 @@ Two figures for each way:
 usage: python benchmarks/grad_norm.py [--quick] [--rounds N] [--device cuda] [--workloads a,b] [--json FILE]
                                       [--gpu-tests]
 
-`--gpu-tests` first runs the tests marked `gpu`, which count synchronisations, so that one command does everything
-on a machine with a GPU.
+`--gpu-tests` first runs the tests marked `gpu`, which count synchronisations, so that one command does
+everything on a machine with a GPU.
 """
 
 from __future__ import annotations
@@ -373,7 +373,7 @@ def hook_times(workload: Workload, device: torch.device, bandwidth: float) -> di
 
 
 def interleaved(timed: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, Any]:
-    """Host and device microseconds of each function, taken in turns. The device is idle when a call starts."""
+    """Host and device microseconds of each function, in turns, each call on an idle device."""
     host: dict[str, list[float]] = {name: [] for name in timed}
     for repeat in range(repeats + 5):
         for name, function in timed.items():
@@ -393,7 +393,7 @@ def interleaved(timed: dict[str, Callable[[], Any]], device: torch.device, repea
 
 
 def device_microseconds(function: Callable[[], Any], calls: int = 5) -> float:
-    """The time of the function's work on the device. A long wait in front lets the host queue all of it first."""
+    """The time of the function's work on the device, which waits until the host has queued it all."""
     times = []
     for repeat in range(6):
         torch.cuda.synchronize()

@@ -43,7 +43,7 @@ class Policy(Protocol):
     """What a callback registers with the runtime: usually itself."""
 
     read_every: int
-    """How many steps may pass before records that are on the host are handed over. Several at a time cost less."""
+    """How many steps may pass before records are handed over. Several at a time cost less."""
 
     def on_record(self, record: StepRecord) -> None:
         """Called once for each optimizer step, in order, some time after it."""

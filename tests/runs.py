@@ -1,6 +1,7 @@
 """Small real runs whose gradients are copied by hand, for tests that compare a callback with those copies."""
 
 import importlib
+import tempfile
 import types
 import warnings
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_stability.callbacks.base import RuntimeCallback
 from lightning_stability.health import StepRecord
 from lightning_stability.runtime import runtime_of
 
+FOLDER = tempfile.TemporaryDirectory()  # for what a Trainer writes when nobody told it where
 NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 
 
@@ -141,6 +143,7 @@ def trainer(pl: types.ModuleType, **options: Any) -> Any:
         "devices": 1,
         "max_epochs": 1,
         "logger": False,
+        "default_root_dir": FOLDER.name,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,

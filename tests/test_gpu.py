@@ -138,13 +138,15 @@ def test_what_is_read_late_is_what_was_measured() -> None:
     weight = torch.nn.Parameter(torch.zeros(1, device="cuda"))
     meter = GradientMeter(torch.optim.SGD([weight], lr=0.1), {}, drives_clipping=False)
     reads, norms = LateReads(), []
-    for step in range(50):
-        torch.cuda._sleep(2_000_000)
-        weight.grad = torch.full((1,), float(step), device="cuda")
-        meter.measure({"loss": torch.tensor(float(step), device="cuda")})
+    values = [torch.full((1,), float(step), device="cuda") for step in range(50)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(100_000_000)
+    for value in values:
+        weight.grad = value
+        meter.measure({"loss": value[0]})
         meter.send(reads, lambda m: norms.append((float(m.grad_norms[0]), m.scalars["loss"])))
         reads.poll()
-    assert len(norms) < 50, "nothing was late: make the device slower"
+    assert norms == [], "nothing was late: make the device slower"
     reads.drain()
     assert norms == [(float(step), float(step)) for step in range(50)]
 

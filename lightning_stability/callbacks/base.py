@@ -13,7 +13,7 @@ class RuntimeCallback(Callback):
     """A callback that is a policy of its Trainer's runtime while `fit` runs."""
 
     read_every = 1
-    """How many steps may pass before records that are on the host are handed over. Several at a time cost less."""
+    """How many steps may pass before records are handed over. Several at a time cost less."""
 
     _runtime: Runtime | None = None
 

@@ -111,7 +111,7 @@ class GradientMeter:
         """
         norms = self._row.norms
         if self._present is not None and not self._sharded:
-            # Lightning's total leaves absent gradients out; a zero in between would change the order of the sum.
+            # Lightning's total leaves absent gradients out; a zero in between would change the sum's order.
             norms = _stack(self._present, norms.dtype, norms.device)
         total = torch.linalg.vector_norm(norms)
         coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
@@ -316,8 +316,10 @@ class _DeviceRow:
     def write(self, norms: Sequence[Tensor], scalars: Mapping[str, Tensor]) -> None:
         torch._foreach_copy_(self._norm_slots, norms)  # type: ignore[arg-type]
         self._names = list(scalars)[: self._SLOTS - 2]
-        for slot, scalar in zip(self._scalar_slots, scalars.values(), strict=False):
-            slot.copy_(scalar, non_blocking=True)
+        if self._names:
+            torch._foreach_copy_(
+                self._scalar_slots[: len(self._names)], [scalars[name] for name in self._names]
+            )
 
     def put(self, name: str, scalar: Tensor) -> None:
         self._scalar_slots[len(self._names)].copy_(scalar, non_blocking=True)
