@@ -17,10 +17,10 @@ DEVIATIONS = 4.0
 LEAST_FACTOR = 3.0
 """A norm below this multiple of its usual value is never called out, however steady it was before."""
 LARGEST_STEP = 2.0
-"""A value further off than this many deviations counts as one at that distance: a slow rise cannot widen the range
-in front of it."""
+"""A value further off than this many deviations counts as one at that distance: a slow rise cannot widen the
+range in front of it."""
 SMALLEST_DEVIATION = 0.05
-"""A deviation below this (5% of the norm) counts as this: else a perfectly steady norm could never move on."""
+"""A deviation below this (5% of the norm) counts as this: else a steady norm could never move on."""
 STEPS_IN_A_ROW = 3
 """A single spike is ordinary; this many steps out of range are a rise."""
 
@@ -47,8 +47,8 @@ class NormTrend:
     `variance = (1 - w) (variance + w d^2)` (T. Finch, "Incremental calculation of weighted mean and
     variance", 2009).
 
-    Once there is a usual value, `d` is held within two deviations: a rise then hardly moves the range that it is
-    leaving, while a lasting new level is accepted in time.
+    Once there is a usual value, `d` is held within two deviations: a rise then hardly moves the range that it
+    is leaving, while a lasting new level is accepted in time.
 
     Args:
         group_names: The groups whose norms come with each total.
