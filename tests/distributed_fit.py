@@ -112,13 +112,13 @@ def measure_placements(folder: Path) -> None:
         parameters.append(parameter)
     plain = nn.Parameter(torch.zeros(2))
     plain.grad = torch.tensor([3.0, 4.0])
-    meter = GradientMeter(torch.optim.SGD([*parameters, plain], lr=0.1), {}, drives_clipping=False)
+    meter = GradientMeter(torch.optim.SGD([plain, *parameters], lr=0.1), {}, drives_clipping=False)
     meter.measure({})
     results: list[list[float]] = []
     reads = LateReads()
     meter.send(reads, lambda measurement: results.append(measurement.grad_norms.tolist()))
     reads.drain()
-    expected = [float(gradient.double().norm()) for gradient in whole] + [5.0]
+    expected = [5.0] + [float(gradient.double().norm()) for gradient in whole]
     (folder / f"{rank}.json").write_text(json.dumps({"norms": results[0], "expected": expected}))
     dist.destroy_process_group()
 

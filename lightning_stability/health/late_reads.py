@@ -28,8 +28,8 @@ class LateReads:
     """Copies vectors to the host behind the device's back and hands them over, in order, once they are there.
 
     On CUDA a vector goes to pinned memory with an asynchronous copy and an event; `poll` looks whether the
-    event has passed and never waits. Rows and events are used again: a steady run allocates nothing. Elsewhere
-    the values are there at once and only wait to be polled.
+    event has passed and never waits. Rows and events are used again: a steady run allocates nothing.
+    Elsewhere the values are there at once and only wait to be polled.
 
     Example:
         >>> reads = LateReads()

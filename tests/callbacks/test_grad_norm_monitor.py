@@ -255,30 +255,25 @@ class TestResume:
         norms = (torch.rand(60) + 0.5).tolist() + [1.5**i for i in range(20)]
         norms[3] = float("nan")
 
-        def run(steps: int, checkpoint: Any, logger: Any) -> Any:
-            trainer = runs.trainer(
-                pl,
-                logger=logger,
-                callbacks=[GradNormMonitor(every_n_steps=5)],
-                max_steps=steps,
-                max_epochs=-1,
-            )
-            trainer.fit(scripted(pl, norms), runs.data(2 * len(norms)), ckpt_path=checkpoint)
-            return trainer
+        def save(self: Any, *args: Any) -> None:
+            if self.trainer.global_step == stop_at and not (tmp_path / "half.ckpt").exists():
+                self.trainer.save_checkpoint(tmp_path / "half.ckpt")
 
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            straight = runs.memory_logger(pl)
-            run(80, None, straight)
-            called_out = [str(w.message) for w in caught if "rising" in str(w.message)]
-        first, second = runs.memory_logger(pl), runs.memory_logger(pl)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            run(stop_at, None, first).save_checkpoint(tmp_path / "half.ckpt")
-            run(80, tmp_path / "half.ckpt", second)
-            assert [str(w.message) for w in caught if "rising" in str(w.message)] == called_out
-        assert len(called_out) == 1
-        assert first.rows + second.rows == straight.rows
+        def run(checkpoint: Any) -> tuple[list[Any], list[str]]:
+            logger = runs.memory_logger(pl)
+            monitor = GradNormMonitor(every_n_steps=5)
+            trainer = runs.trainer(pl, logger=logger, callbacks=[monitor], max_steps=80, max_epochs=-1)
+            module = scripted(pl, norms, on_train_batch_end=save)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.fit(module, runs.data(2 * len(norms)), ckpt_path=checkpoint)
+            return logger.rows, [str(w.message) for w in caught if "rising" in str(w.message)]
+
+        rows, warned = run(None)
+        rows_resumed, warned_resumed = run(tmp_path / "half.ckpt")
+        assert len(warned) == 1
+        assert rows_resumed == [row for row in rows if row[0] >= stop_at]
+        assert warned_resumed == warned
 
     def test_state_loads_with_weights_only(self, pl: Any, tmp_path: Path) -> None:
         logger = runs.memory_logger(pl)
