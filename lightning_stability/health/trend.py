@@ -58,8 +58,9 @@ class NormTrend:
         >>> trend = NormTrend(("encoder", "head"))
         >>> for _ in range(60):
         ...     assert trend.update(1.0, np.array([0.6, 0.8])) is None
-        >>> [trend.update(10.0, np.array([9.9, 0.8])) for _ in range(3)][-1]
-        Rise(group='encoder', group_ratio=16.5, ratio=10.0)
+        >>> rises = [trend.update(10.0, np.array([9.9, 0.8])) for _ in range(3)]
+        >>> rises[0], rises[1], rises[2].group, rises[2].group_ratio
+        (None, None, 'encoder', 16.5)
     """
 
     def __init__(self, group_names: tuple[str, ...]) -> None:
