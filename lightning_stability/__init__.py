@@ -1,5 +1,7 @@
-"""Callbacks that keep a PyTorch Lightning run alive and honest when numbers go bad, and say why they went bad."""
+"""Callbacks that keep a Lightning run alive and honest when numbers go bad, and say why they went bad."""
+
+from lightning_stability.callbacks import GradNormMonitor
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["GradNormMonitor", "__version__"]

@@ -1,0 +1,76 @@
+"""Whatever differs between `pytorch_lightning` and `lightning.pytorch`, two copies of one code base.
+
+A Trainer of one runs callbacks of the other, but its `isinstance` checks know only its own classes, and an
+`except MisconfigurationException` catches only its own. So every class here derives from both copies when
+both are installed. The second import costs about 0.2 s; `lightning` may be absent.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException as _PlMisconfiguration
+
+if TYPE_CHECKING:
+    _CALLBACKS: tuple[type[pl.Callback], ...]
+
+    class _CallbackBase(pl.Callback):
+        pass
+
+    class _MisconfigurationBase(_PlMisconfiguration):
+        pass
+
+else:
+    try:
+        from lightning.pytorch import Callback as _LightningCallback
+        from lightning.pytorch.utilities.exceptions import (
+            MisconfigurationException as _LightningMisconfiguration,
+        )
+    except ImportError:
+        _CallbackBase, _MisconfigurationBase = pl.Callback, _PlMisconfiguration
+    else:
+
+        class _CallbackBase(pl.Callback, _LightningCallback):
+            pass
+
+        class _MisconfigurationBase(_PlMisconfiguration, _LightningMisconfiguration):
+            pass
+
+
+class Callback(_CallbackBase):
+    """A callback for the Trainers of both namespaces."""
+
+
+class MisconfigurationException(_MisconfigurationBase):
+    """Raised when a Trainer cannot do what a callback was asked for; both namespaces' handlers catch it."""
+
+
+_LIGHTNING_PACKAGES = ("pytorch_lightning.", "lightning.pytorch.")
+
+
+def is_overridden(method: str, module: Any) -> bool:
+    """Whether a LightningModule of either namespace brings its own version of one of Lightning's methods.
+
+    Lightning's own `is_overridden` refuses a module of the other namespace.
+
+    Args:
+        method: The method's name.
+        module: The LightningModule.
+    """
+    if method in vars(module):
+        return True
+    function = getattr(type(module), method, None)
+    return not getattr(function, "__module__", "").startswith(_LIGHTNING_PACKAGES)
+
+
+def is_instance_by_name(instance: object, *names: str) -> bool:
+    """Whether any class that the instance derives from has one of these names, in either namespace.
+
+    For classes whose import is slow or needs an extra (DeepSpeed, XLA).
+
+    Args:
+        instance: The object to look at.
+        names: Class names without their modules.
+    """
+    return any(cls.__name__ in names for cls in type(instance).__mro__)

@@ -1,0 +1,64 @@
+"""What the callbacks share: joining the Trainer's runtime at setup and leaving it, however the fit ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_stability._compat import Callback
+from lightning_stability.health import StepRecord
+from lightning_stability.runtime import Runtime
+
+
+class RuntimeCallback(Callback):
+    """A callback that is a policy of its Trainer's runtime while `fit` runs."""
+
+    read_every = 1
+    """How many steps may pass before records are handed over. Several at a time cost less."""
+
+    _runtime: Runtime | None = None
+
+    def is_needed(self, trainer: Any) -> bool:
+        """Whether the callback has anything to do under this Trainer; if not it costs nothing."""
+        return True
+
+    def on_record(self, record: StepRecord) -> None:
+        """Called once for each optimizer step, in order, some time after it."""
+
+    def wants_update(self, logger_step: int) -> bool:
+        """Whether the sizes of this step's update and weights shall be measured too."""
+        return False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the Trainer's runtime."""
+        self._leave()
+        if stage == "fit" and self.is_needed(trainer):
+            self._runtime = Runtime.attach(trainer, self)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Read what is on its way, so that an epoch's numbers are there when it ends."""
+        if self._runtime is not None:
+            self._runtime.drain()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Read what is on its way, before the loggers are closed."""
+        if self._runtime is not None:
+            self._runtime.drain()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the runtime: after an exception Lightning calls no teardown."""
+        self._leave()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the runtime."""
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._runtime is not None:
+            self._runtime.detach(self)
+            self._runtime = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, here or in another process, has no Trainer yet. `log` and `log_dict` belong to the module:
+        # Lightning puts them on every callback while it runs.
+        not_ours = ("_runtime", "log", "log_dict")
+        return {name: value for name, value in vars(self).items() if name not in not_ours}

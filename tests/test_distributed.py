@@ -1,0 +1,79 @@
+"""The norms on two ranks, in real processes: DDP, FSDP2, and every placement that a DTensor can have."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import runs
+
+SCRIPT = Path(__file__).with_name("distributed_fit.py")
+
+
+def two_ranks(tmp_path: Path, kind: str, namespace: str, launch_both: bool = False) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    paths = [str(SCRIPT.parent), str(SCRIPT.parent.parent)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    command = [sys.executable, str(SCRIPT), kind, namespace, str(tmp_path)]
+    ranks = [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)] if launch_both else [{}]
+    processes = [
+        subprocess.Popen(command, env={**environment, **rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in ranks
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=180)
+            assert process.returncode == 0, output.decode()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+SLOW = [
+    pytest.param(kind, namespace, marks=pytest.mark.slow)
+    for kind in ("ddp", "ddp-clip", "fsdp2", "fsdp2-clip")
+    for namespace in runs.NAMESPACES
+    if (kind, namespace) not in (("ddp", "pytorch_lightning"), ("fsdp2-clip", "lightning.pytorch"))
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "namespace"), [("ddp", "pytorch_lightning"), ("fsdp2-clip", "lightning.pytorch"), *SLOW]
+)
+def test_two_ranks(tmp_path: Path, kind: str, namespace: str) -> None:
+    results = two_ranks(tmp_path, kind, namespace)
+    rows, references = results[0]["rows"], results[0]["references"]
+    assert len(rows) == len(references) > 1
+    assert results[1]["rows"] == [], "rank 0 logs"
+    for rank, result in enumerate(results):
+        totals = [reference["total"] for reference in references]
+        assert result["totals"] == pytest.approx(totals, rel=1e-4), f"rank {rank}"
+    for row, reference, clipped in zip(rows, references, results[0]["clipped"], strict=True):
+        for name, norm in reference.items():
+            assert row[f"grad_norm/{name}"] == pytest.approx(norm, rel=1e-4)
+        assert 0 < row["update_ratio/net.encoder"] < 1
+        if kind.endswith("clip"):
+            assert reference["total"] > 0.05
+            assert row["grad_norm/clip_coefficient"] == pytest.approx(0.05 / reference["total"], rel=1e-3)
+            assert clipped == pytest.approx(0.05, rel=1e-3)
+        else:
+            assert clipped == pytest.approx(reference["total"], rel=1e-4)
+
+
+def test_sharded_replicated_and_unreduced_gradients(tmp_path: Path) -> None:
+    for result in two_ranks(tmp_path, "placements", "pytorch_lightning", launch_both=True):
+        assert result["norms"] == pytest.approx(result["expected"], rel=1e-6)
