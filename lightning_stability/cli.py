@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_stability.tuab.configs import config_names, packaged_file
 
@@ -34,6 +34,7 @@ Any file of settings, LightningModule and LightningDataModule works as in Lightn
 """
 
 
+_LINKED = "window_seconds"  # given to the data module, and so to the model
 _PARSER_TALK = (
     "Does not validate against any of the Union",
     "Subtypes:",
@@ -105,8 +106,8 @@ def _plain(message: str) -> str:
 class StabilityCLI(LightningCLI):
     """Lightning's command line, less its surprises.
 
-    Configurations of the package are known by name, ``precision=16-mixed`` is fp16 on a CPU too, and ``fit`` ends by
-    saying where things are.
+    Configurations of the package are known by name, ``precision=16-mixed`` is fp16 on a CPU too, options on the command
+    line go before those that a checkpoint was trained with, and ``fit`` ends by saying where things are.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -119,18 +120,26 @@ class StabilityCLI(LightningCLI):
                 "epilog": _HELP,
                 "formatter_class": argparse.RawDescriptionHelpFormatter,
             },
-            # without a logger the file goes to the working folder, where the next run would find it and refuse to start
-            save_config_kwargs={"overwrite": True},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.init_args.window_seconds", "model.init_args.window_seconds")
+        parser.link_arguments(f"data.init_args.{_LINKED}", f"model.init_args.{_LINKED}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
+        words = _name_configs(_add_default_config(args))
         # not through super(): it warns whenever words are handed over while the process has some, as they always are
-        self.config = parser.parse_args(_name_configs(_add_default_config(args)))
-        _check_checkpoint(self.config[self.config.subcommand].get("ckpt_path"))
+        self.config = parser.parse_args(words)
+        options = self.config[self.config.subcommand]
+        trained_with = _read_hyperparameters(options.get("ckpt_path"), self.config.subcommand)
+        if trained_with:
+            self.config = parser.parse_args(_after_configs(words, trained_with))
+        if options["trainer"]["logger"] is False:
+            # it would go to the working folder, over the user's own config.yaml or in the next run's way
+            self.save_config_callback = None
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave out Lightning's own way, in which a checkpoint overrides what is said on the command line."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]["trainer"]
@@ -141,19 +150,37 @@ class StabilityCLI(LightningCLI):
             kwargs.update(precision=None, plugins=[MixedPrecision("16-mixed", "cpu")])
         return super().instantiate_trainer(**kwargs)
 
+    def after_instantiate_classes(self) -> None:
+        if self.subcommand != "fit" and not self.config_init[self.subcommand].get("ckpt_path"):
+            rank_zero_warn(f"No --ckpt_path was given: `{self.subcommand}` looks at a model that was not trained.")
+
     def after_fit(self) -> None:
-        _say_what_next(self.trainer)
+        folder, best = self.trainer.log_dir, _best_checkpoint(self.trainer)  # on all ranks: the folder is broadcast
+        if not self.trainer.is_global_zero:
+            return
+        logs = f"\nTensorBoard logs: {folder}" if self.trainer.loggers else ""
+        checkpoint = self.trainer.checkpoint_callback
+        score = getattr(checkpoint, "best_model_score", None)
+        suffix = f" ({getattr(checkpoint, 'monitor', '')} {score:.3f})" if isinstance(score, torch.Tensor) else ""
+        print(logs + (f"\nBest checkpoint:  {best}{suffix}" if best else ""))
 
 
 def demo(words: list[str]) -> None:
     """Train on the synthetic corpus, test the best checkpoint, and say what came of it."""
+    if _names_something(words):
+        raise MisconfigurationException(f"The demo trains what it trains; use `{PROG} fit` for anything else.")
     cli = StabilityCLI(args=["fit", *words[1:]])
-    scores = cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path="best")[0]
-    best = _best_checkpoint(cli.trainer)
+    trainer = cli.trainer
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    scores = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path="best")[0]
+    folder = trainer.log_dir  # asked on all ranks: it is broadcast
+    if not trainer.is_global_zero:
+        return
     print(
         f"\nTest AUROC: {scores['test_recording_auroc']:.3f} per recording, {scores['test_auroc']:.3f} per window\n"
-        f"TensorBoard logs: {cli.trainer.log_dir}\n"
-        f"Best checkpoint:  {best}\n"
+        f"TensorBoard logs: {folder}\n"
+        f"Best checkpoint:  {_best_checkpoint(trainer)}\n"
         "Next:\n"
         "  tensorboard --logdir lightning_logs                  look at the curves\n"
         f"  {PROG} fit --config tuab_crash         see the crash that this project answers\n"
@@ -174,20 +201,29 @@ def write_synthetic(words: list[str]) -> None:
     parser.add_argument("--artefacts", type=int, default=0, help="recordings with bursts of 1e6 microvolts")
     parser.add_argument("--broken", type=int, default=0, help="files that are cut off in their header")
     given = parser.parse_args(words[1:])
-    SyntheticCorpus(artefacts=given.artefacts, broken=given.broken, seed=given.seed).write(given.folder)
+    corpus = SyntheticCorpus(artefacts=given.artefacts, broken=given.broken, seed=given.seed)
+    try:
+        corpus.write(given.folder)
+    except OSError as error:
+        raise MisconfigurationException(f"The corpus cannot be written to {given.folder}: {error}") from error
     print(f"Wrote {given.folder}. Train on it with --data.root={given.folder}")
+
+
+def _subcommand_place(words: list[str]) -> int | None:
+    return next((place for place, word in enumerate(words) if word in StabilityCLI.subcommands()), None)
+
+
+def _names_something(words: list[str]) -> bool:
+    """Whether the words name a configuration, a model or a data module."""
+    alone = ("-c", "--config", "--model", "--data")
+    joined = ("--config=", "--model=", "--data=", "--model.class_path", "--data.class_path")
+    return any(word in alone or word.startswith(joined) for word in words)
 
 
 def _add_default_config(words: list[str]) -> list[str]:
     """Put the default configuration behind the subcommand if the words name nothing to train."""
-    chosen = ("-c", "--config", "--model", "--data", "--help", "-h")
-    names_something = any(
-        word in chosen
-        or word.startswith(("--config=", "--model=", "--data=", "--model.class_path", "--data.class_path"))
-        for word in words
-    )
-    place = next((i for i, word in enumerate(words) if word in StabilityCLI.subcommands()), None)
-    if names_something or place is None:
+    place = _subcommand_place(words)
+    if place is None or _names_something(words) or {"-h", "--help"} & set(words):
         return words
     return [*words[: place + 1], "--config", DEFAULT_CONFIG, *words[place + 1 :]]
 
@@ -202,6 +238,10 @@ def _name_configs(words: list[str]) -> list[str]:
         if not equals:
             index, value = index + 1, words[index + 1] if index + 1 < len(words) else ""
         path = packaged_file(value) if value else None
+        if path is not None and index < (_subcommand_place(words) or 0):
+            raise MisconfigurationException(
+                f"--config {value} belongs behind the subcommand: {PROG} fit --config {value}"
+            )
         if path is not None:
             named[index] = f"{option}={path}" if equals else str(path)
         elif value and not Path(value).exists() and "\n" not in value:
@@ -211,14 +251,49 @@ def _name_configs(words: list[str]) -> list[str]:
     return named
 
 
-def _check_checkpoint(path: str | None) -> None:
-    """Refuse a file that is none before anything is built; Lightning's own words (best, last, ...) and URLs pass."""
-    if path is None or path in ("best", "last", "hpc", "registry") or "://" in str(path):
-        return
+def _read_hyperparameters(path: str | None, subcommand: str) -> list[str]:
+    """Return the options that the model of a checkpoint was trained with, as words of the command line.
+
+    A file that is no checkpoint is refused here, before anything is built; URLs, folders of sharded checkpoints and
+    Lightning's own words (last, hpc, registry) pass.
+    """
+    if path == "best" and subcommand != "fit":
+        raise MisconfigurationException("A new process knows no best checkpoint: give --ckpt_path the file.")
+    if path is None or path in ("best", "last", "hpc") or str(path).startswith("registry") or "://" in str(path):
+        return []
     if not Path(path).exists():
         raise MisconfigurationException(f"There is no checkpoint {path}.")
-    if Path(path).is_file() and not zipfile.is_zipfile(path):
-        raise MisconfigurationException(f"{path} is not a checkpoint written by torch.save, or it is cut short.")
+    if Path(path).is_dir() and any((Path(path) / name).exists() for name in ("meta.pt", ".metadata", "checkpoint")):
+        return []
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever zip, pickle and torch stumble over
+        raise MisconfigurationException(
+            f"{path} cannot be loaded as a checkpoint, or it is cut short: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
+        raise MisconfigurationException(f"{path} is not a checkpoint of a Lightning run.")
+    options = dict(content.get("hyper_parameters", {}))
+    options.pop("_instantiator", None)
+    model = options.pop("_class_path", None)
+    if model is None:
+        return []
+    words = [f"--model={model}"]
+    for name, value in options.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        words.append(f"--{'data' if name == _LINKED else 'model'}.{name}={text}")
+    return words
+
+
+def _after_configs(words: list[str], options: list[str]) -> list[str]:
+    """Insert options where they override configurations and are overridden by the other words."""
+    place = (_subcommand_place(words) or 0) + 1
+    for index, word in enumerate(words):
+        if word in ("-c", "--config"):
+            place = max(place, index + 2)
+        elif word.startswith("--config="):
+            place = max(place, index + 1)
+    return [*words[:place], *options, *words[place:]]
 
 
 def _is_cpu(accelerator: Any) -> bool:
@@ -230,15 +305,3 @@ def _is_cpu(accelerator: Any) -> bool:
 def _best_checkpoint(trainer: Trainer) -> str:
     callback = trainer.checkpoint_callback
     return callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
-
-
-def _say_what_next(trainer: Trainer) -> None:
-    best = _best_checkpoint(trainer)
-    if not best or not trainer.is_global_zero:
-        return
-    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
-    monitor = getattr(trainer.checkpoint_callback, "monitor", None)
-    print(
-        f"\nTensorBoard logs: {trainer.log_dir}\n"
-        f"Best checkpoint:  {best}" + (f" ({monitor} {score:.3f})" if isinstance(score, torch.Tensor) else "")
-    )

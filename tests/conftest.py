@@ -8,6 +8,8 @@ import pytest
 
 from lightning_stability.tuab import SyntheticCorpus
 
+collect_ignore = ["distributed_fit.py"]  # a script that tests start
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -38,6 +38,8 @@ def folder(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "own.py").write_text(OWN_CLASSES)
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6", "loops": {}}, folder / "other.ckpt")
+    torch.save(torch.ones(3), folder / "tensor.ckpt")
+    torch.save({"a": 1}, folder / "keys.ckpt")
     partial = published_form(_small_encoder())
     partial["state_dict"].pop("target_encoder.norm.bias")
     torch.save(partial, folder / "partial.ckpt")
@@ -66,7 +68,17 @@ def _small_encoder():
         ("fit --model.checkpoint=partial.ckpt --model.encoder=small", "missing: norm.bias"),
         ("fit --model.input_stats=nowhere.json", "input_stats nowhere.json could not be used"),
         ("test --ckpt_path=nowhere.ckpt", "There is no checkpoint nowhere.ckpt"),
-        ("test --ckpt_path=junk.ckpt", "junk.ckpt is not a checkpoint written by torch.save"),
+        ("test --ckpt_path=junk.ckpt", "junk.ckpt cannot be loaded as a checkpoint"),
+        ("test --ckpt_path=empty", "empty cannot be loaded as a checkpoint"),
+        ("test --ckpt_path=tensor.ckpt", "tensor.ckpt is not a checkpoint of a Lightning run"),
+        ("test --ckpt_path=keys.ckpt", "keys.ckpt is not a checkpoint of a Lightning run"),
+        ("test --ckpt_path=best", "A new process knows no best checkpoint"),
+        ("--config tuab_stable fit", "--config tuab_stable belongs behind the subcommand"),
+        ("fit --model.dropout=2", "dropout must be at least 0 and below 1, got 2"),
+        ("fit --data.cache_dir=junk.ckpt --data.root=full", "edf/train"),
+        ("demo --model own.Model", "The demo trains what it trains"),
+        ("synthetic new --seed -1", "seed must not be negative, got -1"),
+        ("synthetic junk.ckpt/new", "The corpus cannot be written to junk.ckpt/new"),
         ("nonsense", "invalid choice: 'nonsense'"),
         ("synthetic empty/../full", "exists already"),
     ],
@@ -102,17 +114,59 @@ def test_without_the_extra_the_message_names_the_line_that_installs_it(tmp_path,
 
 
 def test_any_module_and_data_module_train_by_class_path_without_the_probes_settings(folder):
-    done = run("fit", "--model", "own.Model", "--data=own.Data", "--trainer.max_steps=2", cwd=folder)
+    words = ("fit", "--model", "own.Model", "--data=own.Data", "--trainer.max_steps=2")
+    done = run(*words, "--trainer.default_root_dir=of_its_own", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "`max_steps=2` reached" in done.stderr
     assert "EEGPT" not in done.stderr
-    config = yaml.safe_load(next((folder / "lightning_logs").rglob("config.yaml")).read_text())
+    config = yaml.safe_load(next((folder / "of_its_own").rglob("config.yaml")).read_text())
     assert config["trainer"]["callbacks"] is None
 
 
-def test_a_second_run_without_a_logger_is_not_stopped_by_the_first_ones_files(folder):
-    words = ("fit", "--model=own.Model", "--trainer.max_steps=1", "--trainer.logger=false")
+def test_without_a_logger_nothing_is_written_over_the_users_files_or_in_the_next_runs_way(folder):
+    (folder / "config.yaml").write_text("# mine\ntrainer:\n  logger: false\n")
+    words = ("fit", "--model=own.Model", "--trainer.max_steps=1", "--config=config.yaml")
     assert [run(*words, cwd=folder).returncode for _ in range(2)] == [0, 0]
+    assert (folder / "config.yaml").read_text().startswith("# mine")
+
+
+def test_a_checkpoint_brings_its_options_and_the_command_line_goes_before_them(corpus, tmp_path):
+    fit = ("fit", f"--data.root={corpus}", "--trainer.limit_val_batches=2")
+    done = run(*fit, "--data.window_seconds=4", "--model.hidden=5", "--trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = next(tmp_path.rglob("last.ckpt"))
+    done = run("test", f"--ckpt_path={last}", f"--data.root={corpus}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "was not trained" not in done.stderr
+    done = run(*fit, f"--ckpt_path={last}", "--model.learning_rate=1e-5", "--trainer.max_steps=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(max(tmp_path.rglob("config.yaml"), key=lambda path: path.stat().st_mtime).read_text())
+    assert config["data"]["init_args"]["window_seconds"] == 4.0
+    assert (config["model"]["init_args"]["hidden"], config["model"]["init_args"]["learning_rate"]) == (5, 1e-5)
+
+
+def test_scores_of_a_model_that_was_not_trained_are_called_so(corpus, tmp_path):
+    done = run("validate", f"--data.root={corpus}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "No --ckpt_path was given: `validate` looks at a model that was not trained" in done.stderr
+
+
+def test_two_processes_fit_and_predict_as_one_does(corpus, tmp_path):
+    two = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", f"--data.root={corpus}"]
+    done = run("fit", *two, "--trainer.max_steps=2", cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Best checkpoint:") == 1
+    last = f"--ckpt_path={next(tmp_path.rglob('last.ckpt'))}"
+    tables = []
+    for words in (two, [f"--data.root={corpus}"]):
+        done = run("predict", *words, last, "--trainer.default_root_dir=predict", cwd=tmp_path, timeout=200)
+        assert done.returncode == 0, done.stderr
+        table = max((tmp_path / "predict").rglob("predictions.csv"), key=lambda path: path.stat().st_mtime)
+        tables.append([line.split(",") for line in table.read_text().splitlines()[1:]])
+    assert [path for path, _ in tables[0]] == [path for path, _ in tables[1]]
+    # the sampler fills the last batch up with windows that another process has seen too
+    for (_, several), (_, one) in zip(*tables, strict=True):
+        assert float(several) == pytest.approx(float(one), abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +207,15 @@ def test_configurations_are_known_by_name_and_by_path(folder, by_path):
     assert config["trainer"]["precision"] == "32-true"
     assert config["model"]["init_args"]["learning_rate"] == 2e-4
     assert config["model"]["init_args"]["scheduler"] == "cosine"
+
+
+def test_callbacks_are_known_by_their_short_names_with_their_options(folder):
+    done = run(
+        "fit", "--trainer.callbacks+=GradNormMonitor", "--trainer.callbacks.group_depth=1", "--print_config", cwd=folder
+    )
+    config = yaml.safe_load(done.stdout)["trainer"]["callbacks"][-1]
+    assert config["class_path"].endswith("GradNormMonitor")
+    assert config["init_args"]["group_depth"] == 1
 
 
 def test_the_windows_length_is_given_once(folder):

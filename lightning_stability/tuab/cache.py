@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -63,19 +64,21 @@ class WindowCache:
         self.folder = Path(folder)
         try:
             index = json.loads((self.folder / "index.json").read_text())
-        except (OSError, ValueError) as error:
-            raise MisconfigurationException(f"{self.folder} holds no cache that can be opened: {error}") from error
+            self.recordings = [CachedRecording(**entry) for entry in index["recordings"]]
+            self.skipped: dict[str, str] = index["skipped"]
+            self.files: dict[str, list[int]] = index["files"]
+            settings, found = index["settings"], (self.folder / "samples.f16").stat().st_size
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MisconfigurationException(
+                f"{self.folder} holds no cache that can be opened ({type(error).__name__}: {error}). Delete the folder "
+                "to build it anew, or choose another one with --data.cache_dir."
+            ) from error
         different = [
-            f"{key} is {index['settings'].get(key)!r}, expected {value!r}"
+            f"{key} is {settings.get(key)!r}, expected {value!r}"
             for key, value in _SETTINGS.items()
-            if index["settings"].get(key) != value
+            if settings.get(key) != value
         ]
-        self.recordings = [CachedRecording(**entry) for entry in index["recordings"]]
-        self.skipped: dict[str, str] = index["skipped"]
-        found, expected = (
-            (self.folder / "samples.f16").stat().st_size,
-            self.rows * len(CHANNELS) * _DTYPE.itemsize,
-        )
+        expected = self.rows * len(CHANNELS) * _DTYPE.itemsize
         if found != expected:
             different.append(f"samples.f16 has {found} bytes, expected {expected}")
         if different:
@@ -119,9 +122,14 @@ def build_cache(root: str | Path, recordings: Sequence[Recording], folder: str |
         MisconfigurationException: If no recording could be read.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MisconfigurationException(f"The cache cannot be written to {folder}: {error}") from error
+    _remove_leftovers(folder)
     # under a name of this process, so that two builders do not write into one file
-    partial = folder / f"samples.{os.getpid()}.partial"
+    partial = folder / f"samples.{socket.gethostname()}.{os.getpid()}.partial"
+    files = file_stamps(root, recordings)
     cached: list[CachedRecording] = []
     skipped: dict[str, str] = {}
     start = clipped = 0
@@ -143,11 +151,31 @@ def build_cache(root: str | Path, recordings: Sequence[Recording], folder: str |
         partial.replace(folder / "samples.f16")
     finally:
         partial.unlink(missing_ok=True)
-    index = {"settings": _SETTINGS, "recordings": [asdict(r) for r in cached], "skipped": skipped}
+    index = {"settings": _SETTINGS, "recordings": [asdict(r) for r in cached], "skipped": skipped, "files": files}
     written = folder / f"index.{os.getpid()}.partial"
     written.write_text(json.dumps(index, indent=1))
     written.replace(folder / "index.json")
     rank_zero_info(f"Cached {len(cached)} recordings in {folder} ({start / SAMPLING_RATE / 3600:.1f} hours).")
+
+
+def file_stamps(root: str | Path, recordings: Sequence[Recording]) -> dict[str, list[int]]:
+    """Return size and time of change (ns) of each recording's file, by which a cache knows that it is out of date."""
+    stamps = {}
+    for recording in recordings:
+        stat = (Path(root) / recording.path).stat()
+        stamps[recording.path] = [stat.st_size, stat.st_mtime_ns]
+    return stamps
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what builders of this machine left behind that were killed."""
+    for partial in folder.glob(f"samples.{socket.gethostname()}.*.partial"):
+        try:
+            os.kill(int(partial.suffixes[-2][1:]), 0)
+        except ProcessLookupError:
+            partial.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # it runs, under another user
 
 
 def _report(skipped: dict[str, str], clipped: int, rows: int) -> None:

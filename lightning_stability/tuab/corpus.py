@@ -7,6 +7,7 @@ Layout of the Temple University Abnormal EEG Corpus, v3.0.1::
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from lightning_stability.tuab.channels import find_channels
 SAMPLING_RATE = 256  # Hz, what EEGPT was trained on
 BAND = (0.5, 50.0)  # Hz
 CLASSES = ("normal", "abnormal")  # the index is the label
+
+_LEAST_DEVIATION = 1e-3  # microvolts; filters leave this little of a flat line, and no amplifier resolves it
+_DUPLICATE = re.compile(r"-[0-9]+$")  # what mne appends to the names of signals that share one
 
 Split = Literal["train", "val", "test"]
 
@@ -129,6 +133,9 @@ def read_recording(path: str | Path) -> npt.NDArray[np.float32]:
         raw = mne.io.read_raw_edf(path, preload=False, verbose="error")
     except Exception as error:  # mne raises whatever its parser stumbles over
         raise ValueError(f"not readable as EDF: {error or type(error).__name__}") from error
+    labels = [_DUPLICATE.sub("", label) for label in find_channels(raw.ch_names).values()]
+    # read again without the other signals: mne samples all of a file's signals as often as the fastest one
+    raw = mne.io.read_raw_edf(path, preload=False, include=labels, verbose="error")
     raw.pick(list(find_channels(raw.ch_names).values()))
     if raw.info["sfreq"] <= 2 * BAND[1]:
         raise ValueError(f"sampled at {raw.info['sfreq']:g} Hz, too slowly for a band up to {BAND[1]:g} Hz")
@@ -142,8 +149,8 @@ def robust_z_score(microvolts: npt.NDArray[np.float64]) -> npt.NDArray[np.float3
     r"""Centre each channel on its median and divide by its interquartile range over 1.349.
 
     For a normal distribution that is the ordinary z-score. Mean and standard deviation would let one loose electrode,
-    at 20,000 times the size of the EEG, shrink the rest of its recording to nothing. A channel whose interquartile
-    range is zero is divided by its standard deviation, and one that is constant becomes zero.
+    at 20,000 times the size of the EEG, shrink the rest of its recording to nothing. A channel that is flat for more
+    than half of the time is divided by its standard deviation, and one that is flat all the time becomes zero.
 
     Source: the interquartile range of the standard normal distribution is :math:`2\,\Phi^{-1}(0.75) \approx 1.349`.
 
@@ -163,9 +170,9 @@ def robust_z_score(microvolts: npt.NDArray[np.float64]) -> npt.NDArray[np.float3
         raise ValueError("holds values that are not finite")
     low, middle, high = np.percentile(microvolts, (25, 50, 75), axis=1, keepdims=True)
     deviation = microvolts.std(axis=1, keepdims=True)
-    # what rounding leaves of a constant is not a signal
-    constant = deviation <= 1e-9 * np.maximum(1.0, np.abs(middle))
+    constant = deviation < _LEAST_DEVIATION
     if constant.all():
         raise ValueError("all channels are constant")
-    scale = np.where(high > low, (high - low) / 1.349, deviation)
+    scale = (high - low) / 1.349
+    scale = np.where(scale < _LEAST_DEVIATION, deviation, scale)
     return np.asarray(np.where(constant, 0.0, (microvolts - middle) / np.where(constant, 1.0, scale)), dtype=np.float32)

@@ -12,8 +12,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_stability.tuab._extra import need
-from lightning_stability.tuab.cache import WindowCache, WindowDataset, build_cache
-from lightning_stability.tuab.corpus import Split, find_recordings, split_by_subject
+from lightning_stability.tuab._options import require
+from lightning_stability.tuab.cache import WindowCache, WindowDataset, build_cache, file_stamps
+from lightning_stability.tuab.corpus import CLASSES, SAMPLING_RATE, Split, find_recordings, split_by_subject
+from lightning_stability.tuab.encoder import PATCH_SAMPLES
 from lightning_stability.tuab.synthetic import SyntheticCorpus
 
 SYNTHETIC_ROOT = Path("tuab_synthetic")
@@ -62,13 +64,11 @@ class TUABDataModule(pl.LightningDataModule):
         super().__init__()
         for module in ("mne", "edfio", "torchdata"):
             need(module)
-        for name, value in (
-            ("window_seconds", window_seconds),
-            ("stride_seconds", stride_seconds),
-            ("batch_size", batch_size),
-        ):
-            if value <= 0:
-                raise MisconfigurationException(f"{name} must be positive, got {value}.")
+        require("window_seconds", window_seconds, at_least=PATCH_SAMPLES / SAMPLING_RATE)
+        require("stride_seconds", stride_seconds, at_least=1 / SAMPLING_RATE)
+        require("batch_size", batch_size, at_least=1)
+        require("num_workers", num_workers, at_least=0)
+        require("split_seed", split_seed, at_least=0)
         if not 0 < val_fraction < 1:
             raise MisconfigurationException(f"val_fraction must be between 0 and 1, got {val_fraction}.")
         self.root = SYNTHETIC_ROOT if root is None else Path(root)
@@ -97,17 +97,25 @@ class TUABDataModule(pl.LightningDataModule):
             return
         self.cache = WindowCache(self.cache_folder)
         found = find_recordings(self.root)
-        changed = {r.path for r in found} ^ ({r.path for r in self.cache.recordings} | set(self.cache.skipped))
+        now, then = file_stamps(self.root, found), self.cache.files
+        changed = [path for path in sorted(now.keys() | then.keys()) if now.get(path) != then.get(path)]
         if changed:
             raise MisconfigurationException(
-                f"{self.root} has changed since {self.cache_folder} was built: {len(changed)} recordings are in one "
-                f"of them only ({', '.join(sorted(changed)[:3])}, ...). Delete that folder to build it anew."
+                f"{self.root} has changed since {self.cache_folder} was built: {len(changed)} files are new, gone or "
+                f"of another size or date ({', '.join(changed[:3])}, ...). Delete that folder to build it anew."
             )
         places = {recording.path: index for index, recording in enumerate(self.cache.recordings)}
         for split, recordings in split_by_subject(found, self.val_fraction, self.split_seed).items():
             stride = self.stride_seconds if split == "train" else self.window_seconds
             indices = [places[r.path] for r in recordings if r.path in places]
             self.datasets[split] = WindowDataset(self.cache, indices, self.window_seconds, stride)
+            labels = {self.cache.recordings[index].label for index in indices}
+            if len(labels) < len(CLASSES):
+                only = ", ".join(CLASSES[label] for label in labels) or "no"
+                raise MisconfigurationException(
+                    f"The {split} split has {only} recordings only, {len(indices)} of them; it needs both classes. "
+                    "More recordings, or another --data.val_fraction or --data.split_seed, may help."
+                )
             if len(self.datasets[split]) == 0:
                 raise MisconfigurationException(
                     f"The {split} split has no window of {self.window_seconds:g} seconds in its {len(indices)} "

@@ -193,14 +193,18 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             "map_location='cpu', weights_only=False); torch.save({'state_dict': c['state_dict']}, sys.argv[2])\" "
             f"{path} weights.ckpt"
         ) from error
+    except Exception as error:  # whatever zip and torch stumble over
+        raise MisconfigurationException(f"{path} cannot be loaded as a checkpoint: {error}") from error
     state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         keys = (
             f"its keys are {_some([str(key) for key in content])}"
             if isinstance(content, dict)
             else f"it holds a {type(content).__name__}"
         )
-        raise MisconfigurationException(f"{path} is no Lightning checkpoint: expected a `state_dict`, {keys}.")
+        raise MisconfigurationException(
+            f"{path} is no Lightning checkpoint: expected a `state_dict` of tensors, {keys}."
+        )
     return state
 
 

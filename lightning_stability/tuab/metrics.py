@@ -68,7 +68,7 @@ class RecordingAverage(Metric):
         >>> average.update(torch.tensor([0.2, 0.4, 0.9]), torch.tensor([0, 0, 1]), torch.tensor([2, 2, 0]))
         >>> average.compute()
         tensor([[0.0000, 0.9000, 1.0000],
-                [2.0000, 0.3000, 0.0000]], dtype=torch.float64)
+                [2.0000, 0.3000, 0.0000]])
     """
 
     full_state_update = False
@@ -79,7 +79,7 @@ class RecordingAverage(Metric):
     def __init__(self, recordings: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name in ("total", "windows", "positive"):
-            self.add_state(name, torch.zeros(recordings, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(recordings), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor, recording: Tensor) -> None:
         """Add windows.
@@ -89,13 +89,13 @@ class RecordingAverage(Metric):
             target: 0 or 1, (windows,).
             recording: Indices below ``recordings``, (windows,).
         """
-        self.total.index_add_(0, recording, preds.double())
-        self.windows.index_add_(0, recording, torch.ones_like(preds, dtype=torch.float64))
-        self.positive.index_add_(0, recording, target.double())
+        self.total.index_add_(0, recording, preds.float())
+        self.windows.index_add_(0, recording, torch.ones_like(preds, dtype=torch.float32))
+        self.positive.index_add_(0, recording, target.float())
 
     def compute(self) -> Tensor:
-        """Return a row for each recording seen: its index, its mean probability and its label, float64."""
+        """Return a row for each recording seen: its index, its mean probability and its label, float32."""
         seen = self.windows.nonzero().flatten()
         windows = self.windows[seen]
         # one tensor of rows: torchmetrics would squeeze three results of a single recording to scalars
-        return torch.stack([seen.double(), self.total[seen] / windows, (self.positive[seen] / windows).round()], dim=1)
+        return torch.stack([seen.float(), self.total[seen] / windows, (self.positive[seen] / windows).round()], dim=1)

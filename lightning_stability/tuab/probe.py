@@ -16,10 +16,11 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
+from lightning_stability.tuab._options import require
 from lightning_stability.tuab.cache import WindowCache
 from lightning_stability.tuab.channels import CHANNELS
 from lightning_stability.tuab.configs import packaged_file
-from lightning_stability.tuab.corpus import CLASSES, window_samples
+from lightning_stability.tuab.corpus import CLASSES, SAMPLING_RATE, window_samples
 from lightning_stability.tuab.encoder import PATCH_SAMPLES, EEGPTEncoder, load_pretrained
 from lightning_stability.tuab.metrics import RecordingAverage, binary_metrics
 
@@ -61,7 +62,7 @@ class EEGPTProbe(pl.LightningModule):
 
     Raises:
         MisconfigurationException: If a file is missing or wrong, or an option is out of range.
-        ValueError: From the end of a validation or test in which outputs were not finite.
+        ValueError: From the end of a validation, test or prediction in which outputs were not finite.
 
     Example::
 
@@ -86,10 +87,13 @@ class EEGPTProbe(pl.LightningModule):
         window_seconds: float = 8.0,
     ) -> None:
         super().__init__()
-        if learning_rate <= _MIN_LEARNING_RATE:
-            raise MisconfigurationException(f"learning_rate must be above {_MIN_LEARNING_RATE:g}, got {learning_rate}.")
-        if not 0 <= warmup_fraction < 1:
-            raise MisconfigurationException(f"warmup_fraction must be at least 0 and below 1, got {warmup_fraction}.")
+        require("learning_rate", learning_rate, at_least=_MIN_LEARNING_RATE)
+        require("weight_decay", weight_decay, at_least=0)
+        require("warmup_fraction", warmup_fraction, at_least=0, below=1)
+        require("label_smoothing", label_smoothing, at_least=0, below=1)
+        require("hidden", hidden, at_least=1)
+        require("dropout", dropout, at_least=0, below=1)
+        require("window_seconds", window_seconds, at_least=PATCH_SAMPLES / SAMPLING_RATE)
         if scheduler not in ("cosine", "onecycle"):
             raise MisconfigurationException(f"scheduler must be 'cosine' or 'onecycle', got {scheduler!r}.")
         self.save_hyperparameters()
@@ -165,17 +169,19 @@ class EEGPTProbe(pl.LightningModule):
         self._start_evaluation()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self._evaluate(batch, self.val_metrics)
+        logits, abnormal = self._evaluate(batch)
+        self.val_metrics.update(abnormal, batch["label"])
         self.log("val_loss", F.cross_entropy(logits, batch["label"]), prog_bar=True, batch_size=len(logits))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics)
+        _, abnormal = self._evaluate(batch)
+        self.test_metrics.update(abnormal, batch["label"])
 
     def on_validation_epoch_end(self) -> None:
-        self._finish_evaluation(self.val_metrics)
+        self._log_scores(self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        self._finish_evaluation(self.test_metrics)
+        self._log_scores(self.test_metrics)
 
     def _start_evaluation(self) -> None:
         if not hasattr(self.trainer.datamodule, "cache"):  # type: ignore[attr-defined]
@@ -190,17 +196,18 @@ class EEGPTProbe(pl.LightningModule):
         cache: WindowCache = self.trainer.datamodule.cache  # type: ignore[attr-defined]
         return cache
 
-    def _evaluate(self, batch: Batch, metrics: Any) -> Tensor:
+    def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return logits and the probability of "abnormal", and note what has to be known at the end."""
         assert self._average is not None
         assert self._nonfinite is not None
         logits: Tensor = self(batch["eeg"]).float()
         self._nonfinite += (~torch.isfinite(logits).all(dim=1)).sum()
         abnormal = logits.softmax(dim=1)[:, 1]
-        metrics.update(abnormal, batch["label"])
         self._average.update(abnormal, batch["label"], batch["recording"])
-        return logits
+        return logits, abnormal
 
-    def _finish_evaluation(self, metrics: Any) -> None:
+    def _recording_scores(self) -> Tensor:
+        """Return index, mean probability and label of each recording, unless an output was not finite."""
         assert self._average is not None
         assert self._nonfinite is not None
         # torchmetrics' AUROC answers NaN with an ordinary number (0.375 if all are), so it has to be asked before
@@ -209,11 +216,15 @@ class EEGPTProbe(pl.LightningModule):
             raise ValueError(
                 f"Input contains NaN: the outputs for {nonfinite} windows of this evaluation are not finite."
             )
+        scores: Tensor = self._average.compute()
+        return scores
+
+    def _log_scores(self, metrics: Any) -> None:
+        _, probabilities, labels = self._recording_scores().unbind(dim=1)
         if self.trainer.sanity_checking:
             return  # two batches may hold one class only, of which no score can be made
-        _, probabilities, labels = self._average.compute().unbind(dim=1)
         per_recording = binary_metrics().clone(f"{metrics.prefix}recording_").to(self.device)
-        per_recording.update(probabilities.float(), labels.long())
+        per_recording.update(probabilities, labels.long())
         self.log_dict({**metrics.compute(), **per_recording.compute()})
 
     def on_predict_epoch_start(self) -> None:
@@ -221,18 +232,15 @@ class EEGPTProbe(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Return the probability that each window is abnormal, with its recording and start."""
-        assert self._average is not None
-        abnormal = self(batch["eeg"]).float().softmax(dim=1)[:, 1]
-        self._average.update(abnormal, batch["label"], batch["recording"])
+        _, abnormal = self._evaluate(batch)
         return {"abnormal": abnormal, "recording": batch["recording"], "start": batch["start"]}
 
     def on_predict_epoch_end(self) -> None:
         """Write the mean probability of each recording to ``predictions.csv``."""
-        assert self._average is not None
-        scores = self._average.compute().tolist()
+        scores = self._recording_scores().tolist()
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asked on all ranks: it is broadcast
         if not self.trainer.is_global_zero:
             return
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "predictions.csv").open("w", newline="") as file:
             rows = csv.writer(file)

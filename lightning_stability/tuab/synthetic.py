@@ -7,6 +7,7 @@ hemisphere carries bouts of delta waves. Each of these overlaps between the clas
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,11 @@ class SyntheticCorpus:
     broken: int = 0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("train_subjects", "eval_subjects", "artefacts", "broken", "seed"):
+            if getattr(self, name) < 0:
+                raise MisconfigurationException(f"{name} must not be negative, got {getattr(self, name)}.")
+
     def write(self, root: str | Path) -> Path:
         """Write the corpus under ``root`` and return it.
 
@@ -81,6 +87,7 @@ class SyntheticCorpus:
             raise MisconfigurationException(
                 f"{edf} exists already: choose an empty folder, or delete that one to write it anew."
             )
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was interrupted
         for recording in self._recordings():
             recording.write(partial)
         partial.rename(edf)
@@ -185,7 +192,8 @@ def _bouts(rng: np.random.Generator, time: Signals) -> Signals:
 
 def _electrodes_come_off(rng: np.random.Generator, rate: int, signals: dict[str, Signals]) -> None:
     """Put a second of ``_ARTEFACT_UV`` into four channels, in place."""
-    start = int(rng.integers(10, signals["CZ"].size // rate - 10)) * rate
+    seconds = signals["CZ"].size // rate
+    start = int(rng.integers(seconds // 6, seconds - seconds // 6)) * rate
     for name in rng.choice(CHANNELS, size=4, replace=False):
         # a loose electrode jumps between the ends of the amplifier's range
         swing = np.sin(2 * np.pi * rng.uniform(2, 8) * np.arange(rate) / rate)

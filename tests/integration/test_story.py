@@ -38,6 +38,7 @@ def test_the_demo_trains_validates_and_tests_the_probe_and_says_what_to_do_next(
     assert best.is_file()
     assert "lightning-stability fit --config tuab_crash" in last
     assert len(list((tmp_path / "tuab_synthetic").rglob("*.edf"))) == 120
+    assert all(map(math.isfinite, scalars(tmp_path, "grad_norm/total")))
     assert scalars(tmp_path, "train_loss_step")[-1] < scalars(tmp_path, "train_loss_step")[0]
     # the limit of three minutes is that of a machine that does nothing else; this only sees a change for the worse
     assert time.monotonic() - start < 290

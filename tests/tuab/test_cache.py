@@ -1,6 +1,9 @@
-import json
 import os
 import pickle
+import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,6 +98,32 @@ def test_values_beyond_fp16_are_cut_to_its_range_and_counted(tmp_path, corpus, m
     assert WindowCache(tmp_path).samples[:3, 0].tolist() == [65504, -65504, 64992]
 
 
+def test_a_build_that_is_interrupted_leaves_nothing_that_looks_like_a_cache(tmp_path, corpus, monkeypatch):
+    read = []
+
+    def interrupted(path):
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        read.append(path)
+        return read_recording(path)
+
+    monkeypatch.setattr("lightning_stability.tuab.cache.read_recording", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(corpus, find_recordings(corpus), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_builder_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path, corpus):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    names = [f"samples.{socket.gethostname()}.{pid}.partial" for pid in (killed.pid, os.getppid())]
+    names.append("samples.another-machine.1.partial")
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    build_cache(corpus, find_recordings(corpus)[:1], tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.partial")) == sorted(names[1:])
+
+
 def test_a_build_in_which_nothing_can_be_read_fails_and_leaves_no_cache(tmp_path):
     for split in ("train", "eval"):
         (tmp_path / "edf" / split / "normal").mkdir(parents=True)
@@ -157,22 +186,62 @@ def test_two_corpora_of_one_name_do_not_share_a_cache(tmp_path):
     assert len(folders) == 2
 
 
-def test_a_corpus_that_changed_since_it_was_cached_is_refused(corpus, tmp_path):
+@pytest.mark.parametrize("change", ["another content", "gone", "new"])
+def test_a_corpus_that_changed_since_it_was_cached_is_refused(corpus, tmp_path, change):
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    data_module(copy, tmp_path)
+    first, second, *_ = sorted(copy.rglob("*.edf"))
+    if change == "another content":
+        shutil.copy(second, first)
+    elif change == "gone":
+        first.unlink()
+    else:
+        shutil.copy(first, first.with_name("new_s001_t000.edf"))
+    with pytest.raises(
+        MisconfigurationException, match=r"has changed since .* 1 files are new, gone or of another size"
+    ):
+        data_module(copy, tmp_path)
+
+
+@pytest.mark.parametrize("split", ["eval", "train"])
+def test_a_split_with_one_class_only_is_refused(corpus, tmp_path, split):
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    shutil.rmtree(copy / "edf" / split / "abnormal")
+    with pytest.raises(MisconfigurationException, match="split has normal recordings only"):
+        data_module(copy, tmp_path)
+
+
+def test_training_batches_are_shuffled_anew_each_epoch_and_evaluation_batches_are_in_order(corpus, tmp_path):
     module = data_module(corpus, tmp_path)
-    index = module.cache_folder / "index.json"
-    content = json.loads(index.read_text())
-    content["recordings"][0]["path"] = "edf/train/normal/01_tcp_ar/gone_s001_t000.edf"
-    index.write_text(json.dumps(content))
-    with pytest.raises(MisconfigurationException, match=r"has changed since .* 2 recordings are in one of them only"):
-        data_module(corpus, tmp_path)
+
+    def order(loader):
+        return [
+            window
+            for batch in loader
+            for window in zip(batch["recording"].tolist(), batch["start"].tolist(), strict=True)
+        ]
+
+    train = module.train_dataloader()
+    first, second = order(train), order(train)
+    assert sorted(first) == sorted(second)
+    assert len({tuple(first), tuple(second), tuple(sorted(first))}) == 3
+    for loader in (module.val_dataloader(), module.test_dataloader(), module.predict_dataloader()):
+        assert order(loader) == sorted(order(loader))
+
+
+def test_workers_are_as_many_as_asked_for(corpus, tmp_path):
+    module = data_module(corpus, tmp_path, num_workers=2)
+    assert {module.train_dataloader().num_workers, module.val_dataloader().num_workers} == {2}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window_seconds": 0}, "window_seconds must be positive, got 0"),
-        ({"stride_seconds": -1}, "stride_seconds must be positive"),
-        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"window_seconds": 0.2}, "window_seconds must be at least 0.25, got 0.2"),
+        ({"stride_seconds": 0.001}, "stride_seconds must be at least 0.00390625, got 0.001"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"split_seed": -1}, "split_seed must be at least 0, got -1"),
         ({"val_fraction": 1.5}, "val_fraction must be between 0 and 1, got 1.5"),
     ],
 )

@@ -174,6 +174,46 @@ def test_a_flat_channel_becomes_zero_and_one_with_rare_jumps_stays_finite():
     assert z[2].max() == pytest.approx(1 / signals[2].std() * 7, rel=1e-5)
 
 
+def test_a_channel_that_is_dead_for_most_of_a_recording_does_not_explode(tmp_path):
+    signals = sines(256, seconds=100)
+    signals["CZ"][: 80 * 256] = 0
+    signal = read_recording(write_edf(tmp_path / "a.edf", signals, 256))[CHANNELS.index("CZ")]
+    assert 0.5 < np.abs(signal).max() < 20
+
+
+def test_signals_that_are_left_out_do_not_change_the_others(tmp_path):
+    rng = np.random.default_rng(0)
+    eeg = {name: rng.normal(0, 30, 250 * 20) for name in CHANNELS}
+    alone = read_recording(write_edf(tmp_path / "a.edf", eeg, 250))
+    faster = EdfSignal(rng.normal(0, 30, 1000 * 20), 1000, label="EEG EKG1-REF", physical_range=(-4000, 4000))
+    slow = [
+        EdfSignal(x, 250, label=f"EEG {n}-REF", physical_dimension="uV", physical_range=(-4000, 4000))
+        for n, x in eeg.items()
+    ]
+    Edf([faster, *slow]).write(tmp_path / "b.edf")
+    np.testing.assert_array_equal(read_recording(tmp_path / "b.edf"), alone)
+
+
+def test_a_slow_eeg_is_refused_also_beside_a_fast_signal(tmp_path):
+    fast = EdfSignal(np.zeros(512 * 10), 512, label="EEG EKG1-REF", physical_range=(-1, 1))
+    slow = [EdfSignal(np.arange(640.0), 64, label=f"EEG {n}-REF", physical_range=(0, 640)) for n in CHANNELS]
+    Edf([fast, *slow]).write(tmp_path / "a.edf")
+    with pytest.raises(ValueError, match="sampled at 64 Hz, too slowly"):
+        read_recording(tmp_path / "a.edf")
+
+
+def test_a_label_that_stands_twice_is_read_once(tmp_path):
+    eeg = sines(256)
+    signals = [
+        EdfSignal(x, 256, label=f"EEG {n}-REF", physical_dimension="uV", physical_range=(-4000, 4000))
+        for n, x in eeg.items()
+    ]
+    Edf([*signals, signals[3]]).write(tmp_path / "a.edf")
+    np.testing.assert_array_equal(
+        read_recording(tmp_path / "a.edf"), read_recording(write_edf(tmp_path / "b.edf", eeg, 256))
+    )
+
+
 def test_values_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="not finite"):
         robust_z_score(np.array([[1.0, np.nan, 2.0]]))

@@ -116,7 +116,10 @@ def test_the_large_encoder_is_the_published_one_and_loads_its_form(tmp_path):
             lambda c: c.update(state_dict={k.removeprefix("target_encoder."): v for k, v in c["state_dict"].items()}),
             r"0 of its \d+ keys start with 'target_encoder.'\): missing: summary_token, .* in all",
         ),
-        (lambda c: c.pop("state_dict"), "no Lightning checkpoint: expected a `state_dict`, its keys are epoch, "),
+        (
+            lambda c: c.pop("state_dict"),
+            "no Lightning checkpoint: expected a `state_dict` of tensors, its keys are epoch, ",
+        ),
     ],
 )
 def test_a_wrong_or_partial_checkpoint_is_refused_by_its_keys_and_loads_nothing(tmp_path, damage, message):

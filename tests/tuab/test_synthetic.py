@@ -7,6 +7,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_stability.tuab import SyntheticCorpus, find_recordings, read_recording, split_by_subject
 from lightning_stability.tuab.channels import electrode
+from lightning_stability.tuab.synthetic import _Recording
 
 SMALL = {"train_subjects": 12, "eval_subjects": 4, "seconds": (24, 30)}
 
@@ -76,6 +77,30 @@ def test_splits_of_a_written_corpus_share_no_subject(corpus):
     assert len(set.union(*subjects)) == sum(map(len, subjects))
     sessions = [r.subject for r in find_recordings(corpus)]
     assert len(sessions) > len(set(sessions)), "no subject has two recordings, so the split is not put to the test"
+
+
+@pytest.mark.parametrize("name", ["artefacts", "broken", "seed", "train_subjects"])
+def test_negative_numbers_are_refused(name):
+    with pytest.raises(MisconfigurationException, match=f"{name} must not be negative, got -1"):
+        SyntheticCorpus(**{name: -1})
+
+
+def test_an_interrupted_write_leaves_no_corpus_and_nothing_of_it_stays_in_the_next(corpus, tmp_path, monkeypatch):
+    written = []
+    write = _Recording.write
+
+    def interrupted(self, edf):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(self)
+        write(self, edf)
+
+    monkeypatch.setattr(_Recording, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        SyntheticCorpus(**SMALL, seed=3).write(tmp_path)
+    assert not (tmp_path / "edf").exists()
+    monkeypatch.undo()
+    assert digests(SyntheticCorpus(**SMALL).write(tmp_path)) == digests(corpus)
 
 
 def test_a_folder_that_holds_a_corpus_is_not_overwritten(corpus):
