@@ -2,19 +2,75 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+Done = subprocess.CompletedProcess[str]
 
-def run(*words: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run ``lightning-stability`` with ``words`` in ``cwd``."""
+
+def run(*words: str, cwd: Path, timeout: float = 300) -> Done:
+    """Run ``lightning-stability`` with ``words`` in ``cwd``, in a new interpreter."""
     return run_python("-m", "lightning_stability", *words, cwd=cwd, timeout=timeout)
 
 
-def run_python(*words: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_python(*words: str, cwd: Path, timeout: float = 300) -> Done:
     """Run Python with ``words`` in ``cwd``, with this checkout first on its path."""
-    root = Path(__file__).parents[1]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]), "COLUMNS": "200"}
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+class Launcher:
+    """Runs the command in processes of their own that are forked off one which has imported it.
+
+    The import takes five seconds, many times what most of the tests look at.
+    """
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, *words: str, cwd: Path) -> Done:
+        """Run ``lightning-stability`` with ``words`` in ``cwd``."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps([words, str(cwd), folder]), file=self._server.stdin, flush=True)
+            status = int(self._server.stdout.readline())
+            out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
+        return Done([*words], status, out, err)
+
+    def close(self) -> None:
+        """End the process that the others are forked off."""
+        self._server.communicate()
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
+
+
+def _serve() -> None:
+    from lightning_stability.cli import main
+
+    for line in sys.stdin:
+        words, cwd, folder = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            for name, descriptor in (("out", 1), ("err", 2)):
+                os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+            os.chdir(cwd)
+            sys.argv = ["lightning-stability", *words]
+            sys.exit(main())
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

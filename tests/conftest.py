@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lightning_stability.tuab import SyntheticCorpus
+from tests.command import Launcher
 
 collect_ignore = ["distributed_fit.py"]  # a script that tests start
 
@@ -23,3 +25,11 @@ def damaged_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus with artefacts in four recordings and one broken file."""
     damaged = SyntheticCorpus(train_subjects=12, eval_subjects=4, seconds=(24, 30), artefacts=4, broken=1, seed=1)
     return damaged.write(tmp_path_factory.mktemp("corpora") / "damaged")
+
+
+@pytest.fixture(scope="session")
+def command() -> Iterator[Launcher]:
+    """Runs the command line, each time in a process of its own."""
+    launcher = Launcher()
+    yield launcher
+    launcher.close()

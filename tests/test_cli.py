@@ -83,9 +83,9 @@ def _small_encoder():
         ("synthetic empty/../full", "exists already"),
     ],
 )
-def test_bad_input_gives_one_clear_message_a_non_zero_status_and_no_traceback(folder, words, message):
+def test_bad_input_gives_one_clear_message_a_non_zero_status_and_no_traceback(command, folder, words, message):
     (folder / "full" / "edf").mkdir(parents=True, exist_ok=True)
-    done = run(*words.split(), cwd=folder)
+    done = command(*words.split(), cwd=folder)
     error = done.stderr[done.stderr.index("lightning-stability: error:") :]
     assert done.returncode == 2
     assert message in error
@@ -93,8 +93,8 @@ def test_bad_input_gives_one_clear_message_a_non_zero_status_and_no_traceback(fo
     assert "Traceback" not in done.stderr
 
 
-def test_a_checkpoint_of_another_model_is_refused(folder, corpus):
-    done = run("test", "--ckpt_path=other.ckpt", f"--data.root={corpus}", cwd=folder)
+def test_a_checkpoint_of_another_model_is_refused(command, folder, corpus):
+    done = command("test", "--ckpt_path=other.ckpt", f"--data.root={corpus}", cwd=folder)
     assert done.returncode == 2
     assert "error: the checkpoint is not one of this model" in done.stderr
     assert "Traceback" not in done.stderr
@@ -113,9 +113,9 @@ def test_without_the_extra_the_message_names_the_line_that_installs_it(tmp_path,
     assert "Traceback" not in done.stderr
 
 
-def test_any_module_and_data_module_train_by_class_path_without_the_probes_settings(folder):
+def test_any_module_and_data_module_train_by_class_path_without_the_probes_settings(command, folder):
     words = ("fit", "--model", "own.Model", "--data=own.Data", "--trainer.max_steps=2")
-    done = run(*words, "--trainer.default_root_dir=of_its_own", cwd=folder)
+    done = command(*words, "--trainer.default_root_dir=of_its_own", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "`max_steps=2` reached" in done.stderr
     assert "EEGPT" not in done.stderr
@@ -123,30 +123,30 @@ def test_any_module_and_data_module_train_by_class_path_without_the_probes_setti
     assert config["trainer"]["callbacks"] is None
 
 
-def test_without_a_logger_nothing_is_written_over_the_users_files_or_in_the_next_runs_way(folder):
+def test_without_a_logger_nothing_is_written_over_the_users_files_or_in_the_next_runs_way(command, folder):
     (folder / "config.yaml").write_text("# mine\ntrainer:\n  logger: false\n")
     words = ("fit", "--model=own.Model", "--trainer.max_steps=1", "--config=config.yaml")
-    assert [run(*words, cwd=folder).returncode for _ in range(2)] == [0, 0]
+    assert [command(*words, cwd=folder).returncode for _ in range(2)] == [0, 0]
     assert (folder / "config.yaml").read_text().startswith("# mine")
 
 
-def test_a_checkpoint_brings_its_options_and_the_command_line_goes_before_them(corpus, tmp_path):
+def test_a_checkpoint_brings_its_options_and_the_command_line_goes_before_them(command, corpus, tmp_path):
     fit = ("fit", f"--data.root={corpus}", "--trainer.limit_val_batches=2")
-    done = run(*fit, "--data.window_seconds=4", "--model.hidden=5", "--trainer.max_steps=2", cwd=tmp_path)
+    done = command(*fit, "--data.window_seconds=4", "--model.hidden=5", "--trainer.max_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = next(tmp_path.rglob("last.ckpt"))
-    done = run("test", f"--ckpt_path={last}", f"--data.root={corpus}", cwd=tmp_path)
+    done = command("test", f"--ckpt_path={last}", f"--data.root={corpus}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "was not trained" not in done.stderr
-    done = run(*fit, f"--ckpt_path={last}", "--model.learning_rate=1e-5", "--trainer.max_steps=4", cwd=tmp_path)
+    done = command(*fit, f"--ckpt_path={last}", "--model.learning_rate=1e-5", "--trainer.max_steps=4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     config = yaml.safe_load(max(tmp_path.rglob("config.yaml"), key=lambda path: path.stat().st_mtime).read_text())
     assert config["data"]["init_args"]["window_seconds"] == 4.0
     assert (config["model"]["init_args"]["hidden"], config["model"]["init_args"]["learning_rate"]) == (5, 1e-5)
 
 
-def test_scores_of_a_model_that_was_not_trained_are_called_so(corpus, tmp_path):
-    done = run("validate", f"--data.root={corpus}", cwd=tmp_path)
+def test_scores_of_a_model_that_was_not_trained_are_called_so(command, corpus, tmp_path):
+    done = command("validate", f"--data.root={corpus}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "No --ckpt_path was given: `validate` looks at a model that was not trained" in done.stderr
 
@@ -179,15 +179,15 @@ def test_two_processes_fit_and_predict_as_one_does(corpus, tmp_path):
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what a CPU does")
-def test_fp16_is_real_on_a_cpu_and_nothing_else_is_changed(folder, options, said):
+def test_fp16_is_real_on_a_cpu_and_nothing_else_is_changed(command, folder, options, said):
     own = ("--model=own.Model", "--trainer.callbacks+=own.Precision", "--trainer.max_steps=1")
-    done = run("fit", *own, *options, cwd=folder)
+    done = command("fit", *own, *options, cwd=folder)
     assert said in done.stdout, done.stderr
     assert ("real fp16 with a gradient scaler" in done.stderr) == ("--trainer.precision=16-mixed" in options)
 
 
-def test_with_nothing_named_the_probe_is_what_trains(folder):
-    done = run("fit", "--print_config", cwd=folder)
+def test_with_nothing_named_the_probe_is_what_trains(command, folder):
+    done = command("fit", "--print_config", cwd=folder)
     config = yaml.safe_load(done.stdout)
     assert config["model"]["class_path"] == "lightning_stability.tuab.EEGPTProbe"
     assert config["data"]["class_path"] == "lightning_stability.tuab.TUABDataModule"
@@ -195,22 +195,22 @@ def test_with_nothing_named_the_probe_is_what_trains(folder):
 
 
 @pytest.mark.parametrize("by_path", [False, True])
-def test_configurations_are_known_by_name_and_by_path(folder, by_path):
+def test_configurations_are_known_by_name_and_by_path(command, folder, by_path):
     name = "tuab_stable"
     if by_path:
         from lightning_stability.tuab.configs import packaged_file
 
         shutil.copy(packaged_file("tuab_stable"), folder / "copy.yaml")
         name = "copy.yaml"
-    config = yaml.safe_load(run("fit", "--config", name, "--print_config", cwd=folder).stdout)
+    config = yaml.safe_load(command("fit", "--config", name, "--print_config", cwd=folder).stdout)
     assert config["trainer"]["accumulate_grad_batches"] == 2
     assert config["trainer"]["precision"] == "32-true"
     assert config["model"]["init_args"]["learning_rate"] == 2e-4
     assert config["model"]["init_args"]["scheduler"] == "cosine"
 
 
-def test_callbacks_are_known_by_their_short_names_with_their_options(folder):
-    done = run(
+def test_callbacks_are_known_by_their_short_names_with_their_options(command, folder):
+    done = command(
         "fit", "--trainer.callbacks+=GradNormMonitor", "--trainer.callbacks.group_depth=1", "--print_config", cwd=folder
     )
     config = yaml.safe_load(done.stdout)["trainer"]["callbacks"][-1]
@@ -218,14 +218,14 @@ def test_callbacks_are_known_by_their_short_names_with_their_options(folder):
     assert config["init_args"]["group_depth"] == 1
 
 
-def test_the_windows_length_is_given_once(folder):
-    done = run("fit", "--data.window_seconds=4", "--print_config", cwd=folder)
+def test_the_windows_length_is_given_once(command, folder):
+    done = command("fit", "--data.window_seconds=4", "--print_config", cwd=folder)
     assert yaml.safe_load(done.stdout)["data"]["init_args"]["window_seconds"] == 4.0
     assert "window_seconds" not in yaml.safe_load(done.stdout)["model"]["init_args"]
 
 
-def test_help_names_every_command_and_configuration(folder):
-    done = run("--help", cwd=folder)
+def test_help_names_every_command_and_configuration(command, folder):
+    done = command("--help", cwd=folder)
     assert done.returncode == 0
     for word in ("fit", "validate", "test", "predict", "demo", "synthetic", "tuab_crash", "tuab_stable"):
         assert word in done.stdout
@@ -237,7 +237,7 @@ def test_both_commands_are_installed_with_the_package():
         assert "from lightning_stability.cli import main" in command.read_text()
 
 
-def test_fit_validate_test_and_predict_work_on_a_copy_of_tuab_with_an_eegpt_checkpoint(corpus, tmp_path):
+def test_fit_validate_test_and_predict_work_on_a_copy_of_tuab_with_an_eegpt_checkpoint(command, corpus, tmp_path):
     """The commands of the README for the real corpus and the real weights, on files of their form."""
     from lightning_stability.tuab import EEGPTEncoder
 
@@ -245,7 +245,7 @@ def test_fit_validate_test_and_predict_work_on_a_copy_of_tuab_with_an_eegpt_chec
     real = ["--config=tuab_stable", f"--data.root={corpus}", "--model.checkpoint=eegpt.ckpt"]
     short = ["--data.window_seconds=1", "--data.stride_seconds=8", "--data.batch_size=2"]
     limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
-    done = run(
+    done = command(
         "fit", *real, *short, *limits, "--trainer.limit_val_batches=2", "--trainer.val_check_interval=1.0", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -253,7 +253,7 @@ def test_fit_validate_test_and_predict_work_on_a_copy_of_tuab_with_an_eegpt_chec
     best = next(line.split()[2] for line in done.stdout.splitlines() if line.startswith("Best checkpoint:"))
     evaluation = [f"--ckpt_path={best}", *real, *short]
     limit = {"validate": "val", "test": "test", "predict": "predict"}
-    for command, split in limit.items():
-        done = run(command, *evaluation, f"--trainer.limit_{split}_batches=2", cwd=tmp_path)
+    for subcommand, split in limit.items():
+        done = command(subcommand, *evaluation, f"--trainer.limit_{split}_batches=2", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert next(tmp_path.rglob("predictions.csv")).read_text().startswith("recording,abnormal_probability\nedf/eval/")
