@@ -2,9 +2,8 @@
 
 usage: python docs/screenshots.py [FOLDER OF A RUN'S LOGS]
 
-Without a folder a small model is trained in fp16 with GradNormMonitor, with a learning rate that grows until
-the norm does too. Needs TensorBoard, Chromium with its driver (Debian: `apt-get install chromium
-chromium-driver`) and `pip install selenium`.
+Without a folder the demo is run, which takes a minute or two. Needs TensorBoard, Chromium with its driver (Debian:
+`apt-get install chromium chromium-driver`) and `pip install selenium`.
 """
 
 from __future__ import annotations
@@ -16,14 +15,13 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
 
 def main() -> None:
-    logs = Path(sys.argv[1]) if len(sys.argv) > 1 else train(Path(tempfile.mkdtemp()) / "logs")
+    logs = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else run_demo(Path(tempfile.mkdtemp()))
     port = free_port()
     board = subprocess.Popen(
         [
@@ -49,50 +47,10 @@ def main() -> None:
         board.wait()
 
 
-def train(folder: Path) -> Path:
-    """A small classifier in real fp16 on the CPU, whose learning rate grows until the gradients do too."""
-    import pytorch_lightning as pl
-    import torch
-    from pytorch_lightning.loggers import TensorBoardLogger
-    from pytorch_lightning.plugins.precision import MixedPrecision
-    from torch import nn
-
-    from lightning_stability import GradNormMonitor
-
-    class Classifier(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
-            self.decoder = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
-            self.head = nn.Linear(32, 2)
-
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            x, y = batch
-            return nn.functional.cross_entropy(self.head(self.decoder(self.encoder(x))).float(), y)
-
-        def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-            growth = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1.0, 1.006 ** (step - 300)))
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": growth, "interval": "step"}}
-
-    pl.seed_everything(0)
-    x = torch.randn(4000, 16)
-    labels = (x[:, 0] * x[:, 1] + 0.3 * torch.randn(4000) > 0).long()
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), batch_size=16, shuffle=True)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", growth_interval=150))],
-        max_steps=700,
-        max_epochs=-1,
-        gradient_clip_val=1.0,
-        log_every_n_steps=5,
-        logger=TensorBoardLogger(folder),
-        callbacks=[GradNormMonitor(group_depth=1)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(Classifier(), loader)
-    return folder
+def run_demo(folder: Path) -> Path:
+    """Run the demo in ``folder`` and return where its logs are."""
+    subprocess.run([sys.executable, "-m", "lightning_stability", "demo"], cwd=folder, check=True)
+    return folder / "lightning_logs"
 
 
 def photograph(url: str, picture: Path) -> None:

@@ -129,7 +129,7 @@ class GradNormMonitor(RuntimeCallback):
             logger.log_metrics(metrics, step=record.logger_step)
         if record.optimizer not in self._charted:
             self._charted.add(record.optimizer)
-            self._lay_out_charts(trainer, several)
+            self._lay_out_charts(trainer, several, scaled=record.loss_scale is not None)
 
     def _call_out(self, record: StepRecord, rise: Rise) -> None:
         assert self._runtime is not None
@@ -147,7 +147,7 @@ class GradNormMonitor(RuntimeCallback):
             f" {rise.group_ratio:.3g} times its own. A lower learning rate or gradient_clip_val holds it."
         )
 
-    def _lay_out_charts(self, trainer: Any, several: bool) -> None:
+    def _lay_out_charts(self, trainer: Any, several: bool, scaled: bool) -> None:
         """Give TensorBoard its charts: all groups in one, and beside it what belongs to the total."""
         charts: dict[str, list[Any]] = {}
         for index in sorted(self._charted):
@@ -156,8 +156,10 @@ class GradNormMonitor(RuntimeCallback):
             groups = [f"grad_norm/{prefix}{_tag(name)}" for name in self._statistics[index].groups.names]
             charts["norm by group" + title] = _lines(groups)
             charts["total" + title] = _lines([f"grad_norm/{prefix}total", f"grad_norm/{prefix}total_max"])
-            charts["clip coefficient" + title] = _lines([f"grad_norm/{prefix}clip_coefficient"])
-        charts["loss scale"] = _lines(["loss_scale"])
+            if trainer.gradient_clip_val:
+                charts["clip coefficient" + title] = _lines([f"grad_norm/{prefix}clip_coefficient"])
+        if scaled:
+            charts["loss scale"] = _lines(["loss_scale"])
         for logger in trainer.loggers:
             if is_instance_by_name(logger, "TensorBoardLogger"):
                 logger.experiment.add_custom_scalars({"gradients": charts})
