@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from lightning_stability._compat import Callback
@@ -45,7 +46,10 @@ class RuntimeCallback(Callback):
             self._runtime.drain()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the runtime: after an exception Lightning calls no teardown."""
+        """Read what is on its way, which may say why, and leave: after an exception Lightning calls no teardown."""
+        if self._runtime is not None:
+            with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
+                self._runtime.drain()
         self._leave()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

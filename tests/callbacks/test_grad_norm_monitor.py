@@ -386,6 +386,19 @@ class TestLifeInATrainer:
             GradNormMonitor(**options)
 
 
+def test_the_last_steps_before_an_exception_are_logged(pl: Any) -> None:
+    class Dies(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                raise ValueError("Input contains NaN")
+
+    logger = runs.memory_logger(pl)
+    run = runs.trainer(pl, logger=logger, callbacks=[GradNormMonitor(), Dies()])
+    with pytest.raises(ValueError, match="Input contains NaN"):
+        run.fit(runs.make_module(pl), runs.data())
+    assert [step for step, row in logger.rows if "grad_norm/total" in row] == [0, 1, 2]
+
+
 def charts_of(events: Any) -> dict[str, list[str]]:
     from tensorboard.plugins.custom_scalar import layout_pb2
 
