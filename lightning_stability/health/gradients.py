@@ -101,6 +101,19 @@ class GradientMeter:
         self._add_up_shards(self._row.norms)
 
     @torch.no_grad()
+    def total_norm(self) -> Tensor:
+        """Norm of all gradients as measured, 0-dimensional, on the device."""
+        return _norm_of(self._row.vector()[: len(self.parameter_names)])
+
+    @torch.no_grad()
+    def total_norm_now(self) -> Tensor:
+        """The same of the gradients as they are now: a second pass."""
+        norms = [norm for bucket in self._buckets for norm in bucket.gradient_norms()]
+        vector = self._row.stack([norm.to(self._device) for norm in norms])
+        self._add_up_shards(vector)
+        return _norm_of(vector)
+
+    @torch.no_grad()
     def clip_(self, max_norm: float) -> None:
         """Multiply the gradients with `min(1, max_norm / (total + 1e-6))`, as `clip_grad_norm_` does.
 
@@ -312,7 +325,7 @@ class _DeviceRow:
 
     def write(self, norms: Sequence[Tensor], scalars: Mapping[str, Tensor]) -> None:
         torch._foreach_copy_(self._norm_slots, norms)  # type: ignore[arg-type]
-        self._names = list(scalars)[: self._SLOTS - 2]
+        self._names = list(scalars)[: self._SLOTS - 6]
         if self._names:
             torch._foreach_copy_(self._scalar_slots[: len(self._names)], [scalars[name] for name in self._names])
 
@@ -329,6 +342,11 @@ class _DeviceRow:
     def unpacker(self) -> Callable[[Floats], dict[str, float]]:
         names = self._names
         return lambda values: dict(zip(names, values.tolist(), strict=False))
+
+
+def _norm_of(norms: Tensor) -> Tensor:
+    total: Tensor = torch.linalg.vector_norm(norms, dtype=torch.float64)
+    return total
 
 
 def _buckets(parameters: list[Tensor], drives_clipping: bool) -> list[_Bucket]:

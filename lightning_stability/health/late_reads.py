@@ -72,9 +72,13 @@ class LateReads:
         while self._pending and ((slot := self._pending[0][0]) is None or slot.event.query()):
             self._hand_over()
 
-    def drain(self) -> None:
-        """Wait for everything that was sent and hand it over."""
-        while self._pending:
+    def drain(self, keep: int = 0) -> None:
+        """Wait for everything that was sent and hand it over.
+
+        Args:
+            keep: How many of the newest to leave on their way.
+        """
+        while len(self._pending) > keep:
             if (slot := self._pending[0][0]) is not None:
                 slot.event.synchronize()
             self._hand_over()
