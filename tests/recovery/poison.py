@@ -47,6 +47,8 @@ def loss_of(kind: str | None, out: Tensor, module: Any) -> Tensor:
         return loss * torch.nan
     if kind == "nan_gradient":
         return loss + torch.sqrt((module.net.head.weight * 0.0).sum().abs())  # the slope of sqrt at 0, times 0
+    if kind == "fp16_overflow":
+        return loss + _Steep.apply(module.net.head.bias).sum()
     if kind == "overflow":
         return loss + (module.net.head.bias * 1e25).sum()  # finite, but its square is not
     return loss
@@ -101,10 +103,24 @@ def make_module(pl: Any, kinds: Mapping[int, str], optimizer: Any, by_hand: bool
             if not by_hand:
                 optimizer.step(closure=closure)
                 return
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler is not None:
+                self.step_by_hand_under(scaler, optimizer, closure)
+                return
             closure()
             bad, self.window_bad = self.window_bad, False
             if not bad:
                 optimizer.step(closure=lambda: None)
+
+        def step_by_hand_under(self, scaler: Any, optimizer: Any, closure: Any) -> None:
+            """GradScaler's own skip stays its own; one that it sees no reason for leaves the scale as it was."""
+            closure()
+            bare = optimizer.optimizer
+            scaler.unscale_(bare)
+            if not self.window_bad or any(scaler._found_inf_per_device(bare).values()):
+                scaler.step(bare)
+            self.window_bad = False
+            scaler.update()
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             out = self.net(batch[0])
@@ -120,6 +136,18 @@ def make_module(pl: Any, kinds: Mapping[int, str], optimizer: Any, by_hand: bool
             return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     return Module()
+
+
+class _Steep(torch.autograd.Function):
+    """Its value is 0; its gradient is infinite at every scale, as one that overflows in fp16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * torch.inf
 
 
 class AverageWeights:
@@ -157,6 +185,7 @@ def fit(pl: Any, module: Any, callbacks: list[Any], loader: Any = None, **option
         "rates": [scheduler.scheduler.state_dict() for scheduler in trainer.lr_scheduler_configs],
         "step": trainer.global_step,
         "random": torch.get_rng_state(),
+        "precision": trainer.precision_plugin.state_dict(),
         "trainer": trainer,
     }
 
