@@ -250,9 +250,10 @@ class Runtime:
             return
         meter = self._meters.get(optimizer)
         if meter is None or not meter.is_current():
+            if meter is not None:
+                self._forward_order = {}  # other parameters are trained now
             self._names = {parameter: name for name, parameter in module.named_parameters()}
             meter = self._meters[optimizer] = GradientMeter(optimizer, self._names, self._drives_clipping(module))
-            self._forward_order = {}  # to be asked anew: other parameters are trained now
         plugin = self._tap.plugin
         scalars = dict(step.take_learning_rates())
         scale = scale_tensor(plugin)

@@ -324,18 +324,15 @@ class NaNEarlyStop(RuntimeCallback):
     def _compose(self, incident: _Incident, checkpoint: str | None) -> str:
         counts = self._counts
         lines = [f"NaNEarlyStop ended the run: {incident.why}.", f"  where: {incident.place}"]
-        skipped = f"  skipped: {counts.skipped_bad} bad updates, none of which reached the weights"
-        if counts.skipped_by_scaler:
-            skipped += f", and {counts.skipped_by_scaler} by GradScaler"
-        lines.append(f"{skipped}; {counts.updates} updates were good")
+        lines.append(f"  updates: {counts.updates} good, {counts.skipped} skipped (none of these reached the weights)")
         if checkpoint is not None:
             lines += [f"  last good checkpoint: {checkpoint}", f"  resume: {resume_command(checkpoint)}"]
         elif counts.updates:
             lines.append("  no checkpoint was written; the weights in memory are good")
         else:
-            lines.append("  no update was ever good: there is nothing to resume from, find the cause first")
+            lines.append("  no update was ever good: there is nothing to resume from; find the cause first")
         if incident.what in ("loss", "input", "gradient") and counts.updates:
-            lines.append(f"  to go on over it: NaNEarlyStop(patience={self.patience + 1})")
+            lines.append(f"  to skip such updates and go on: NaNEarlyStop(patience={self.patience + 1})")
         return "\n".join(lines)
 
     def _add_weights(self, trainer: Any, incident: _Incident) -> None:
@@ -352,7 +349,7 @@ class NaNEarlyStop(RuntimeCallback):
             return None
         path = str(trainer.strategy.broadcast(str(folder / FILE_NAME)))
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         except OSError as error:
             rank_zero_warn(f"NaNEarlyStop: {path} could not be written ({error}); the run's other checkpoints stand.")
             return None
@@ -413,7 +410,7 @@ class _Counts:
     def summary(self) -> str:
         parts = [f"{self.updates} updates, {self.skipped} skipped"]
         if self.skipped_by_scaler:
-            parts.append(f"{self.skipped_by_scaler} of them by GradScaler, which is ordinary")
+            parts.append(f"{self.skipped_by_scaler} of these for a loss scale that was too high, which is ordinary")
         if self.first_incident:
             parts.append(f"first incident at {self.first_incident}, last at {self.last_incident}")
         return "; ".join(parts)
