@@ -74,10 +74,12 @@ def make_module(pl: Any, kinds: Mapping[int, str], optimizer: Any, by_hand: bool
             self.epoch_metrics: list[dict[str, float]] = []
             self.validations: list[bool] = []
 
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.before = copy.deepcopy(self.net.state_dict())
+
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.batch += 1
             kind = kinds.get(self.batch)
-            self.before = copy.deepcopy(self.net.state_dict())
             out = self.net(spoil(kind, batch[0]))
             loss = loss_of(kind, out, self)
             if by_hand and kind is not None:
