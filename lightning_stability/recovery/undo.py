@@ -117,7 +117,7 @@ class BufferUndo:
         Args:
             bad: 0-dimensional, bool.
         """
-        on_host = bad.device.type == "cpu"
+        on_host = _is_on_host(bad)
         if not self._slots or (on_host and not bad):
             return
         current = self._current()
@@ -243,7 +243,7 @@ class MetricUndo:
         Args:
             bad: 0-dimensional, bool.
         """
-        on_host = bad.device.type == "cpu"
+        on_host = _is_on_host(bad)
         if on_host and not bad:
             return
         known = {id(kept.metric): kept for kept in self._kept}
@@ -324,3 +324,8 @@ def _fresh(metric: Metric) -> _KeptMetric:
 def _new_elements(kept: _KeptMetric) -> list[tuple[Metric, str, list[Any]]]:
     states = ((name, getattr(kept.metric, name), length) for name, length in kept.lengths.items())
     return [(kept.metric, n, state[length:]) for n, state, length in states if isinstance(state, list)]
+
+
+def _is_on_host(flag: Tensor) -> bool:
+    """Whether the host can look at a flag without waiting for a device."""
+    return flag.device.type == "cpu"

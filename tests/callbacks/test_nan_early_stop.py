@@ -64,12 +64,14 @@ class TestWhenItStops:
 
     def test_a_good_update_resets_the_count(self, one: Any) -> None:
         run = Run(one, dict.fromkeys([1, 3, 5, 7], "nan_gradient"), NaNEarlyStop(1))
-        assert run.trainer.global_step == 12 and not run.said
+        assert run.trainer.global_step == 12
+        assert not run.said
 
     @pytest.mark.parametrize("options", [{"min_steps": 10}, {"min_epochs": 2}])
     def test_it_overrides_a_least_number_of_steps_or_epochs(self, pl: Any, options: dict[str, int]) -> None:
         run = Run(pl, {2: "nan_input"}, validate=True, num_sanity_val_steps=0, **options)
-        assert run.trainer.global_step == 3 and not run.module.validations
+        assert run.trainer.global_step == 3
+        assert not run.module.validations
 
     def test_the_weights_are_those_before_the_bad_step(self, one: Any) -> None:
         stopped = Run(one, {4: "nan_input"})
@@ -78,7 +80,9 @@ class TestWhenItStops:
 
     def test_a_bad_step_at_an_epochs_end_runs_no_end_of_epoch(self, one: Any) -> None:
         run = Run(one, {5: "nan_input"}, validate=True, num_sanity_val_steps=0)
-        assert run.trainer.global_step == 6 and not run.module.epoch_metrics and not run.module.validations
+        assert run.trainer.global_step == 6
+        assert not run.module.epoch_metrics
+        assert not run.module.validations
 
     def test_monitored_metric(self, pl: Any, tmp_path: Path) -> None:
         checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss", filename="{val_loss:.2f}", save_top_k=2)
@@ -95,7 +99,8 @@ class TestWhenItStops:
         trainer = runs.trainer(pl, max_epochs=4, callbacks=[checkpoint, stop], enable_checkpointing=True)
         with pytest.warns(UserWarning, match="the metric `val_loss` was nan"):
             trainer.fit(module, poison.data(), poison.data())
-        assert trainer.current_epoch == 1 and trainer.global_step == 12
+        assert trainer.current_epoch == 1
+        assert trainer.global_step == 12
         assert [path.name for path in tmp_path.iterdir()] == ["val_loss=1.00.ckpt"]
 
 
@@ -142,7 +147,8 @@ class TestAStopNeverMakesItWorse:
         trainer = runs.trainer(pl, callbacks=[early, NaNEarlyStop()], num_sanity_val_steps=0)
         with pytest.warns(UserWarning, match="NaNEarlyStop ended the run"):
             trainer.fit(module, poison.data(), poison.data())
-        assert trainer.state.finished and trainer.global_step == 3
+        assert trainer.state.finished
+        assert trainer.global_step == 3
 
     def test_the_checkpoints_are_those_from_before(self, pl: Any, tmp_path: Path) -> None:
         saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True, save_top_k=-1)
@@ -184,8 +190,10 @@ class TestAStopNeverMakesItWorse:
         again = NaNEarlyStop()
         trainer = runs.trainer(pl, max_epochs=2, callbacks=[again, saver()], enable_checkpointing=True)
         trainer.fit(module, poison.data(), ckpt_path=tmp_path / "nan_early_stop.ckpt", weights_only=False)
-        assert stopped.trainer.global_step == 4 and trainer.global_step == 12
-        assert again.state_dict()["updates"] == 11 and again.state_dict()["skipped_bad"] == 1
+        assert stopped.trainer.global_step == 4
+        assert trainer.global_step == 12
+        assert again.state_dict()["updates"] == 11
+        assert again.state_dict()["skipped_bad"] == 1
 
     def test_loggers_are_told_and_saved(self, one: Any, tmp_path: Path) -> None:
         logger = one.loggers.CSVLogger(tmp_path, flush_logs_every_n_steps=10**6)
@@ -206,7 +214,8 @@ class TestWhatItSays:
     )
     def test_what_became_non_finite_and_where(self, one: Any, kind: str, sentence: str) -> None:
         run = Run(one, {8: kind})
-        assert len(run.said) == 1 and sentence in run.said[0]
+        assert len(run.said) == 1
+        assert sentence in run.said[0]
         assert "epoch 1, batch 2, global step 8" in run.said[0]
         assert "8 good, 1 skipped" in run.said[0]
 
@@ -264,7 +273,8 @@ class TestWhatItSays:
             Run(pl, dict.fromkeys([1, 7], "nan_gradient"), NaNEarlyStop(1))
         [line] = [record.getMessage() for record in caplog.records if "NaNEarlyStop:" in record.getMessage()]
         assert "10 updates, 2 skipped" in line
-        assert "first incident at epoch 0, batch 1" in line and "last at epoch 1, batch 1" in line
+        assert "first incident at epoch 0, batch 1" in line
+        assert "last at epoch 1, batch 1" in line
 
     def test_what_the_optimizer_costs_is_said_once_at_the_start(
         self, one: Any, caplog: pytest.LogCaptureFixture
@@ -291,7 +301,9 @@ class TestWhatItSays:
         events = list(read_events(logger.log_dir))
         assert [event["event"] for event in events] == ["update_skipped", "update_skipped", "training_stopped"]
         assert [event["batch_idx"] for event in events] == [1, 2, 2]
-        assert events[0]["by"] == "guard" and not events[0]["ordinary"] and events[-1]["skipped"] == 2
+        assert events[0]["by"] == "guard"
+        assert not events[0]["ordinary"]
+        assert events[-1]["skipped"] == 2
 
 
 class TestActionRaise:
@@ -356,7 +368,8 @@ class TestLifeInATrainer:
     def test_in_every_precision(self, one: Any) -> None:
         for precision in ("bf16-mixed", "bf16-true", "64-true"):
             run = Run(one, {3: "nan_input"}, NaNEarlyStop(1), precision=precision)
-            assert not poison.nonfinite(run.module.state_dict()) and run.trainer.global_step == 12
+            assert not poison.nonfinite(run.module.state_dict())
+            assert run.trainer.global_step == 12
 
     def test_fast_dev_run(self, one: Any) -> None:
         assert Run(one, {0: "nan_loss"}, fast_dev_run=3, max_epochs=None).said

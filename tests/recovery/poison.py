@@ -58,7 +58,11 @@ def make_module(pl: Any, kinds: Mapping[int, str], optimizer: Any, by_hand: bool
     """A module whose batches (counted over the run) are spoilt as `kinds` says.
 
     Args:
+        pl: The namespace.
+        kinds: What is wrong with which batch.
+        optimizer: Makes the optimizer from the parameters.
         by_hand: Whether the module itself leaves out the bad steps: the reference.
+        net: Makes what is trained, in place of `Net`.
     """
 
     class Module(pl.LightningModule):

@@ -163,7 +163,8 @@ class TestWithGradScaler:
         stop = NaNEarlyStop()
         with pytest.warns(UserWarning, match=r"gradients overflow at every loss scale; it has fallen to 0\.5"):
             result = poison.fit(one, module, [stop], plugins=runs.fp16(one, init_scale=4.0))
-        assert result["step"] == 4 and stop.state_dict()["skipped_by_scaler"] == 3
+        assert result["step"] == 4
+        assert stop.state_dict()["skipped_by_scaler"] == 3
 
     def test_too_many_skips_in_a_row_end_the_run(self, one: Any) -> None:
         kinds = dict.fromkeys(range(1000), "fp16_overflow")
@@ -283,7 +284,8 @@ class TestWhatElseHappens:
         torch.manual_seed(2)
         trainer = runs.trainer(one, callbacks=[NaNEarlyStop(patience=1)], **options)
         trainer.fit(module, poison.data(), poison.data())
-        assert len(module.validations) > 6 and all(module.validations)
+        assert len(module.validations) > 6
+        assert all(module.validations)
 
     def test_an_update_is_held_on_the_device_until_the_host_has_read_of_the_stop(self, one: Any) -> None:
         """The host hears four steps late; weights are still those of the bad step."""
@@ -295,7 +297,8 @@ class TestWhatElseHappens:
                 callbacks.append(_ReadLate(one))
             with pytest.warns(UserWarning, match="NaNEarlyStop ended the run"):
                 results.append(poison.fit(one, module, callbacks, poison.data(9)))
-        assert results[0]["step"] == 4 and results[1]["step"] == 8
+        assert results[0]["step"] == 4
+        assert results[1]["step"] == 8
         for name in ("weights", "optimizers"):
             found = poison.differences(results[1][name], results[0][name])
             assert [difference for difference in found if ".lr:" not in difference] == []
@@ -331,7 +334,8 @@ class TestWhatElseHappens:
 
         poison.fit(one, module, [NaNEarlyStop(patience=1), Look()])
         after = vars(made[0]["optimizer"])
-        assert after["step"] == before["step"] and not hasattr(made[0]["optimizer"], "found_inf")
+        assert after["step"] == before["step"]
+        assert not hasattr(made[0]["optimizer"], "found_inf")
 
 
 def _ReadLate(pl: Any) -> Any:
