@@ -373,3 +373,44 @@ class TestLifeInATrainer:
 
     def test_fast_dev_run(self, one: Any) -> None:
         assert Run(one, {0: "nan_loss"}, fast_dev_run=3, max_epochs=None).said
+
+    @pytest.mark.parametrize("finder", ["LearningRateFinder", "BatchSizeFinder"])
+    def test_the_finders_steps_are_not_the_runs(self, pl: Any, finder: str, tmp_path: Path) -> None:
+        def optimizer(module: Any) -> Any:
+            return torch.optim.AdamW(module.parameters(), lr=module.lr)
+
+        module = runs.make_module(pl, optimizer=optimizer, on_before_optimizer_step=lambda self, optimizer: None)
+        module.lr, module.batch_size = 1e-3, 2
+        module.train_dataloader = lambda: runs.data(32, module.batch_size)
+        options = {
+            "LearningRateFinder": {"num_training_steps": 10, "max_lr": 1e6},
+            "BatchSizeFinder": {"max_trials": 2},
+        }
+        search = getattr(pl.callbacks, finder)(**options[finder])
+        stop = NaNEarlyStop()
+        runs.trainer(pl, callbacks=[search, stop], default_root_dir=tmp_path).fit(module)
+        assert stop.state_dict()["updates"] == math.ceil(32 / module.batch_size)
+
+    def test_with_torch_compile(self, one: Any) -> None:
+        net = torch.compile(runs.Net(), backend="aot_eager")
+        module = runs.make_module(one, net, on_before_optimizer_step=lambda self, optimizer: None)
+        type(module).training_step = lambda self, batch, batch_idx: (
+            self.net(batch[0]).pow(2).mean() * (torch.nan if batch_idx == 1 else 1.0)
+        )
+        stop = NaNEarlyStop(1)
+        runs.trainer(one, callbacks=[stop]).fit(module, runs.data())
+        assert (stop.state_dict()["updates"], stop.state_dict()["skipped_bad"]) == (3, 1)
+        assert not poison.nonfinite(module.state_dict())
+
+    def test_with_data_of_unknown_length(self, one: Any) -> None:
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self) -> Any:
+                return iter(torch.randn(6, 6))
+
+        module = poison.make_module(one, {}, adamw, by_hand=False)
+        type(module).training_step = lambda self, batch, batch_idx: (
+            self.net.head(batch @ torch.ones(6, 8)).mean() * (torch.inf if batch_idx == 2 else 1.0)
+        )
+        trainer = runs.trainer(one, callbacks=[NaNEarlyStop()], val_check_interval=2)
+        with pytest.warns(UserWarning, match="epoch 0, batch 2"):
+            trainer.fit(module, torch.utils.data.DataLoader(Stream(), batch_size=1))

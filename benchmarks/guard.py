@@ -1,0 +1,255 @@
+"""What it costs to let no bad update land, and which ways of doing it survive what.
+
+For each way, with fused and with foreach AdamW: the time of a step over that of a bare Trainer's, from blocks that are
+interleaved with bare blocks in one process (see grad_norm.py). Beside it, once and on the CPU, which bad steps a run
+survives: it ends without an exception and with finite weights, buffers and epoch metrics.
+
+usage: python benchmarks/guard.py [--quick] [--rounds N] [--device cuda] [--workloads a,b] [--json FILE]
+`stabilityguard` is compared if it is installed (pip install --no-deps stabilityguard==0.3.0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import random
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import grad_norm as common  # noqa: E402
+
+from lightning_stability import GradNormMonitor, NaNEarlyStop  # noqa: E402
+from tests.recovery import poison  # noqa: E402
+
+FUSED = {"fused": True, "foreach": False}
+
+
+def main() -> None:
+    options = arguments()
+    common.quiet()
+    device = torch.device(options.device)
+    report: dict[str, Any] = {"machine": common.machine(device), "rounds": options.rounds, "workloads": {}}
+    print(json.dumps(report["machine"]), flush=True)
+    for name in options.workloads:
+        for kind, fused in FUSED.items():
+            workload = make_workload(name, device, options.quick, fused)
+            result = step_ratios(workload, device, options.rounds)
+            report["workloads"][f"{name}, {kind}"] = result
+            print_ratios(f"{name}, {kind} AdamW", result)
+            save(report, options.json)
+            del workload
+    if options.scenarios:
+        report["survives"] = survival()
+        print_survival(report["survives"])
+        save(report, options.json)
+
+
+# The ways
+
+
+class EachStep(pl.Callback):
+    """What people write: look at the loss of each step."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if outputs is not None and outputs["loss"].isnan():
+            trainer.should_stop = True
+
+
+class StabilityGuard(pl.Callback):
+    """`stabilityguard.GuardedOptimizer` around the optimizer, where its README puts it."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        from stabilityguard import GuardedOptimizer
+
+        self.folder = tempfile.TemporaryDirectory()
+        options = {"nan_action": "skip", "verbose": False, "log_every": 10**9, "log_dir": self.folder.name}
+        with contextlib.redirect_stdout(io.StringIO()):
+            guarded = GuardedOptimizer(trainer.optimizers[0], pl_module, **options)
+
+        def optimizer_step(epoch: int, batch_idx: int, optimizer: Any, closure: Callable[[], Any]) -> None:
+            loss = closure()
+            with contextlib.redirect_stdout(io.StringIO()):
+                guarded.step(loss=None if loss is None else float(loss))
+
+        pl_module.optimizer_step = optimizer_step
+        self.guarded = guarded
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        del pl_module.optimizer_step
+        self.guarded._hook_manager.detach()
+
+
+def spike_detection() -> pl.Callback:
+    from pytorch_lightning.callbacks.spike import SpikeDetection
+
+    return SpikeDetection(rtol=1e9, exclude_batches_path=str(Path(tempfile.mkdtemp()) / "skip.json"))
+
+
+WAYS: dict[str, Callable[[], list[pl.Callback]]] = {
+    "EarlyStopping(check_finite=True)": lambda: [EarlyStopping("loss", check_on_train_epoch_end=True, patience=10**9)],
+    ".isnan() each step": lambda: [EachStep()],
+    "SpikeDetection": lambda: [spike_detection()],
+    "GradNormMonitor": lambda: [GradNormMonitor(every_n_steps=50)],
+    "NaNEarlyStop": lambda: [NaNEarlyStop()],
+    "NaNEarlyStop + GradNormMonitor": lambda: [NaNEarlyStop(), GradNormMonitor(every_n_steps=50)],
+}
+if importlib.util.find_spec("stabilityguard"):
+    WAYS["stabilityguard"] = lambda: [StabilityGuard()]
+
+
+# Step ratios
+
+
+def make_workload(name: str, device: torch.device, quick: bool, fused: bool) -> common.Workload:
+    if name == "batch_norm":
+        workload = common.Workload(common.Module(batch_norm_net()), torch.randn(16, 3, 32, 32).to(device), 20, "32-true")
+    else:
+        made = common.make_workload(name, device, quick)
+        assert made is not None
+        workload = made
+    if quick:
+        workload.steps = max(workload.steps // 2, 3)
+    workload.precision = "bf16-mixed" if device.type == "cuda" else "32-true"
+    module = workload.module
+
+    def configure_optimizers() -> torch.optim.Optimizer:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=1e-5, fused=fused, foreach=None if fused else True)
+
+    module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+    return workload
+
+
+def batch_norm_net() -> torch.nn.Module:
+    """53 batch norms, as many as a ResNet-50 has: 106 floating buffers and 53 counters."""
+    layers: list[torch.nn.Module] = [torch.nn.Conv2d(3, 32, 3, stride=2)]
+    for _ in range(53):
+        layers += [torch.nn.BatchNorm2d(32), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 1)]
+    return torch.nn.Sequential(*layers)
+
+
+def step_ratios(workload: common.Workload, device: torch.device, rounds: int) -> dict[str, Any]:
+    def block(callbacks: list[pl.Callback]) -> float:
+        return common.run_block(workload, device, callbacks, None, workload.steps)
+
+    block([])  # compiles, allocates, warms caches
+    ways = [way for way in WAYS if way != "EarlyStopping(check_finite=True)"]  # it looks once an epoch: costs nothing
+    ratios: dict[str, list[float]] = {way: [] for way in ways}
+    bare: list[float] = []
+    order = random.Random(0)
+    for _ in range(rounds):
+        order.shuffle(ways)
+        bare.append(block([]))
+        for way in ways:
+            seconds = block(WAYS[way]())
+            bare.append(block([]))
+            ratios[way].append(2 * seconds / (bare[-2] + bare[-1]))
+    summary = {way: common.spread(values) for way, values in ratios.items()}
+    return {"bare_ms": {k: 1e3 * v for k, v in common.spread(bare).items()}, "ratio": summary}
+
+
+# Survival
+
+
+SCENARIOS = {
+    "NaN input, batch norm": {2: "nan_input"},
+    "infinite loss": {2: "inf_loss"},
+    "NaN gradient, finite loss": {2: "nan_gradient"},
+    "gradient whose square overflows": {2: "overflow"},
+    "the very first batch": {0: "nan_input"},
+    "two in a row": {2: "nan_input", 3: "nan_input"},
+    "in an accumulation window": {1: "nan_input"},
+}
+
+
+def survival() -> dict[str, dict[str, str]]:
+    """Per way and scenario: "yes", or what was lost."""
+    result: dict[str, dict[str, str]] = {}
+    for way in ["bare", *WAYS]:
+        result[way] = {}
+        for scenario, kinds in SCENARIOS.items():
+            callbacks = [] if way == "bare" else WAYS[way]()
+            for callback in callbacks:
+                if isinstance(callback, NaNEarlyStop):
+                    callback.patience = 2  # skip and go on, as the others do
+            accumulate = 2 if "window" in scenario else 1
+            result[way][scenario] = survives(kinds, callbacks, accumulate)
+    return result
+
+
+def survives(kinds: dict[int, str], callbacks: list[pl.Callback], accumulate: int) -> str:
+    module = poison.make_module(pl, kinds, lambda p: torch.optim.AdamW(p, lr=1e-2), by_hand=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = poison.fit(pl, module, callbacks, accumulate_grad_batches=accumulate)
+    except Exception as error:
+        return f"raises {type(error).__name__}"
+    lost = {"weights" if name in trained(module) else "buffers" for name in poison.nonfinite(result["weights"])}
+    state = result["optimizers"][0]["state"]
+    if any(not torch.isfinite(t).all() for s in state.values() for t in s.values()):
+        lost.add("optimizer state")
+    metrics = [value for epoch in result["metrics"] for value in epoch.values()]
+    if any(not torch.isfinite(torch.tensor(value)) for value in metrics):
+        lost.add("epoch metrics")
+    return "yes" if not lost else "no: " + ", ".join(sorted(lost))
+
+
+def trained(module: pl.LightningModule) -> set[str]:
+    return {name for name, _ in module.named_parameters()}
+
+
+# The report
+
+
+def print_ratios(title: str, result: dict[str, Any]) -> None:
+    print(f"\n{title}: {result['bare_ms']['median']:.1f} ms bare")
+    for way, ratio in result["ratio"].items():
+        print(f"  {way:40s} {ratio['median']:.3f} ({ratio['min']:.2f} to {ratio['max']:.2f})", flush=True)
+
+
+def print_survival(table: dict[str, dict[str, str]]) -> None:
+    for way, row in table.items():
+        print(f"\n{way}")
+        for scenario, verdict in row.items():
+            print(f"  {scenario:40s} {verdict}")
+
+
+def save(report: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shorter blocks and fewer rounds")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workloads", default="small_tensors,batch_norm")
+    parser.add_argument("--no-scenarios", dest="scenarios", action="store_false")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.rounds = options.rounds if options.rounds is not None else (3 if options.quick else 7)
+    options.workloads = options.workloads.split(",")
+    return options
+
+
+if __name__ == "__main__":
+    main()
