@@ -366,17 +366,23 @@ def hook_times(workload: Workload, device: torch.device, bandwidth: float) -> di
     return result
 
 
+STEPS = GradNormMonitor.read_every
+"""A monitor's steps differ: every so many it hands over what was read. So many make one measurement."""
+
+
 def interleaved(timed: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, Any]:
-    """Host and device microseconds of each function, in turns, each call on an idle device."""
+    """Host and device microseconds of each function, in turns, each call on an idle device; the mean of STEPS."""
     host: dict[str, list[float]] = {name: [] for name in timed}
-    for repeat in range(repeats + 5):
+    for repeat in range(repeats + 3):
         for name, function in timed.items():
-            synchronise(device)
-            start = time.perf_counter()
-            function()
-            elapsed = time.perf_counter() - start
-            if repeat >= 5:
-                host[name].append(1e6 * elapsed)
+            elapsed = 0.0
+            for _ in range(STEPS):
+                synchronise(device)
+                start = time.perf_counter()
+                function()
+                elapsed += time.perf_counter() - start
+            if repeat >= 3:
+                host[name].append(1e6 * elapsed / STEPS)
     result: dict[str, Any] = {}
     for name, function in timed.items():
         spread_of_host = spread(host[name])
@@ -386,7 +392,7 @@ def interleaved(timed: dict[str, Callable[[], Any]], device: torch.device, repea
     return result
 
 
-def device_microseconds(function: Callable[[], Any], calls: int = 5) -> float:
+def device_microseconds(function: Callable[[], Any], calls: int = STEPS) -> float:
     """The time of the function's work on the device, which waits until the host has queued it all."""
     times = []
     for repeat in range(6):

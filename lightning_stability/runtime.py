@@ -66,7 +66,6 @@ class Runtime:
         _refuse_strategy(trainer)
         self._trainer = weakref.ref(trainer)
         self._policies: list[Policy] = []
-        self._read_every = 1
         self._reads = LateReads()
         self._meters: dict[Optimizer, GradientMeter] = {}
         self._names: dict[Tensor, str] = {}
@@ -94,7 +93,7 @@ class Runtime:
         if runtime is None:
             runtime = _RUNTIMES[trainer] = cls(trainer)
         runtime._policies.append(policy)
-        runtime._read_every = min(policy.read_every for policy in runtime._policies)
+        runtime._reads.every = min(policy.read_every for policy in runtime._policies)
         return runtime
 
     def detach(self, policy: Policy) -> None:
@@ -143,6 +142,8 @@ class Runtime:
         loss = loss.detach()
         if loss.dim():
             loss = loss.sum()
+        elif not self.trainer.lightning_module.automatic_optimization:
+            loss = loss.clone()  # it is the user's tensor; in automatic optimization Lightning just made it
         self._window.add(loss, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
     def measure(self, optimizer: Optimizer, module: Any) -> None:
@@ -160,9 +161,7 @@ class Runtime:
         if scale is not None:
             scalars["loss_scale"] = scale
         window = self._close_window(step)
-        if window.loss is not None:
-            scalars["loss"] = window.loss
-        meter.measure(scalars)
+        meter.measure(scalars, None if window.loss is None else {"loss": window.loss})
         step.logger_step = logger_step(self.trainer)
         if step.meter is None and any(policy.wants_update(step.logger_step) for policy in self._policies):
             meter.remember_weights()
@@ -201,8 +200,7 @@ class Runtime:
             skipped_by=None if step.called else NO_LOSS if step.batches == 0 else GRAD_SCALER,
         )
         step.meter.send(self._reads, lambda measurement: self._hand_over(record.complete(measurement)))
-        if len(self._reads) >= self._read_every:
-            self._reads.poll()
+        self._reads.poll()
 
     # Parts of the above.
 
