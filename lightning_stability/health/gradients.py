@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stability.health.late_reads import Array, LateReads, Part
+from lightning_stability.health.late_reads import Array, LateReads
 from lightning_stability.health.record import Floats
 
 # torch's CPU norm adds squares up in a few fp32 lanes: 7e-4 off on 16 million normal values, 1e-2 on equal
@@ -75,7 +75,7 @@ class GradientMeter:
         # One step's state, from `measure` to `send`.
         self._norms: Sequence[Tensor] = ()
         self._vector: Tensor | None = None
-        self._exact: Tensor | None = None
+        self._array: Array | None = None
         self._absent = False
         self._scalars: dict[str, Tensor] = {}
         self._values: dict[str, float] = {}
@@ -115,19 +115,11 @@ class GradientMeter:
         """
         self._start_over()
         riders = {name: scalar for name, scalar in scalars.items() if self._rides_along(scalar)}
-        norms: list[Tensor] = []
-        for bucket in self._buckets:
-            if riders and bucket is self._carrier:
-                found = bucket.gradient_norms(list(riders.values()))
-                norms += found[: -len(riders)]
-                self._scalars.update(zip(riders, found[-len(riders) :], strict=True))
-            else:
-                norms += bucket.gradient_norms()
-            if not bucket.regular:
-                self._absent = True
-        if self._several_devices:
-            norms = [norm.to(self._device, non_blocking=True) for norm in norms]
-        self._norms = norms
+        if len(self._buckets) == 1 and not riders:
+            [bucket] = self._buckets
+            self._norms, self._absent = bucket.gradient_norms(), not bucket.regular
+        else:
+            self._norms = self._norms_of_all_buckets(riders)
         for name, scalar in scalars.items():
             if name not in riders:
                 self.put(name, scalar)
@@ -135,7 +127,7 @@ class GradientMeter:
             for name, scalar in kept.items():
                 self._keep(name, scalar)
         if self._on_host:
-            self._tell_overflow_from_inf()
+            self._array = self._read_on_host()
         if self._sharded:
             self._add_up_shards(self.norms)
 
@@ -176,42 +168,38 @@ class GradientMeter:
             reads: Takes them there.
             on_host: Called when they have arrived.
         """
-        parts: list[Part] = [self._measured()]
-        parts += [[scalar] for scalar in self._scalars.values()]
-        if self._before is not None:
-            parts += self._update_and_weights()
-        names, values = tuple(self._scalars), self._values
+        weights_and_update = [] if self._before is None else self._weights_and_update()
+        scalars, values = self._scalars, self._values
+        array, norms = self._array, self._norms if self._vector is None and self._norms else self.norms
         for bucket in self._buckets:
             bucket.gradients = []
         self._start_over()
 
         def arrived(arrays: list[Array]) -> None:
             norms = arrays[0].astype(np.float64)
-            for name, array in zip(names, arrays[1:], strict=False):
+            for name, array in zip(scalars, arrays[1:], strict=False):
                 values[name] = float(array[0])
-            vectors = [array.astype(np.float64) for array in arrays[1 + len(names) :]]
+            vectors = [array.astype(np.float64) for array in arrays[1 + len(scalars) :]]
             on_host(Measurement(norms, values, *vectors))
 
-        reads.send(parts, arrived)
+        if array is None:
+            reads.send([norms, *([scalar] for scalar in scalars.values()), *weights_and_update], arrived)
+        else:
+            reads.hold([array, *(vector.numpy(force=True) for vector in weights_and_update)], arrived)
 
     def _start_over(self) -> None:
-        self._norms, self._vector, self._exact, self._absent = (), None, None, False
+        self._norms, self._vector, self._array, self._absent = (), None, None, False
         self._scalars, self._values = {}, {}
 
-    def _measured(self) -> Part:
-        if self._exact is not None:
-            return self._exact
-        return self._norms if self._vector is None and self._norms else self.norms
-
     @torch.no_grad()
-    def _update_and_weights(self) -> list[Part]:
+    def _weights_and_update(self) -> list[Tensor]:
         assert self._before is not None
         assert self._weight_norms is not None
         for bucket, before in zip(self._buckets, self._before, strict=True):
             torch._foreach_sub_(before, bucket.local(bucket.parameters))
-        norms: list[Part] = [self._weight_norms, self._norms_of(self._before)]
+        weights, update = self._weight_norms, self._norms_of(self._before)
         self._before = self._weight_norms = None
-        return norms
+        return [weights, update]
 
     def _keep(self, name: str, scalar: Tensor) -> None:
         if self._on_host:
@@ -242,9 +230,7 @@ class GradientMeter:
 
     def _norms_of(self, tensors: list[list[Tensor]]) -> Tensor:
         norms = [n for bucket, group in zip(self._buckets, tensors, strict=True) for n in bucket.norms(group)]
-        if self._several_devices:
-            norms = [norm.to(self._device, non_blocking=True) for norm in norms]
-        vector = self._gathered(norms)
+        vector = self._gathered(self._on_one_device(norms))
         self._add_up_shards(vector)
         return vector
 
@@ -261,11 +247,26 @@ class GradientMeter:
                 part.sqrt_()
             start += len(bucket.parameters)
 
-    def _tell_overflow_from_inf(self) -> None:
-        """On the host, where a look is free, measure again in float64 if fp32 says not finite."""
-        values = self.norms.numpy(force=True)
-        if math.isfinite(np.dot(values, values)):
-            return
+    def _norms_of_all_buckets(self, riders: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        norms: list[Tensor] = []
+        for bucket in self._buckets:
+            if bucket is self._carrier and riders:
+                found = bucket.gradient_norms(list(riders.values()))
+                norms += found[: -len(riders)]
+                self._scalars.update(zip(riders, found[-len(riders) :], strict=True))
+            else:
+                norms += bucket.gradient_norms()
+            self._absent |= not bucket.regular
+        return self._on_one_device(norms)
+
+    def _on_one_device(self, norms: list[Tensor]) -> list[Tensor]:
+        return [n.to(self._device, non_blocking=True) for n in norms] if self._several_devices else norms
+
+    def _read_on_host(self) -> Array:
+        """The norms; measured again in float64 if fp32 says that they are not finite: here a look is free."""
+        array: Array = self.norms.cpu().numpy()
+        if math.isfinite(np.dot(array, array)):
+            return array
         exact = [
             torch.zeros((), dtype=torch.float64)
             if gradient is None
@@ -273,9 +274,11 @@ class GradientMeter:
             for bucket in self._buckets
             for gradient in bucket.gradients
         ]
-        self._exact = torch.stack(exact)
-        if self._sharded:
-            self._vector = self._exact
+        vector = torch.stack(exact)
+        if self._sharded:  # else Lightning's norm drives the clipping
+            self._vector = vector
+        array = vector.detach().cpu().numpy()
+        return array
 
 
 @dataclass(slots=True)

@@ -61,7 +61,7 @@ class LateReads:
         part = parts[0]
         device = part.device if isinstance(part, Tensor) else part[0].device
         if device.type != "cuda":
-            self._rows.append(_Row(on_host, [_vector(part).numpy(force=True) for part in parts]))
+            self.hold([_vector(part).numpy(force=True) for part in parts], on_host)
             return
         if self._collected and device != self._device:
             self._start()
@@ -71,6 +71,10 @@ class LateReads:
         self._collected.append((row, parts))
         if len(self._collected) >= self.every:
             self._start()
+
+    def hold(self, arrays: list[Array], on_host: OnHost) -> None:
+        """The same for numbers that are on the host already: they only wait for their turn."""
+        self._rows.append(_Row(on_host, arrays))
 
     def poll(self) -> None:
         """Hand over what has arrived, if that is `every` rows or more."""
