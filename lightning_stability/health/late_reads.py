@@ -46,7 +46,7 @@ class LateReads:
         self._rows: deque[_Row] = deque()
         self._collected: list[tuple[_Row, Sequence[Part]]] = []
         self._device: torch.device | None = None  # of what is collected
-        self._free: dict[tuple[torch.device, int], list[_Batch]] = {}
+        self._free: list[_Batch] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -99,7 +99,7 @@ class LateReads:
         assert row.arrays is not None
         row.on_host(row.arrays)
         if row.returns is not None:
-            self._free[row.returns.key].append(row.returns)
+            self._free.append(row.returns)
 
     def _start(self) -> None:
         """Gather the rows collected so far and start their copy."""
@@ -117,11 +117,12 @@ class LateReads:
         collected[-1][0].returns = batch
 
     def _batch(self, device: torch.device, size: int) -> _Batch:
-        capacity = 1 << max(size - 1, 0).bit_length()  # few sizes, however many rows there are at a drain
-        free = self._free.setdefault((device, capacity), [])
-        if not free:
-            free.extend(_pin(device, capacity, max(2, self._ROWS // self.every)))
-        return free.pop()
+        for index, batch in enumerate(self._free):
+            if batch.device == device and batch.memory.numel() >= size:
+                return self._free.pop(index)
+        # Half as much again: a step that brings more numbers than others needs no new memory.
+        self._free += _pin(device, size + size // 2, max(2, self._ROWS // self.every))
+        return self._free.pop()
 
 
 _Kind = tuple[torch.dtype, bool]
@@ -149,7 +150,7 @@ class _Row:
 class _Batch:
     """Pinned memory and the event that says when it has been filled."""
 
-    key: tuple[torch.device, int]
+    device: torch.device
     memory: Tensor
     event: Any
 
@@ -161,14 +162,14 @@ class _Batch:
             place.copy_(vector, non_blocking=True)
             arrays[kind] = place.numpy()
             start += vector.nbytes
-        self.event.record(torch.cuda.current_stream(self.key[0]))
+        self.event.record(torch.cuda.current_stream(self.device))
         return arrays
 
 
 def _pin(device: torch.device, capacity: int, count: int) -> list[_Batch]:
-    memory = torch.empty(count, capacity, dtype=torch.uint8, pin_memory=True)
+    memory = torch.empty(count, capacity // 8 * 8 + 8, dtype=torch.uint8, pin_memory=True)
     events = (torch.cuda.Event() for _ in range(count))  # type: ignore[no-untyped-call]
-    return [_Batch((device, capacity), *pair) for pair in zip(memory.unbind(), events, strict=True)]
+    return [_Batch(device, *pair) for pair in zip(memory.unbind(), events, strict=True)]
 
 
 def _gather(rows: Sequence[Sequence[Part]]) -> tuple[dict[_Kind, Tensor], list[list[tuple[_Kind, int, int]]]]:
