@@ -19,6 +19,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_stability.callbacks import NonFiniteError
 from lightning_stability.tuab.configs import config_names, packaged_file
 
 PROG = "lightning-stability"
@@ -48,7 +49,8 @@ _PARSER_TALK = (
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
-    Misconfigurations are reported in one message, without a traceback, and give the status 2.
+    Misconfigurations are reported in one message, without a traceback, and give the status 2; a run that
+    `NaNEarlyStop(action="raise")` ended gives 1.
 
     Args:
         args: Words of the command line; those of the process by default.
@@ -61,6 +63,9 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     try:
         command(words)
+    except NonFiniteError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         message = _misconfiguration(error)
         if message is None:

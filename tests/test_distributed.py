@@ -15,7 +15,9 @@ from tests import runs
 SCRIPT = Path(__file__).with_name("distributed_fit.py")
 
 
-def two_ranks(tmp_path: Path, kind: str, namespace: str, launch_both: bool = False) -> list[dict[str, Any]]:
+def two_ranks(
+    tmp_path: Path, kind: str, namespace: str, *words: str, launch_both: bool = False, script: Path = SCRIPT
+) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -27,8 +29,10 @@ def two_ranks(tmp_path: Path, kind: str, namespace: str, launch_both: bool = Fal
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    command = [sys.executable, str(SCRIPT), kind, namespace, str(tmp_path)]
-    ranks = [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)] if launch_both else [{}]
+    command = [sys.executable, str(script), kind, namespace, str(tmp_path), *words]
+    ranks = (
+        [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)] if launch_both else [{}]
+    )
     processes = [
         subprocess.Popen(command, env={**environment, **rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for rank in ranks
@@ -77,3 +81,29 @@ def test_two_ranks(tmp_path: Path, kind: str, namespace: str) -> None:
 def test_sharded_replicated_and_unreduced_gradients(tmp_path: Path) -> None:
     for result in two_ranks(tmp_path, "placements", "pytorch_lightning", launch_both=True):
         assert result["norms"] == pytest.approx(result["expected"], rel=1e-6)
+
+
+GUARD = Path(__file__).with_name("distributed_guard.py")
+
+
+BRIEF_AND_THOROUGH = pytest.mark.parametrize("words", [(), pytest.param(("thorough",), marks=pytest.mark.slow)])
+
+
+@BRIEF_AND_THOROUGH
+def test_a_bad_batch_on_one_rank_is_skipped_by_both(tmp_path: Path, words: tuple[str, ...]) -> None:
+    results = two_ranks(tmp_path, "ddp", "pytorch_lightning", *words, launch_both=True, script=GUARD)
+    stops = [name for name in results[0] if name.startswith("stop")]
+    for name in results[0].keys() - set(stops):
+        assert [result[name] for result in results] == [[], []], name
+    for name in stops:
+        first, second = (result[name] for result in results)
+        assert first["step"] == second["step"] == (6 if name == "stop fused=True" else 5), name
+        assert first["sum"] == second["sum"] and not first["bad"] + second["bad"], name
+        assert "epoch 0, batch 4, global step 4, rank 1" in first["said"][0] and not second["said"], name
+
+
+@BRIEF_AND_THOROUGH
+def test_a_bad_batch_on_one_rank_is_skipped_by_all_shards(tmp_path: Path, words: tuple[str, ...]) -> None:
+    for result in two_ranks(tmp_path, "fsdp2", "lightning.pytorch", *words, launch_both=True, script=GUARD):
+        for name, (ours, reference) in result.items():
+            assert ours == reference, name

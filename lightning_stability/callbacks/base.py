@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 from lightning_stability._compat import Callback
@@ -15,6 +16,12 @@ class RuntimeCallback(Callback):
 
     read_every = 1
     """How many steps may pass before records are handed over. Several at a time cost less."""
+
+    guards = False
+    """Whether bad updates shall be skipped."""
+
+    patience = math.inf
+    """How many bad updates in a row the run may go on after."""
 
     _runtime: Runtime | None = None
 
@@ -34,6 +41,26 @@ class RuntimeCallback(Callback):
         self._leave()
         if stage == "fit" and self.is_needed(trainer):
             self._runtime = Runtime.attach(trainer, self)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Everything is set up and restored: the runtime takes its places."""
+        if self._runtime is not None:
+            self._runtime.start(pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Tell the runtime."""
+        if self._runtime is not None:
+            self._runtime.begin_epoch()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Tell the runtime."""
+        if self._runtime is not None:
+            self._runtime.begin_batch(batch)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Tell the runtime."""
+        if self._runtime is not None:
+            self._runtime.end_batch()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Read what is on its way, so that an epoch's numbers are there when it ends."""

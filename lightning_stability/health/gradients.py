@@ -132,6 +132,19 @@ class GradientMeter:
             self._add_up_shards(self.norms)
 
     @torch.no_grad()
+    def total_norm(self) -> Tensor:
+        """Norm of all gradients as measured, 0-dimensional, on the device."""
+        return _norm_of(self.norms if self._array is None else torch.from_numpy(self._array))
+
+    @torch.no_grad()
+    def total_norm_now(self) -> Tensor:
+        """The same of the gradients as they are now: a second pass."""
+        norms = [norm for bucket in self._buckets for norm in bucket.gradient_norms()]
+        vector = self._gathered(self._on_one_device(norms))
+        self._add_up_shards(vector)
+        return _norm_of(vector)
+
+    @torch.no_grad()
     def clip_(self, max_norm: float) -> None:
         """Multiply the gradients with `min(1, max_norm / (total + 1e-6))`, as `clip_grad_norm_` does.
 
@@ -360,6 +373,11 @@ class _Bucket:
             norms = torch.cat((norms, rest.view(1)))
         norm: Tensor = torch.linalg.vector_norm(norms)
         return norm
+
+
+def _norm_of(norms: Tensor) -> Tensor:
+    total: Tensor = torch.linalg.vector_norm(norms, dtype=torch.float64)
+    return total
 
 
 def _buckets(parameters: list[Tensor], drives_clipping: bool) -> list[_Bucket]:

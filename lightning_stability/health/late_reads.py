@@ -82,10 +82,14 @@ class LateReads:
             while self._rows and self._rows[0].has_arrived():
                 self._hand_over()
 
-    def drain(self) -> None:
-        """Wait for everything that was sent and hand it over."""
+    def drain(self, keep: int = 0) -> None:
+        """Wait for everything that was sent and hand it over.
+
+        Args:
+            keep: How many of the newest to leave on their way.
+        """
         self._start()
-        while self._rows:
+        while len(self._rows) > keep:
             self._rows[0].wait()
             self._hand_over()
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Verdict = Literal["finite", "nan", "inf", "overflow"]
+Outcome = Literal["taken", "ordinary_skip", "bad", "held", "no_loss"]
 
 FP32_LARGEST_NORM = math.sqrt(float(np.finfo(np.float32).max))
 """Above this norm the sum of squares overflows fp32, and Adam's second moment with it."""
@@ -35,7 +36,17 @@ class StepRecord:
         learning_rates: One for each of the optimizer's parameter groups.
         clip_coefficient: What clipping by norm multiplied the gradients with; None where Lightning's was not
             used.
-        skipped_by: Who skipped the update (`"GradScaler"`, `"no loss"`); None if it was taken.
+        skipped_by: Who skipped the update: `"GradScaler"`, `"guard"`, `"halt"` (an earlier step ended the run),
+            `"no loss"`; None if it was taken.
+        outcome: `"taken"`; `"ordinary_skip"`, which GradScaler answers by halving; `"bad"`; `"held"`, skipped because
+            an earlier step ended the run; `"no_loss"`.
+        batch_idx: The batch, counted in its epoch: the first whose loss is not finite, else the step's last.
+        batch_number: The same batch, counted over the whole run, from 1.
+        nonfinite_buffer: A buffer that the forward pass made non-finite; it has been given back.
+        bad_loss_ranks: The ranks whose loss was not finite.
+        culprit: The parameter whose gradient went bad first, if it is known: the last one in forward order, for
+            what is behind it was finite.
+        buffer_index: Where the guard keeps the non-finite buffer.
         weight_norms: The L2 norm of each parameter before the update, if a policy asked for it.
         update_norms: The L2 norm of each parameter's change, if a policy asked for it.
     """
@@ -55,6 +66,13 @@ class StepRecord:
     skipped_by: str | None = None
     weight_norms: Floats | None = None
     update_norms: Floats | None = None
+    outcome: Outcome = "taken"
+    batch_idx: int = 0
+    batch_number: int = 0
+    nonfinite_buffer: str | None = None
+    bad_loss_ranks: tuple[int, ...] = ()
+    culprit: str | None = None
+    buffer_index: int | None = None
     total_norm: float = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,421 @@
+"""NaNEarlyStop: a bad number never lands, and the run ends before it makes anything worse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NoReturn
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+
+from lightning_stability._compat import MisconfigurationException
+from lightning_stability.callbacks.base import RuntimeCallback
+from lightning_stability.health import StepRecord
+from lightning_stability.health.values import named_tensors, nonfinite_names
+from lightning_stability.recovery.stopping import (
+    FILE_NAME,
+    SilencedCheckpoints,
+    checkpoint_folder,
+    newest_checkpoint,
+    resume_command,
+)
+from lightning_stability.runtime import window_is_open
+
+SHOWN_NAMES = 3
+
+
+class NonFiniteError(RuntimeError):
+    """Raised by `NaNEarlyStop(action="raise")`; the process then ends with a non-zero status.
+
+    Attributes:
+        what: What became non-finite: `"loss"`, `"input"`, `"gradient"`, `"weight"`, `"buffer"`, `"loss_scale"` or
+            `"metric"`.
+        step: Optimizer steps completed before the bad one (`trainer.global_step`).
+        epoch: The epoch.
+        batch_idx: The batch in that epoch; -1 for a metric.
+    """
+
+    def __init__(self, message: str, what: str = "", step: int = -1, epoch: int = -1, batch_idx: int = -1) -> None:
+        super().__init__(message, what, step, epoch, batch_idx)  # all of them, so that it can be pickled
+        self.what, self.step, self.epoch, self.batch_idx = what, step, epoch, batch_idx
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class NaNEarlyStop(RuntimeCallback):
+    """Skips every update that is not finite and ends the run when there are too many.
+
+    A step is bad when its loss, a gradient or a buffer is not finite (gradients whose squares overflow fp32 count,
+    since Adam's second moment would overflow with them). Its update does not reach weights or optimizer state; what
+    a forward pass with a bad loss wrote into buffers, into metrics logged with `on_epoch=True` and into the module's
+    torchmetrics is given back. Learning-rate schedule, `global_step` and random numbers go on as they do when
+    GradScaler skips an update. With accumulation the window's update is dropped whole.
+
+    With torch's fused optimizers the device decides and nothing waits for it; with others the host reads one number
+    per step, and a line at the start says so.
+
+    What GradScaler answers by halving its scale is counted and is no incident, unless the scale falls below 1 or
+    more than 20 updates in a row are skipped (`Runtime.min_loss_scale`, `Runtime.max_consecutive_skips`).
+
+    After a stop no validation runs and no checkpoint callback saves any more. One message says what became
+    non-finite, where, and how to resume. If updates were made since the last checkpoint, the good weights are kept
+    in `nan_early_stop.ckpt` beside the others.
+
+    Logged when an update is skipped:
+
+    | key | meaning |
+    |---|---|
+    | `skipped_updates` | updates skipped so far, by GradScaler or by the guard |
+
+    Args:
+        patience: How many bad updates in a row to skip and go on; the next one ends the run.
+        action: `"stop"` ends `fit` as if it were done; `"raise"` raises `NonFiniteError`.
+        monitor: Logged metrics to watch as well, for example `"val_loss"`: one that is not finite after a validation
+            or an epoch ends the run.
+
+    Raises:
+        MisconfigurationException: If an option is out of range; when training starts, if trained weights are not
+            finite, if the optimizer cannot be guarded (LBFGS), or if its eps is 0 in fp16 weights.
+        NonFiniteError: With `action="raise"`.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> from lightning_stability import NaNEarlyStop
+        >>> trainer = Trainer(max_steps=100, callbacks=[NaNEarlyStop(patience=2)], logger=False)
+    """
+
+    guards = True
+
+    def __init__(
+        self,
+        patience: int = 0,
+        action: Literal["stop", "raise"] = "stop",
+        monitor: str | Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
+            raise MisconfigurationException(
+                f"NaNEarlyStop(patience={patience!r}): expected a whole number of at least 0."
+            )
+        if action not in ("stop", "raise"):
+            raise MisconfigurationException(f'NaNEarlyStop(action={action!r}): expected "stop" or "raise".')
+        self.patience = patience
+        self.action = action
+        self.monitor = [monitor] if isinstance(monitor, str) else list(monitor or ())
+        self._counts = _Counts()
+        self._updates_at_save = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._incident: _Incident | None = None
+        self._announced = False
+        self._summarised = False
+        self._silenced: SilencedCheckpoints | None = None
+
+    # A fit.
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the Trainer's runtime."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._clear()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse weights that are not finite: nothing good can come of them."""
+        super().on_train_start(trainer, pl_module)
+        self._updates_at_save = self._counts.updates
+        bad = nonfinite_names((name, p) for name, p in pl_module.named_parameters() if p.requires_grad)
+        if bad:
+            raise MisconfigurationException(
+                f"NaNEarlyStop: trained weights are not finite before the first step: {_listed(bad)}. Expected finite"
+                " values; check how they are initialised or which checkpoint they were loaded from."
+            )
+
+    def on_record(self, record: StepRecord) -> None:
+        """Count the step in; one bad step too many ends the run."""
+        if record.outcome == "taken":
+            self._counts.updates += 1
+            self._counts.bad_in_a_row.pop(record.optimizer, None)
+        elif record.outcome in ("ordinary_skip", "bad"):
+            self._on_skip(record)
+        elif record.outcome == "held":
+            self._counts.held += 1
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Stop here if the validation in between said so."""
+        self._stop_if_due(trainer)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop here, before a validation or a checkpoint."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not window_is_open(trainer):
+            self._stop_if_due(trainer, save=True)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Look at the monitored metrics."""
+        if not trainer.sanity_checking:
+            self._look_at_metrics(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Look at the monitored metrics; leave the loop if the run has ended."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._look_at_metrics(trainer)
+        self._stop_if_due(trainer)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """No checkpoint is written once the run is to end; this one is refused before it touches the disk."""
+        if self._runtime is not None:
+            self._runtime.drain()
+            if not self._announced:
+                self._stop_if_due(trainer)
+        self._updates_at_save = self._counts.updates
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say what became of all updates."""
+        super().on_train_end(trainer, pl_module)
+        self._summarise()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Say what became of all updates, and leave."""
+        super().on_exception(trainer, pl_module, exception)
+        self._summarise()
+        self._let_checkpoints_be()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave."""
+        super().teardown(trainer, pl_module, stage)
+        self._let_checkpoints_be()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts."""
+        if self._runtime is not None:
+            self._runtime.drain()
+        return asdict(self._counts)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self._counts = _Counts(**state_dict)
+
+    # Skips.
+
+    def _on_skip(self, record: StepRecord) -> None:
+        assert self._runtime is not None
+        counts, trainer = self._counts, self._runtime.trainer
+        bad = record.outcome == "bad"
+        incident = self._incident_of(record)
+        if bad:
+            counts.skipped_bad += 1
+            row = counts.bad_in_a_row.get(record.optimizer, 0) + 1
+            counts.bad_in_a_row[record.optimizer] = row
+            counts.first_incident = counts.first_incident or incident.place
+            counts.last_incident = incident.place
+            if row > self.patience and self._incident is None:
+                self._incident = incident
+        else:
+            counts.skipped_by_scaler += 1
+        if trainer.is_global_zero:
+            self._runtime.events.write(
+                "update_skipped",
+                record.step,
+                record.epoch,
+                by=record.skipped_by,
+                ordinary=not bad,
+                what=incident.what if bad else "gradient",
+                why=incident.why if bad else "GradScaler halves its scale",
+                batch_idx=record.batch_idx,
+                batches=record.batches,
+                loss=record.loss,
+                loss_scale=record.loss_scale,
+            )
+            for logger in trainer.loggers:
+                logger.log_metrics({"skipped_updates": float(counts.skipped)}, step=record.logger_step)
+
+    def _incident_of(self, record: StepRecord) -> _Incident:
+        what, why = self._explain(record)
+        assert self._runtime is not None
+        several = self._runtime.trainer.world_size > 1
+        rank = record.bad_loss_ranks[0] if several and record.bad_loss_ranks else None
+        return _Incident(what, why, record.step, record.epoch, record.batch_idx, rank)
+
+    def _explain(self, record: StepRecord) -> tuple[str, str]:
+        """What became non-finite, in a word and in a sentence."""
+        assert self._runtime is not None
+        if record.outcome == "ordinary_skip":
+            return "gradient", "a gradient overflowed"
+        if record.bad_loss_ranks or not record.loss_finite:
+            batch = self._runtime.recent_batch(record)
+            bad = [] if batch is None else nonfinite_names(named_tensors(batch))
+            value = "not finite" if record.loss is None or record.loss_finite else f"{record.loss:g}"
+            if bad:
+                return "input", f"the loss was {value}, and so was the input: {_listed(bad)} holds non-finite values"
+            return "loss", f"the loss was {value}"
+        if record.nonfinite_buffer is not None:
+            return "buffer", f"the forward pass made the buffer `{record.nonfinite_buffer}` non-finite (undone)"
+        if record.skipped_by == "GradScaler":
+            scale = f"{record.loss_scale:g}" if record.loss_scale is not None else "unknown"
+            return "loss_scale", f"gradients overflow at every loss scale; it has fallen to {scale}"
+        where = f"the gradient of `{record.culprit}`" if record.culprit else "a gradient"
+        if record.gradients == "overflow":
+            return "gradient", f"the gradients were finite but their squares overflow fp32; the largest is {where}"
+        verdict = "not finite" if record.gradients_finite else record.gradients
+        return "gradient", f"{where} was {verdict} while the loss was finite"
+
+    # Metrics.
+
+    def _look_at_metrics(self, trainer: Any) -> None:
+        if self._incident is not None or not self.monitor:
+            return
+        metrics = trainer.callback_metrics
+        for name in self.monitor:
+            value = float(metrics[name]) if name in metrics else 0.0
+            if not math.isfinite(value):
+                why = f"the metric `{name}` was {value:g}"
+                self._incident = _Incident("metric", why, trainer.global_step, trainer.current_epoch, -1, None)
+                # this very moment's save would rank it as best
+                self._silenced = self._silenced or SilencedCheckpoints(trainer)
+                return
+
+    # The stop.
+
+    def _stop_if_due(self, trainer: Any, save: bool = False) -> None:
+        if self._incident is None:
+            return
+        if not self._announced:
+            self._announced = True
+            self._announce(trainer, self._incident, save)
+        if self.action == "raise":
+            self._raise(self._incident)
+        # Both loops end on it, whatever `min_steps` and `min_epochs` say, and run no more hooks that want metrics.
+        raise StopIteration
+
+    def _announce(self, trainer: Any, incident: _Incident, save: bool) -> None:
+        assert self._runtime is not None
+        trainer.should_stop = True
+        checkpoint = self._keep_good_weights(trainer) if save else None
+        checkpoint = checkpoint or newest_checkpoint(trainer)
+        self._silenced = self._silenced or SilencedCheckpoints(trainer)
+        self._add_weights(trainer, incident)
+        if trainer.is_global_zero:
+            self._runtime.events.write(
+                "training_stopped",
+                incident.step,
+                incident.epoch,
+                what=incident.what,
+                why=incident.why,
+                batch_idx=incident.batch_idx,
+                bad_rank=incident.rank,
+                skipped=self._counts.skipped,
+                held=self._counts.held,
+                checkpoint=checkpoint,
+            )
+        self._message = self._compose(incident, checkpoint)
+        for logger in trainer.loggers:
+            logger.save()
+        if self.action == "stop":
+            rank_zero_warn(self._message)
+
+    def _raise(self, incident: _Incident) -> NoReturn:
+        raise NonFiniteError(self._message, incident.what, incident.step, incident.epoch, incident.batch_idx)
+
+    def _compose(self, incident: _Incident, checkpoint: str | None) -> str:
+        counts = self._counts
+        lines = [f"NaNEarlyStop ended the run: {incident.why}.", f"  where: {incident.place}"]
+        lines.append(f"  updates: {counts.updates} good, {counts.skipped} skipped (none of these reached the weights)")
+        if checkpoint is not None:
+            lines += [f"  last good checkpoint: {checkpoint}", f"  resume: {resume_command(checkpoint)}"]
+        elif counts.updates:
+            lines.append("  no checkpoint was written; the weights in memory are good")
+        else:
+            lines.append("  no update was ever good: there is nothing to resume from; find the cause first")
+        if incident.what in ("loss", "input", "gradient") and counts.updates:
+            lines.append(f"  to skip such updates and go on: NaNEarlyStop(patience={self.patience + 1})")
+        return "\n".join(lines)
+
+    def _add_weights(self, trainer: Any, incident: _Incident) -> None:
+        """Weights are never made non-finite by a step; if they are, something else wrote them and is the cause."""
+        bad = nonfinite_names(trainer.lightning_module.named_parameters())
+        if bad:
+            incident.what = "weight"
+            incident.why += f"; the weights {_listed(bad)} are not finite, which no update of the optimizer made them"
+
+    def _keep_good_weights(self, trainer: Any) -> str | None:
+        """Save what was trained since the last checkpoint; it is finite, and otherwise lost."""
+        folder = checkpoint_folder(trainer)
+        if folder is None or self._counts.updates <= self._updates_at_save:
+            return None
+        path = str(trainer.strategy.broadcast(str(folder / FILE_NAME)))
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        except OSError as error:
+            rank_zero_warn(f"NaNEarlyStop: {path} could not be written ({error}); the run's other checkpoints stand.")
+            return None
+        return path
+
+    def _let_checkpoints_be(self) -> None:
+        if self._silenced is not None:
+            self._silenced.restore()
+            self._silenced = None
+
+    def _summarise(self) -> None:
+        if self._summarised:
+            return
+        self._summarised = True
+        rank_zero_info(f"NaNEarlyStop: {self._counts.summary()}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_silenced": None}
+
+
+@dataclass(slots=True)
+class _Incident:
+    """A bad step, or metric."""
+
+    what: str
+    why: str
+    step: int
+    epoch: int
+    batch_idx: int
+    rank: int | None
+
+    @property
+    def place(self) -> str:
+        batch = f", batch {self.batch_idx}" if self.batch_idx >= 0 else ""
+        rank = f", rank {self.rank}" if self.rank is not None else ""
+        return f"epoch {self.epoch}{batch}, global step {self.step}{rank}"
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What became of the updates; resumes with the run."""
+
+    updates: int = 0
+    skipped_by_scaler: int = 0
+    skipped_bad: int = 0
+    held: int = 0
+    bad_in_a_row: dict[int, int] = None  # type: ignore[assignment]
+    first_incident: str | None = None
+    last_incident: str | None = None
+
+    def __post_init__(self) -> None:
+        self.bad_in_a_row = dict(self.bad_in_a_row or {})
+
+    @property
+    def skipped(self) -> int:
+        return self.skipped_by_scaler + self.skipped_bad
+
+    def summary(self) -> str:
+        parts = [f"{self.updates} updates, {self.skipped} skipped"]
+        if self.skipped_by_scaler:
+            parts.append(f"{self.skipped_by_scaler} of these for a loss scale that was too high, which is ordinary")
+        if self.first_incident:
+            parts.append(f"first incident at {self.first_incident}, last at {self.last_incident}")
+        return "; ".join(parts)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:SHOWN_NAMES])
+    return shown if len(names) <= SHOWN_NAMES else f"{shown} and {len(names) - SHOWN_NAMES} more"

@@ -1,0 +1,6 @@
+"""What undoes damage: skipping an update, giving back buffers and metric states."""
+
+from lightning_stability.recovery.guard import Guard
+from lightning_stability.recovery.undo import BufferUndo, MetricUndo
+
+__all__ = ["BufferUndo", "Guard", "MetricUndo"]

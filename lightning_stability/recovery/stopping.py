@@ -1,0 +1,95 @@
+"""Ending a run so that nothing good is lost: which checkpoint is the last good one, and that none replaces it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning_stability._compat import is_instance_by_name
+
+_SAVING_HOOKS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_train_end")
+FILE_NAME = "nan_early_stop.ckpt"
+
+
+class SilencedCheckpoints:
+    """Keeps the Trainer's checkpoint callbacks from saving until `restore`.
+
+    Lightning ends a run with a last save, which would replace the one from before the incident.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._callbacks = list(trainer.checkpoint_callbacks)
+        for callback in self._callbacks:
+            for hook in _SAVING_HOOKS:
+                setattr(callback, hook, _nothing)
+
+    def restore(self) -> None:
+        """Let them save again."""
+        for callback in self._callbacks:
+            for hook in _SAVING_HOOKS:
+                if vars(callback).get(hook) is _nothing:
+                    delattr(callback, hook)
+        self._callbacks = []
+
+
+def newest_checkpoint(trainer: Any) -> str | None:
+    """The checkpoint that this run wrote last, or else the one that it was resumed from.
+
+    Args:
+        trainer: The Trainer. Only its `ModelCheckpoint`s know what they wrote.
+    """
+    paths: list[str] = []
+    for callback in trainer.checkpoint_callbacks:
+        if is_instance_by_name(callback, "ModelCheckpoint"):
+            paths += [callback.last_model_path, callback.best_model_path, *callback.best_k_models]
+            paths.append(callback._last_checkpoint_saved)
+    written = [path for path in paths if path and Path(path).exists()]
+    if written:
+        return max(written, key=lambda path: Path(path).stat().st_mtime_ns)
+    resumed_from = trainer.ckpt_path
+    return str(resumed_from) if resumed_from and Path(resumed_from).exists() else None
+
+
+def checkpoint_folder(trainer: Any) -> Path | None:
+    """Where the run's checkpoints go; None if it keeps none.
+
+    Args:
+        trainer: The Trainer.
+    """
+    callback = trainer.checkpoint_callback
+    folder = getattr(callback, "dirpath", None)
+    return None if folder is None or trainer.fast_dev_run else Path(folder)
+
+
+def resume_command(checkpoint: str) -> str:
+    """What to type in order to go on from a checkpoint.
+
+    Args:
+        checkpoint: Its path.
+    """
+    words = sys.argv[1:]
+    if "fit" not in words:
+        return f"trainer.fit(model, ckpt_path={checkpoint!r})"
+    kept, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word in ("--ckpt_path", "--fit.ckpt_path"):
+            skip = True
+        elif not word.startswith(("--ckpt_path=", "--fit.ckpt_path=")):
+            kept.append(word)
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        start = ["python", "-m", program.parent.name]
+    else:
+        start = ["python", str(program)] if program.suffix == ".py" else [program.name]
+    return shlex.join([*start, *kept, f"--ckpt_path={checkpoint}"])
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for a hook."""

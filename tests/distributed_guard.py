@@ -1,0 +1,113 @@
+"""One of two ranks that train with bad batches on rank 1 alone, started by test_distributed.py.
+
+usage: distributed_guard.py ddp|fsdp2 NAMESPACE FOLDER [thorough]
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import fully_shard
+
+from lightning_stability import NaNEarlyStop
+from tests import runs
+from tests.recovery import poison
+
+FUSED = {False: lambda p: torch.optim.AdamW(p, lr=1e-2), True: lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True)}
+
+THOROUGH = "thorough" in sys.argv
+KINDS = [("inf_loss", False), ("nan_gradient", True)]
+if THOROUGH:
+    KINDS = [(kind, fused) for kind in ("nan_input", "inf_loss", "nan_gradient") for fused in (False, True)]
+
+
+def ddp(pl: Any, rank: int) -> dict[str, Any]:
+    results = {}
+    for kind, fused in KINDS:
+        results[f"{kind} fused={fused}"] = compare(pl, rank, kind, fused)
+    # Scale 2^24 makes ordinary overflows besides, which only GradScaler answers.
+    for scale in (2.0**24, 256.0)[: 2 if THOROUGH else 1]:
+        results[f"nan_input scale={scale}"] = compare(pl, rank, "nan_input", False, scale)
+    for fused in (False, True):
+        results[f"stop fused={fused}"] = stop(pl, rank, fused)
+        results[f"stop fp16 fused={fused}"] = stop(pl, rank, fused, 256.0)
+    return results
+
+
+def compare(pl: Any, rank: int, kind: str, fused: bool, scale: float | None = None) -> list[str]:
+    """Batches 1 and 4 of rank 1 are bad: what differs from a run in which both ranks leave these steps out."""
+    results = []
+    for by_hand in (False, True):
+        kinds = {1: kind, 4: kind} if rank == 1 else {1: "left_out", 4: "left_out"} if by_hand else {}
+        module = poison.make_module(pl, kinds, FUSED[fused], by_hand)
+        callbacks = [] if by_hand else [NaNEarlyStop(patience=10**6)]
+        results.append(fit(pl, module, callbacks, scale))
+    return poison.differences(*results) + poison.nonfinite(results[0]["weights"])
+
+
+def stop(pl: Any, rank: int, fused: bool, scale: float | None = None) -> dict[str, Any]:
+    module = poison.make_module(pl, {4: "nan_loss"} if rank == 1 else {}, FUSED[fused], by_hand=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = fit(pl, module, [NaNEarlyStop()], scale)
+    said = [str(w.message) for w in caught if "NaNEarlyStop" in str(w.message)]
+    return {"step": result["step"], "said": said, "bad": poison.nonfinite(result["weights"]), "sum": checksum(module)}
+
+
+def fit(pl: Any, module: Any, callbacks: list[Any], scale: float | None = None) -> dict[str, Any]:
+    plugins = None if scale is None else runs.fp16(pl, init_scale=scale)
+    torch.manual_seed(3 + int(os.environ["LOCAL_RANK"]))
+    return poison.fit(pl, module, callbacks, poison.data(12), devices=2, strategy="ddp", plugins=plugins)
+
+
+def checksum(module: Any) -> float:
+    """Of what all ranks have in common: a layer that renormalises its weights does it for its own batch's rows."""
+    common = [p for name, p in module.net.named_parameters() if "words" not in name]
+    return float(sum(getattr(p, "full_tensor", lambda p=p: p)().detach().double().sum() for p in common))
+
+
+def fsdp2(pl: Any, rank: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for kind, fused in KINDS:
+        sums = []
+        for by_hand in (False, True):
+            kinds = {1: kind} if rank == 1 else {1: "left_out"} if by_hand else {}
+            module = poison.make_module(pl, kinds, FUSED[fused], by_hand, net=Sharded)
+            module.configure_model = lambda module=module: shard(module)
+            strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            torch.manual_seed(3)
+            callbacks = [] if by_hand else [NaNEarlyStop(patience=1)]
+            trainer = runs.trainer(pl, callbacks=callbacks, max_epochs=1, devices=2, strategy=strategy)
+            trainer.fit(module, poison.data(12))
+            sums.append([checksum(module), trainer.global_step])
+        results[f"{kind} fused={fused}"] = sums
+    return results
+
+
+class Sharded(torch.nn.Module):
+    """Two parts, each sharded by itself; no buffers that ranks would not agree on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Linear(6, 8)
+        self.head = torch.nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.encoder(x)))[:, 0]
+
+
+def shard(module: Any) -> None:
+    mesh = module.device_mesh["data_parallel"]
+    fully_shard(module.net.encoder, mesh=mesh)
+    fully_shard(module.net, mesh=mesh)
+
+
+if __name__ == "__main__":
+    kind, namespace, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    rank = int(os.environ["LOCAL_RANK"])
+    results = {"ddp": ddp, "fsdp2": fsdp2}[kind](runs.load_namespace(namespace), rank)
+    (folder / f"{rank}.json").write_text(json.dumps(results))

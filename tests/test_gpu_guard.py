@@ -1,0 +1,137 @@
+"""The guard on a GPU: the device decides, nothing waits for it, and a bad step leaves no trace."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_stability import GradNormMonitor, NaNEarlyStop
+from tests import runs
+from tests.recovery import poison
+from tests.test_gpu import CountSynchronisations
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+pl = runs.load_namespace("pytorch_lightning")
+
+OPTIMIZERS = {
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, fused=True),
+}
+KINDS = ["nan_input", "inf_loss", "nan_loss", "nan_gradient", "overflow"]
+
+
+def fit(module: Any, callbacks: list[Any], **options: Any) -> dict[str, Any]:
+    torch.cuda.manual_seed(5)
+    result = poison.fit(pl, module, callbacks, accelerator="gpu", **options)
+    return {**result, "cuda random": torch.cuda.get_rng_state()}
+
+
+def compare(kinds: dict[int, str], optimizer: str, **options: Any) -> None:
+    results = []
+    for by_hand in (False, True):
+        module = poison.make_module(pl, kinds, OPTIMIZERS[optimizer], by_hand)
+        callbacks = [] if by_hand else [NaNEarlyStop(patience=10**6)]
+        results.append(fit(module, callbacks, **options))
+    assert poison.differences(*results) == []
+    assert poison.nonfinite(results[0]["weights"]) == []
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_bad_leaves_no_trace(optimizer: str, kind: str) -> None:
+    compare({0: kind, 2: kind, 5: kind, 6: kind, 11: kind}, optimizer)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_poisoned_window_is_dropped_whole(optimizer: str) -> None:
+    compare({1: "nan_input", 5: "inf_loss", 9: "nan_gradient"}, optimizer, accumulate_grad_batches=4)
+
+
+@pytest.mark.parametrize("kind", ["nan_input", "inf_loss", "nan_gradient"])
+def test_with_grad_scaler(kind: str) -> None:
+    """The fused optimizer unscales by itself; the reference has it done beforehand."""
+    results = []
+    for by_hand in (False, True):
+        module = poison.make_module(pl, {2: kind, 7: kind}, OPTIMIZERS["AdamW fused"], by_hand)
+        if by_hand:
+            configure = module.configure_optimizers
+
+            def configured(configure: Any = configure) -> Any:
+                made = configure()
+                made["optimizer"]._step_supports_amp_scaling = False
+                return made
+
+            module.configure_optimizers = configured
+        scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
+        plugin = pl.plugins.precision.MixedPrecision("16-mixed", "cuda", scaler)
+        results.append(fit(module, [] if by_hand else [NaNEarlyStop(patience=9)], plugins=[plugin]))
+    assert poison.differences(*results) == []
+
+
+@pytest.mark.parametrize("patience", [0, 1])
+def test_the_device_holds_all_updates_until_the_host_has_heard_of_the_stop(patience: int) -> None:
+    kinds = dict.fromkeys(range(3, 4 + patience), "nan_input")
+
+    class Busy(pl.Callback):
+        """The device falls behind, so that the host hears late."""
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            torch.cuda._sleep(20_000_000)
+
+    module = poison.make_module(pl, kinds, OPTIMIZERS["AdamW fused"], by_hand=False)
+    with pytest.warns(UserWarning, match="NaNEarlyStop ended the run"):
+        late = fit(module, [NaNEarlyStop(patience), Busy()], loader=poison.data(200), max_epochs=1)
+    shorter = poison.make_module(pl, {}, OPTIMIZERS["AdamW fused"], by_hand=False)
+    reference = fit(shorter, [], loader=poison.data(200), max_epochs=1, max_steps=3)
+    print(f"patience {patience}: heard of at step {late['step']}")
+    assert poison.differences(late["weights"], reference["weights"]) == []
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "32-true": {},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "16-mixed": {"precision": "16-mixed"},
+    "accumulating": {"accumulate_grad_batches": 2},
+    "clipping": {"gradient_clip_val": 0.05},
+}
+
+
+def count(optimizer: str, callbacks: list[Any], **options: Any) -> list[int]:
+    counter = CountSynchronisations()
+    module = poison.make_module(pl, {}, OPTIMIZERS[optimizer], by_hand=False)
+    module.log = module.log_dict = lambda *args, **kwargs: None  # Lightning's own logging waits for the device
+    type(module).training_step = _quiet(type(module).training_step)
+    trainer = runs.trainer(
+        pl, accelerator="gpu", callbacks=[counter, *callbacks], logger=runs.memory_logger(pl), **options
+    )
+    trainer.fit(module, poison.data(16))
+    return counter.counts
+
+
+def _quiet(step: Any) -> Any:
+    """Without the metrics, some of which wait for the device; batch norm, buffers and max-norm weights stay."""
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        self.mean.update(batch[0].mean())
+        return self.net.head(self.net.encoder(batch[0])).float().pow(2).mean()
+
+    return training_step
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_clean_step_with_a_fused_optimizer_waits_for_nothing_more(name: str) -> None:
+    bare = count("AdamW fused", [], **SETTINGS[name])
+    guarded = count("AdamW fused", [NaNEarlyStop(), GradNormMonitor()], **SETTINGS[name])
+    start = 3 * SETTINGS[name].get("accumulate_grad_batches", 1)
+    print(f"{name}: bare {bare[start:]}, guarded {guarded[start:]}")
+    assert guarded[start:-1] == bare[start:-1]
+
+
+def test_a_clean_step_with_another_optimizer_waits_once() -> None:
+    bare = count("AdamW foreach", [])
+    guarded = count("AdamW foreach", [NaNEarlyStop()])
+    assert [a - b for a, b in zip(guarded, bare, strict=True)][3:-1] == [1] * (len(bare) - 4)
