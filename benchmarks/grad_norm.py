@@ -2,17 +2,20 @@
 
 Two figures for each way:
 
+* hook time: the microseconds on host and device that the hooks themselves take, on the gradients of a real
+  step, beside one bare `torch._foreach_norm` over the same gradients; the mean of as many steps as share one
+  reading.
 * step ratio: the time of a step over that of a bare Trainer's. Blocks of steps of all ways are interleaved in
   one process with bare blocks around them; each block is compared with the bare blocks at its sides, and the
   median over the rounds is given with the range.
-* hook time: the microseconds on host and device that the hooks themselves take, on the gradients of a real
-  step, beside one bare `torch._foreach_norm` over the same gradients.
 
 usage: python benchmarks/grad_norm.py [--quick] [--rounds N] [--device cuda] [--workloads a,b] [--json FILE]
-                                      [--gpu-tests]
+                                      [--gpu-tests] [--minutes M]
 
 `--gpu-tests` first runs the tests marked `gpu`, which count synchronisations, so that one command does
-everything on a machine with a GPU.
+everything on a machine with a GPU. The hook times of all workloads come next, then their step ratios. The file
+is written after each part and each round: a run that is cut short, or that stops itself after `--minutes`,
+leaves what it has.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,31 +51,25 @@ Gradients = list[Tensor]
 
 
 def main() -> None:
+    started = time.monotonic()
     options = arguments()
     quiet()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if options.gpu_tests:
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")], cwd=ROOT, check=False)
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"], cwd=ROOT, check=False)
     device = torch.device(options.device)
-    report: dict[str, Any] = {"machine": machine(device), "rounds": options.rounds, "workloads": {}}
-    print(json.dumps(report["machine"]))
+    report = Report(options.json, device, options.rounds)
     for name in options.workloads:
         workload = make_workload(name, device, options.quick)
-        if workload is None:
-            continue
-        result = {
-            "parameters": sum(p.numel() for p in workload.module.parameters() if p.requires_grad),
-            "tensors": sum(p.requires_grad for p in workload.module.parameters()),
-            "hooks": hook_times(workload, device, bandwidth=report["machine"]["read_bytes_per_second"]),
-            "steps": step_ratios(workload, device, options.rounds) if options.rounds else None,
-        }
-        report["workloads"][name] = result
-        print_result(name, result, device)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
-        del workload
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        if workload is not None:
+            bandwidth = report.content["machine"]["read_bytes_per_second"]
+            report.add_hooks(name, workload, hook_times(workload, device, bandwidth))
+    for name in options.workloads if options.rounds else ():
+        workload = make_workload(name, device, options.quick)
+        if workload is not None:
+            deadline = started + 60 * options.minutes
+            step_ratios(workload, device, options.rounds, deadline, partial(report.add_steps, name))
+            report.print_steps(name)
 
 
 # Workloads
@@ -149,14 +147,14 @@ def make_workload(name: str, device: torch.device, quick: bool) -> Workload | No
         width, layers, length, batch = (768, 12, 512, 16) if cuda else (256, 4, 64, 4)
         net = Transformer(width, layers, 12 if cuda else 4, 32_000 if cuda else 4_000, length)
         tokens = torch.randint(0, 4_000, (batch, length))
-        return Workload(Module(net), tokens.to(device), 12 // shorter, precision)
+        return Workload(Module(net), tokens.to(device), 10 // shorter, precision)
     if name == "small_tensors":
         layers = [part for _ in range(73) for part in (nn.Linear(128, 128), nn.Tanh())]
         net = nn.Sequential(*layers, nn.Linear(128, 128, bias=False))
-        return Workload(Module(net), torch.randn(32, 128).to(device), 40 // shorter, precision)
+        return Workload(Module(net), torch.randn(32, 128).to(device), 24 // shorter, precision)
     if name == "2000_tensors":
-        return Workload(Module(ManyTensors(2000)), torch.randn(8, 1024).to(device), 15 // shorter, precision)
-    return probe_workload(device, precision, (12 if cuda else 6) // shorter)
+        return Workload(Module(ManyTensors(2000)), torch.randn(8, 1024).to(device), 12 // shorter, precision)
+    return probe_workload(device, precision, (8 if cuda else 6) // shorter)
 
 
 def probe_workload(device: torch.device, precision: str, steps: int) -> Workload | None:
@@ -226,6 +224,8 @@ WAYS: dict[str, Callable[[], tuple[list[pl.Callback], float | None]]] = {
     "clipping": lambda: ([], 1.0),
     "clipping + GradNormMonitor, every 50": lambda: ([GradNormMonitor(every_n_steps=50)], 1.0),
 }
+SHORTER = {"Lightning's grad_norm": 4}
+"""By what to divide the steps of a way that takes several times as long, and shows it in fewer."""
 
 
 # Step ratios
@@ -291,23 +291,32 @@ def make_trainer(
     )
 
 
-def step_ratios(workload: Workload, device: torch.device, rounds: int) -> dict[str, Any]:
+def step_ratios(
+    workload: Workload, device: torch.device, rounds: int, deadline: float, save: Callable[[dict[str, Any]], None]
+) -> None:
+    """Save the ratios after each round; start none that would outlast the deadline."""
     run_block(workload, device, [], None, workload.steps)  # compiles, allocates, warms caches
     ratios: dict[str, list[float]] = {way: [] for way in WAYS}
     bare: list[float] = []
     order = random.Random(0)
-    for _ in range(rounds):
+    longest = 0.0
+    for done in range(rounds):
+        started = time.monotonic()
+        if started + longest > deadline:
+            print(f"no time for more than {done} of {rounds} rounds")
+            return
         ways = list(WAYS)
         order.shuffle(ways)
         bare.append(run_block(workload, device, [], None, workload.steps))
         for way in ways:
             callbacks, clip = WAYS[way]()
-            seconds = run_block(workload, device, callbacks, clip, workload.steps)
+            seconds = run_block(workload, device, callbacks, clip, max(2, workload.steps // SHORTER.get(way, 1)))
             # A bare block before and after: what drifts over the round falls on both sides.
             bare.append(run_block(workload, device, [], None, workload.steps))
             ratios[way].append(2 * seconds / (bare[-2] + bare[-1]))
-    summary = {way: spread(values) for way, values in ratios.items()}
-    return {"bare_ms": {key: 1e3 * value for key, value in spread(bare).items()}, "ratio": summary}
+        bare_ms = {key: 1e3 * value for key, value in spread(bare).items()}
+        save({"rounds": done + 1, "bare_ms": bare_ms, "ratio": {way: spread(r) for way, r in ratios.items()}})
+        longest = max(longest, time.monotonic() - started)
 
 
 # Hook times
@@ -366,17 +375,23 @@ def hook_times(workload: Workload, device: torch.device, bandwidth: float) -> di
     return result
 
 
+STEPS = GradNormMonitor.read_every
+"""A monitor's steps differ: every so many it hands over what was read. So many make one measurement."""
+
+
 def interleaved(timed: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, Any]:
-    """Host and device microseconds of each function, in turns, each call on an idle device."""
+    """Host and device microseconds of each function, in turns, each call on an idle device; the mean of STEPS."""
     host: dict[str, list[float]] = {name: [] for name in timed}
-    for repeat in range(repeats + 5):
+    for repeat in range(repeats + 3):
         for name, function in timed.items():
-            synchronise(device)
-            start = time.perf_counter()
-            function()
-            elapsed = time.perf_counter() - start
-            if repeat >= 5:
-                host[name].append(1e6 * elapsed)
+            elapsed = 0.0
+            for _ in range(STEPS):
+                synchronise(device)
+                start = time.perf_counter()
+                function()
+                elapsed += time.perf_counter() - start
+            if repeat >= 3:
+                host[name].append(1e6 * elapsed / STEPS)
     result: dict[str, Any] = {}
     for name, function in timed.items():
         spread_of_host = spread(host[name])
@@ -386,7 +401,7 @@ def interleaved(timed: dict[str, Callable[[], Any]], device: torch.device, repea
     return result
 
 
-def device_microseconds(function: Callable[[], Any], calls: int = 5) -> float:
+def device_microseconds(function: Callable[[], Any], calls: int = STEPS) -> float:
     """The time of the function's work on the device, which waits until the host has queued it all."""
     times = []
     for repeat in range(6):
@@ -448,19 +463,48 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def print_result(name: str, result: dict[str, Any], device: torch.device) -> None:
-    print(f"\n{name}: {result['parameters']:,} trained numbers in {result['tensors']} tensors")
-    if result["steps"]:
-        bare = result["steps"]["bare_ms"]
-        print(f"bare step {bare['median']:.2f} ms ({bare['min']:.2f} to {bare['max']:.2f})")
+class Report:
+    """What was measured: printed part by part, and in the file from the first part on."""
+
+    def __init__(self, path: Path | None, device: torch.device, rounds: int) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"machine": machine(device), "rounds": rounds, "workloads": {}}
+        print(json.dumps(self.content["machine"]))
+
+    def add_hooks(self, name: str, workload: Workload, hooks: dict[str, Any]) -> None:
+        trained = [p for p in workload.module.parameters() if p.requires_grad]
+        numbers = sum(p.numel() for p in trained)
+        self.content["workloads"][name] = {"parameters": numbers, "tensors": len(trained), "hooks": hooks}
+        self._save()
+        print(f"\n{name}: {numbers:,} trained numbers in {len(trained)} tensors")
+        print(f"{'hook':40s} {'host us':>10s} {'ratio':>7s} {'device us':>10s} {'ratio':>7s}")
+        for hook, times in hooks.items():
+            reference = hooks["clip_grad_norm_" if "clip" in hook else "torch._foreach_norm"]
+            columns = ""
+            for key in ("host_us", "device_us"):
+                columns += f" {times[key]:10.1f}" if key in times else " " * 11
+                columns += f" {times[key] / reference[key]:7.2f}" if key in times and key in reference else " " * 8
+            print(f"{hook:40s}{columns}".rstrip())
+
+    def add_steps(self, name: str, steps: dict[str, Any]) -> None:
+        self.content["workloads"][name]["steps"] = steps
+        self._save()
+
+    def print_steps(self, name: str) -> None:
+        steps = self.content["workloads"][name].get("steps")
+        if steps is None:
+            return
+        bare = steps["bare_ms"]
+        rounds = f"{steps['rounds']} rounds"
+        print(f"\n{name}: bare step {bare['median']:.2f} ms ({bare['min']:.2f} to {bare['max']:.2f}), {rounds}")
         print(f"{'way':40s} {'step ratio':>10s}   range")
-        for way, ratio in result["steps"]["ratio"].items():
+        for way, ratio in steps["ratio"].items():
             print(f"{way:40s} {ratio['median']:10.3f}   {ratio['min']:.3f} to {ratio['max']:.3f}")
-    print(f"{'hook':40s} {'host us':>10s} {'device us':>10s}")
-    for hook, times in result["hooks"].items():
-        columns = [f"{times[key]:10.1f}" if key in times else " " * 10 for key in ("host_us", "device_us")]
-        print(f"{hook:40s} {columns[0]} {columns[1]}")
-    sys.stdout.flush()
+
+    def _save(self) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.content, indent=1) + "\n")
 
 
 def quiet() -> None:
@@ -478,6 +522,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workloads", type=lambda text: text.split(","), default=every, help=", ".join(every))
     parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="start no round that would end later than this (7.5)"
+    )
     parser.add_argument("--gpu-tests", action="store_true", help="first run the tests marked gpu")
     options = parser.parse_args()
     if options.rounds is None:

@@ -97,7 +97,6 @@ class Runtime:
         self._forward_order: dict[str, int] = {}
         self._recent: deque[tuple[int, Any]] = deque(maxlen=2)
         self._policies: list[Policy] = []
-        self._read_every = 1
         self._reads = LateReads()
         self._meters: dict[Optimizer, GradientMeter] = {}
         self._names: dict[Tensor, str] = {}
@@ -125,7 +124,7 @@ class Runtime:
         if runtime is None:
             runtime = _RUNTIMES[trainer] = cls(trainer)
         runtime._policies.append(policy)
-        runtime._read_every = min(policy.read_every for policy in runtime._policies)
+        runtime._reads.every = min(policy.read_every for policy in runtime._policies)
         return runtime
 
     def start(self, module: Any) -> None:
@@ -235,6 +234,8 @@ class Runtime:
         loss = loss.detach()
         if loss.dim():
             loss = loss.sum()
+        elif not self.trainer.lightning_module.automatic_optimization:
+            loss = loss.clone()  # it is the user's tensor; in automatic optimization Lightning just made it
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         self._window.add(loss, progress.total.ready, progress.current.ready - 1)
 
@@ -260,11 +261,10 @@ class Runtime:
         if scale is not None:
             scalars["loss_scale"] = scale
         window = self._close_window(step)
-        if window.loss is not None:
-            scalars["loss"] = window.loss
+        kept = {} if window.loss is None else {"loss": window.loss}
         if self._guard is not None and window.batches > 1:
-            scalars["bad_batch"] = window.first_bad()
-        meter.measure(scalars)
+            kept["bad_batch"] = window.first_bad()
+        meter.measure(scalars, kept)
         step.scalar_names = tuple(scalars)
         step.logger_step = logger_step(self.trainer)
         if step.meter is None and any(policy.wants_update(step.logger_step) for policy in self._policies):
@@ -371,8 +371,7 @@ class Runtime:
     def _read(self, record: _RecordDraft, scaled: bool) -> None:
         """Hand over what has arrived; wait where somebody has to act on it at this very step."""
         if self._guard is None:
-            if len(self._reads) >= self._read_every:
-                self._reads.poll()
+            self._reads.poll()
         elif record.skipped_by or record.skipped_by_guard:
             self._reads.drain()
         elif self._distributed:

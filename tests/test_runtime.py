@@ -139,6 +139,38 @@ class TestRecord:
         assert [r.batches for r in records] == [1] * 8
         assert records[0].loss == records[1].loss
 
+    def test_has_the_loss_of_the_backward_pass_whatever_the_module_does_to_it_afterwards(self, pl: Any) -> None:
+        losses = []
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = self.net(batch[0]).pow(2).mean()
+            if not self.automatic_optimization:
+                self.manual_backward(loss)
+            losses.append(loss.item())
+            with torch.no_grad():
+                loss.mul_(2.0 if not self.automatic_optimization else 1.0)
+            if not self.automatic_optimization:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+            return loss
+
+        for automatic in (True, False):
+            losses.clear()
+            module = runs.make_module(pl, training_step=training_step)
+            module.automatic_optimization = automatic
+            assert [record.loss for record in fit(pl, module)] == losses
+
+    def test_of_every_step_arrives_in_order_however_many_travel_together(self, pl: Any) -> None:
+        recorders = []
+        for every in (1, 3, 8, 100):
+            recorder = runs.RecordCallback()
+            recorder.read_every = every
+            runs.trainer(pl, callbacks=[recorder], max_epochs=3).fit(runs.make_module(pl), runs.data(22))
+            recorders.append(recorder)
+        first, *others = ([(r.step, r.epoch, r.loss, r.grad_norms.tolist()) for r in x.records] for x in recorders)
+        assert [step for step, *_ in first] == list(range(33))
+        assert all(other == first for other in others)
+
     def test_is_read_before_the_epoch_ends(self, pl: Any) -> None:
         seen = []
         recorder = runs.RecordCallback()
@@ -271,6 +303,23 @@ class TestPrivateNames:
         trainer = runs.trainer(pl, logger=logger, callbacks=[recorder], accumulate_grad_batches=2)
         trainer.fit(module, runs.data())
         assert [step for step, _ in logger.rows] == [r.logger_step for r in recorder.records]
+
+    def test_the_loss_in_automatic_optimization_is_lightnings_own(self, pl: Any) -> None:
+        """A tensor made by Lightning, that no module writes again: it is read steps later."""
+        returned, seen = [], []
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
+            returned.append(self.net(batch[0]).pow(2).mean())
+            return returned[-1]
+
+        class Hook(pl.Callback):
+            def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+                seen.append(loss.data_ptr())
+
+        module = runs.make_module(pl, training_step=training_step)
+        runs.trainer(pl, callbacks=[Hook()]).fit(module, runs.data())
+        assert len(seen) == 4
+        assert all(own != loss.data_ptr() for own, loss in zip(seen, returned, strict=True))
 
     def test_grad_scalers_scale(self) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

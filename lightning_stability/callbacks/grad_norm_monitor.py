@@ -113,8 +113,11 @@ class GradNormMonitor(RuntimeCallback):
             restored = self._restored.pop(record.optimizer, None)
             if restored is not None:
                 statistics.load_state_dict(restored)
-        elif statistics.groups.parameter_names != record.parameter_names:
-            statistics.regroup(record, self.group_depth)
+        else:
+            names = statistics.groups.parameter_names
+            # As a rule it is the same tuple, and need not be compared name by name.
+            if names is not record.parameter_names and names != record.parameter_names:
+                statistics.regroup(record, self.group_depth)
         return statistics
 
     def _log(self, record: StepRecord, statistics: _Statistics) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stability.health.late_reads import LateReads
+from lightning_stability.health.late_reads import Array, LateReads
 from lightning_stability.health.record import Floats
 
 # torch's CPU norm adds squares up in a few fp32 lanes: 7e-4 off on 16 million normal values, 1e-2 on equal
@@ -42,8 +42,10 @@ class Measurement:
 class GradientMeter:
     """Measures all gradients of one optimizer in one `torch._foreach_norm` per dtype; clips with the result.
 
-    Lists, names and buffers are made here, once; the runtime makes a new meter when `is_current` says that
-    the trained parameters are others. Nothing waits for the device.
+    Lists and names are made here, once; the runtime makes a new meter when `is_current` says that the trained
+    parameters are others. Nothing waits for the device. On CUDA the norms stay where the pass left them, one
+    tensor each, until somebody asks for `norms`, or until those of several steps are gathered on their way to
+    the host.
 
     Norms are L2: the square root of the sum of squared magnitudes, of a complex element's too. They are
     accumulated in float64 on CUDA, where that costs nothing more and no fp32 square can overflow, except when
@@ -64,52 +66,81 @@ class GradientMeter:
         in_order = [parameter for bucket in self._buckets for parameter in bucket.parameters]
         self.parameter_names = tuple(names.get(p, f"unnamed_{i}") for i, p in enumerate(in_order))
         self._device = in_order[0].device if in_order else torch.device("cpu")
+        self._on_host = self._device.type != "cuda"
         self._several_devices = len({bucket.device for bucket in self._buckets}) > 1
         self._sharded = any(bucket.mesh is not None for bucket in self._buckets)
         wide = self._sharded or any(bucket.norm_dtype is torch.float64 for bucket in self._buckets)
-        dtype = torch.float64 if wide or any(p.dtype == torch.float64 for p in in_order) else torch.float32
-        row_class = _DeviceRow if self._device.type == "cuda" else _HostRow
-        self._row: _HostRow | _DeviceRow = row_class(len(in_order), self._device, dtype)
-        self._present: list[Tensor] | None = None
+        self._dtype = torch.float64 if wide or any(p.dtype == torch.float64 for p in in_order) else torch.float32
+        self._carrier = next((bucket for bucket in self._buckets if bucket.carries_scalars(self._device)), None)
+        # One step's state, from `measure` to `send`.
+        self._norms: Sequence[Tensor] = ()
+        self._vector: Tensor | None = None
+        self._array: Array | None = None
+        self._absent = False
+        self._scalars: dict[str, Tensor] = {}
+        self._values: dict[str, float] = {}
         self._before: list[list[Tensor]] | None = None
         self._weight_norms: Tensor | None = None
 
     def is_current(self) -> bool:
         """Whether the optimizer still holds exactly the parameters that this meter was made for."""
-        now = [group["params"] for group in self._optimizer.param_groups]
-        return len(now) == len(self._groups) and all(
-            len(group) == len(before) and all(map(operator.is_, group, before))
-            for group, before in zip(now, self._groups, strict=True)
-        )
+        now = self._optimizer.param_groups
+        if len(now) != len(self._groups):
+            return False
+        for group, before in zip(now, self._groups, strict=True):
+            parameters = group["params"]
+            if len(parameters) != len(before) or not all(map(operator.is_, parameters, before)):
+                return False
+        return True
 
-    @torch.no_grad()
-    def measure(self, scalars: Mapping[str, Tensor]) -> None:
+    @property
+    def norms(self) -> Tensor:
+        """The norm of every gradient as one vector on the device, in the order of `parameter_names`.
+
+        As measured: an optimizer that unscales itself has the scale in them. Float64, or float32 where they
+        drive the clipping or are on the host. Gathered when it is first asked for: that takes about a quarter
+        of the pass, once per step.
+        """
+        if self._vector is None:
+            self._vector = self._gathered(self._norms)
+        return self._vector
+
+    def measure(self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> None:
         """Take the norm of every gradient as it is now.
 
         Args:
-            scalars: Numbers on the device that travel to the host with the norms, by name.
+            scalars: Numbers on the device, none of them negative, that travel to the host as they are now, by
+                name.
+            kept: Numbers that nobody writes again: they travel too, and need no copy now.
         """
-        if len(self._buckets) == 1:
-            norms = self._buckets[0].gradient_norms()
+        self._start_over()
+        riders = {name: scalar for name, scalar in scalars.items() if self._rides_along(scalar)}
+        if len(self._buckets) == 1 and not riders:
+            [bucket] = self._buckets
+            self._norms, self._absent = bucket.gradient_norms(), not bucket.regular
         else:
-            norms = [norm for bucket in self._buckets for norm in bucket.gradient_norms()]
-        if self._several_devices:
-            norms = [norm.to(self._device, non_blocking=True) for norm in norms]
-        self._present = None if all(bucket.regular for bucket in self._buckets) else self._without_absent(norms)
-        self._row.write(norms, scalars)
-        self._tell_overflow_from_inf()
-        self._add_up_shards(self._row.norms)
+            self._norms = self._norms_of_all_buckets(riders)
+        for name, scalar in scalars.items():
+            if name not in riders:
+                self.put(name, scalar)
+        if kept is not None:
+            for name, scalar in kept.items():
+                self._keep(name, scalar)
+        if self._on_host:
+            self._array = self._read_on_host()
+        if self._sharded:
+            self._add_up_shards(self.norms)
 
     @torch.no_grad()
     def total_norm(self) -> Tensor:
         """Norm of all gradients as measured, 0-dimensional, on the device."""
-        return _norm_of(self._row.vector()[: len(self.parameter_names)])
+        return _norm_of(self.norms if self._array is None else torch.from_numpy(self._array))
 
     @torch.no_grad()
     def total_norm_now(self) -> Tensor:
         """The same of the gradients as they are now: a second pass."""
         norms = [norm for bucket in self._buckets for norm in bucket.gradient_norms()]
-        vector = self._row.stack([norm.to(self._device) for norm in norms])
+        vector = self._gathered(self._on_one_device(norms))
         self._add_up_shards(vector)
         return _norm_of(vector)
 
@@ -120,17 +151,17 @@ class GradientMeter:
         Args:
             max_norm: The norm that the gradients shall not exceed.
         """
-        norms = self._row.norms
-        if self._present is not None and not self._sharded:
+        norms = self.norms
+        if self._absent and not self._sharded:
             # Lightning's total leaves absent gradients out; a zero in between would change the sum's order.
-            norms = _stack(self._present, norms.dtype, norms.device)
+            norms = self._gathered(self._without_absent())
         total = torch.linalg.vector_norm(norms)
         coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for bucket in self._buckets:
             gradients = [gradient for gradient in bucket.gradients if gradient is not None]
             if gradients:
                 torch._foreach_mul_(gradients, coefficient.to(bucket.device, gradients[0].dtype.to_real()))
-        self._row.put("clip_coefficient", coefficient)
+        self._keep("clip_coefficient", coefficient)
 
     @torch.no_grad()
     def remember_weights(self) -> None:
@@ -140,10 +171,9 @@ class GradientMeter:
         self._before = [list(torch._foreach_add(bucket, 0)) for bucket in weights]
 
     def put(self, name: str, scalar: Tensor) -> None:
-        """Add a number that came to be after `measure`."""
-        self._row.put(name, scalar)
+        """Add a number as it is now."""
+        self._keep(name, scalar if self._on_host else scalar.detach().clone())
 
-    @torch.no_grad()
     def send(self, reads: LateReads, on_host: Callable[[Measurement], None]) -> None:
         """Start the numbers' way to the host and let go of the gradients.
 
@@ -151,35 +181,69 @@ class GradientMeter:
             reads: Takes them there.
             on_host: Called when they have arrived.
         """
-        vectors = [self._row.vector()]
-        if self._before is not None and self._weight_norms is not None:
-            for bucket, before in zip(self._buckets, self._before, strict=True):
-                torch._foreach_sub_(before, bucket.local(bucket.parameters))
-            vectors += [self._weight_norms, self._norms_of(self._before)]
-            self._before = self._weight_norms = None
+        weights_and_update = [] if self._before is None else self._weights_and_update()
+        scalars, values = self._scalars, self._values
+        array, norms = self._array, self._norms if self._vector is None and self._norms else self.norms
         for bucket in self._buckets:
             bucket.gradients = []
-        self._present = None
-        unpack = self._row.unpacker()
-        count = len(self.parameter_names)
+        self._start_over()
 
-        def arrived(values: np.ndarray[Any, Any]) -> None:
-            numbers = values.astype(np.float64)
-            row, rest = (numbers, None) if len(vectors) == 1 else (numbers[: -2 * count], numbers[-2 * count :])
-            measurement = Measurement(row[:count], unpack(row[count:]))
-            if rest is not None:
-                measurement.weight_norms, measurement.update_norms = rest[:count], rest[count:]
-            on_host(measurement)
+        def arrived(arrays: list[Array]) -> None:
+            norms = arrays[0].astype(np.float64)
+            for name, array in zip(scalars, arrays[1:], strict=False):
+                values[name] = float(array[0])
+            vectors = [array.astype(np.float64) for array in arrays[1 + len(scalars) :]]
+            on_host(Measurement(norms, values, *vectors))
 
-        reads.send(vectors[0] if len(vectors) == 1 else torch.cat(vectors), arrived)
+        if array is None:
+            reads.send([norms, *([scalar] for scalar in scalars.values()), *weights_and_update], arrived)
+        else:
+            reads.hold([array, *(vector.numpy(force=True) for vector in weights_and_update)], arrived)
 
-    def _without_absent(self, norms: Sequence[Tensor]) -> list[Tensor]:
+    def _start_over(self) -> None:
+        self._norms, self._vector, self._array, self._absent = (), None, None, False
+        self._scalars, self._values = {}, {}
+
+    @torch.no_grad()
+    def _weights_and_update(self) -> list[Tensor]:
+        assert self._before is not None
+        assert self._weight_norms is not None
+        for bucket, before in zip(self._buckets, self._before, strict=True):
+            torch._foreach_sub_(before, bucket.local(bucket.parameters))
+        weights, update = self._weight_norms, self._norms_of(self._before)
+        self._before = self._weight_norms = None
+        return [weights, update]
+
+    def _keep(self, name: str, scalar: Tensor) -> None:
+        if self._on_host:
+            self._values[name] = float(scalar)
+            return
+        if scalar.device != self._device:
+            scalar = scalar.to(self._device, non_blocking=True)
+        if scalar.dtype not in (torch.float32, torch.float64):  # numpy knows no bfloat16
+            scalar = scalar.float()
+        self._scalars[name] = scalar.reshape(()) if scalar.dim() else scalar
+
+    def _rides_along(self, scalar: Tensor) -> bool:
+        """Whether the pass over the gradients can copy this number, to save the launch that a copy is."""
+        carrier = self._carrier
+        return carrier is not None and scalar.dtype == torch.float32 and scalar.device == carrier.device
+
+    def _gathered(self, norms: Sequence[Tensor]) -> Tensor:
+        # A result made in inference mode could not be written outside of it, hence `out`.
+        vector = torch.empty(len(norms), dtype=self._dtype, device=self._device)
+        if norms:
+            with torch.inference_mode():
+                torch.stack(tuple(norms), out=vector)
+        return vector
+
+    def _without_absent(self) -> list[Tensor]:
         gradients = (gradient for bucket in self._buckets for gradient in bucket.gradients)
-        return [norm for norm, gradient in zip(norms, gradients, strict=True) if gradient is not None]
+        return [norm for norm, gradient in zip(self._norms, gradients, strict=True) if gradient is not None]
 
     def _norms_of(self, tensors: list[list[Tensor]]) -> Tensor:
         norms = [n for bucket, group in zip(self._buckets, tensors, strict=True) for n in bucket.norms(group)]
-        vector = self._row.stack(norms)
+        vector = self._gathered(self._on_one_device(norms))
         self._add_up_shards(vector)
         return vector
 
@@ -196,10 +260,26 @@ class GradientMeter:
                 part.sqrt_()
             start += len(bucket.parameters)
 
-    def _tell_overflow_from_inf(self) -> None:
-        """On the host, where a look is free, measure again in float64 if fp32 says not finite."""
-        if not isinstance(self._row, _HostRow) or math.isfinite(float(self._row.norms.sum())):
-            return
+    def _norms_of_all_buckets(self, riders: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        norms: list[Tensor] = []
+        for bucket in self._buckets:
+            if bucket is self._carrier and riders:
+                found = bucket.gradient_norms(list(riders.values()))
+                norms += found[: -len(riders)]
+                self._scalars.update(zip(riders, found[-len(riders) :], strict=True))
+            else:
+                norms += bucket.gradient_norms()
+            self._absent |= not bucket.regular
+        return self._on_one_device(norms)
+
+    def _on_one_device(self, norms: list[Tensor]) -> list[Tensor]:
+        return [n.to(self._device, non_blocking=True) for n in norms] if self._several_devices else norms
+
+    def _read_on_host(self) -> Array:
+        """The norms; measured again in float64 if fp32 says that they are not finite: here a look is free."""
+        array: Array = self.norms.cpu().numpy()
+        if math.isfinite(np.dot(array, array)):
+            return array
         exact = [
             torch.zeros((), dtype=torch.float64)
             if gradient is None
@@ -207,7 +287,11 @@ class GradientMeter:
             for bucket in self._buckets
             for gradient in bucket.gradients
         ]
-        self._row.correct(torch.stack(exact), for_clipping=self._sharded)
+        vector = torch.stack(exact)
+        if self._sharded:  # else Lightning's norm drives the clipping
+            self._vector = vector
+        array = vector.detach().cpu().numpy()
+        return array
 
 
 @dataclass(slots=True)
@@ -215,6 +299,7 @@ class _Bucket:
     """Parameters whose gradients one call can take: one device, one dtype, one mesh."""
 
     device: torch.device
+    dtype: torch.dtype
     norm_dtype: torch.dtype | None
     mesh: Any
     in_pieces: bool
@@ -223,28 +308,37 @@ class _Bucket:
     regular: bool = True
     gradients: list[Tensor | None] = field(default_factory=list)
 
-    def gradient_norms(self) -> Sequence[Tensor]:
+    def carries_scalars(self, device: torch.device) -> bool:
+        """Whether an fp32 number that is not negative comes back as it was when its norm is taken.
+
+        In float64 it does: the square of an fp32 number is exact there, and so is the root of that.
+        """
+        in_float64 = self.dtype == torch.float32 and self.norm_dtype == torch.float64
+        return in_float64 and self.device == device and self.mesh is None
+
+    def gradient_norms(self, riders: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+        """One norm per parameter, 0 where there is no gradient, and after them those of the riders."""
         if self.regular:
             # An absent or sparse gradient is told by the call that refuses it, so that nobody has to look at
             # each.
             try:
                 gradients: list[Any] = [p.grad for p in self.parameters]
                 gradients = self.local(gradients)
-                norms = self.norms(gradients)
+                norms = self.norms([*gradients, *riders] if riders else gradients)
             except (TypeError, AttributeError, NotImplementedError):
                 self.regular = False
             else:
                 self.gradients = gradients  # type: ignore[assignment]
                 return norms
-        return self._irregular_norms()
+        return self._irregular_norms(riders)
 
-    def _irregular_norms(self) -> Sequence[Tensor]:
+    def _irregular_norms(self, riders: Sequence[Tensor]) -> Sequence[Tensor]:
         self.gradients = [None if p.grad is None else self._dense(p) for p in self.parameters]
         present = [gradient for gradient in self.gradients if gradient is not None]
         self.regular = len(present) == len(self.parameters) and not self._any_sparse()
-        norms = iter(self.norms(present) if present else ())
+        norms = iter(self.norms([*present, *riders]) if present or riders else ())
         zero = torch.zeros((), dtype=self.norm_dtype or torch.float32, device=self.device)
-        return [zero if gradient is None else next(norms) for gradient in self.gradients]
+        return [zero if gradient is None else next(norms) for gradient in self.gradients] + list(norms)
 
     def _any_sparse(self) -> bool:
         return any(p.grad is not None and p.grad.is_sparse for p in self.parameters)
@@ -265,83 +359,20 @@ class _Bucket:
         return [_whole_or_shard(tensor).to_local() for tensor in tensors]  # type: ignore[attr-defined]
 
     def norms(self, tensors: list[Tensor]) -> Sequence[Tensor]:
-        if not self.in_pieces:
-            return torch._foreach_norm(tensors, 2, self.norm_dtype)
-        return [self._norm_in_pieces(tensor) for tensor in tensors]
+        with torch.inference_mode():  # less host time for each tensor than no_grad
+            if not self.in_pieces:
+                return torch._foreach_norm(tensors, 2, self.norm_dtype)
+            return [self._norm_in_pieces(tensor) for tensor in tensors]
 
     def _norm_in_pieces(self, tensor: Tensor) -> Tensor:
         flat = tensor.reshape(-1)
         whole = flat.numel() // CPU_PIECE * CPU_PIECE
-        rows = torch.linalg.vector_norm(flat[:whole].view(-1, CPU_PIECE), dim=1, dtype=self.norm_dtype)
-        rest = torch.linalg.vector_norm(flat[whole:], dtype=self.norm_dtype)
-        norm: Tensor = torch.linalg.vector_norm(torch.cat((rows, rest.view(1))))
+        norms = torch.linalg.vector_norm(flat[:whole].view(-1, CPU_PIECE), dim=1, dtype=self.norm_dtype)
+        if whole < flat.numel():
+            rest = torch.linalg.vector_norm(flat[whole:], dtype=self.norm_dtype)
+            norms = torch.cat((norms, rest.view(1)))
+        norm: Tensor = torch.linalg.vector_norm(norms)
         return norm
-
-
-class _HostRow:
-    """The numbers of one step where they are on the host already."""
-
-    def __init__(self, count: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._device = device
-        self.norms = torch.zeros(count, dtype=dtype, device=device)
-        self._exact: Tensor | None = None
-        self._scalars: dict[str, float] = {}
-
-    def write(self, norms: Sequence[Tensor], scalars: Mapping[str, Tensor]) -> None:
-        self.norms, self._exact = self.stack(norms), None
-        self._scalars = {name: float(scalar) for name, scalar in scalars.items()}
-
-    def put(self, name: str, scalar: Tensor) -> None:
-        self._scalars[name] = float(scalar)
-
-    def correct(self, exact: Tensor, for_clipping: bool) -> None:
-        self._exact = exact
-        if for_clipping:
-            self.norms = exact
-
-    def stack(self, norms: Sequence[Tensor]) -> Tensor:
-        return _stack(norms, self._dtype, self._device)
-
-    def vector(self) -> Tensor:
-        return self.norms if self._exact is None else self._exact
-
-    def unpacker(self) -> Callable[[Floats], dict[str, float]]:
-        scalars = self._scalars
-        return lambda _: scalars
-
-
-class _DeviceRow:
-    """The numbers of one step in one buffer on the device, filled by a single multi-tensor copy."""
-
-    _SLOTS = 16  # for the scalars: loss, scale, coefficient, found_inf, learning rates kept as tensors
-
-    def __init__(self, count: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._buffer = torch.zeros(count + self._SLOTS, dtype=dtype, device=device)
-        slots = list(self._buffer.unbind())
-        self.norms = self._buffer[:count]
-        self._norm_slots, self._scalar_slots = slots[:count], slots[count:]
-        self._names: list[str] = []
-
-    def write(self, norms: Sequence[Tensor], scalars: Mapping[str, Tensor]) -> None:
-        torch._foreach_copy_(self._norm_slots, norms)  # type: ignore[arg-type]
-        self._names = list(scalars)[: self._SLOTS - 6]
-        if self._names:
-            torch._foreach_copy_(self._scalar_slots[: len(self._names)], [scalars[name] for name in self._names])
-
-    def put(self, name: str, scalar: Tensor) -> None:
-        self._scalar_slots[len(self._names)].copy_(scalar, non_blocking=True)
-        self._names.append(name)
-
-    def stack(self, norms: Sequence[Tensor]) -> Tensor:
-        return _stack(norms, self._buffer.dtype, self._buffer.device)
-
-    def vector(self) -> Tensor:
-        return self._buffer
-
-    def unpacker(self) -> Callable[[Floats], dict[str, float]]:
-        names = self._names
-        return lambda values: dict(zip(names, values.tolist(), strict=False))
 
 
 def _norm_of(norms: Tensor) -> Tensor:
@@ -358,7 +389,7 @@ def _buckets(parameters: list[Tensor], drives_clipping: bool) -> list[_Bucket]:
         key = (parameter.device, parameter.dtype, mesh, in_pieces)
         if key not in buckets:
             norm_dtype = _norm_dtype(parameter.dtype, parameter.device.type == "cuda" and not drives_clipping)
-            buckets[key] = _Bucket(parameter.device, norm_dtype, mesh, in_pieces)
+            buckets[key] = _Bucket(parameter.device, parameter.dtype, norm_dtype, mesh, in_pieces)
         buckets[key].parameters.append(parameter)
     for bucket in buckets.values():
         if bucket.mesh is not None:
@@ -397,9 +428,3 @@ def _whole_or_shard(tensor: Tensor) -> Tensor:
     placements = [Replicate() if p.is_partial() else p for p in tensor.placements]  # type: ignore[attr-defined]
     reduced: Tensor = tensor.redistribute(placements=placements)  # type: ignore[attr-defined]
     return reduced
-
-
-def _stack(norms: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if not norms:
-        return torch.zeros(0, dtype=dtype, device=device)
-    return torch.stack(list(norms)).to(device, dtype)

@@ -118,8 +118,11 @@ class NormTrend:
         )
 
     def _follow_groups(self, group_norms: Floats, weight: float) -> None:
-        if self._all_known and group_norms.min(initial=math.inf) > 0.0:
-            self._group_means += weight * (np.log(group_norms) - self._group_means)
+        if self._all_known and group_norms.all():
+            logs = np.log(group_norms)
+            logs -= self._group_means
+            logs *= weight
+            self._group_means += logs
             return
         known = group_norms > 0.0  # a group without a gradient says nothing about its norm
         logs = np.log(np.where(known, group_norms, 1.0))

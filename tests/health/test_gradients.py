@@ -175,3 +175,27 @@ def test_parameters_that_the_module_does_not_name_get_a_number() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     meter = GradientMeter(torch.optim.SGD([parameter], lr=0.1), {}, drives_clipping=False)
     assert meter.parameter_names == ("unnamed_0",)
+
+
+@pytest.mark.parametrize("drives_clipping", [False, True])
+def test_the_vector_of_a_steps_norms_is_there_at_once_and_changes_nothing(drives_clipping: bool) -> None:
+    """What a guard decides with, on the device and before the optimizer steps."""
+    meter, parameters = make([torch.ones(4), torch.ones(9)], drives_clipping)
+    meter.measure({})
+    vector = meter.norms
+    assert vector.tolist() == [2.0, 3.0]
+    assert meter.norms is vector
+    assert not vector.is_inference()  # such a tensor could not be written to
+    parameters[0].grad = torch.full((4,), 2.0)
+    assert send(meter).grad_norms.tolist() == [2.0, 3.0]
+    meter.measure({})
+    assert meter.norms.tolist() == [4.0, 3.0]
+
+
+def test_the_vector_of_a_sparse_and_an_absent_gradients_norms() -> None:
+    meter, parameters = make([torch.ones(4), torch.ones(9), torch.ones(16)])
+    parameters[0].grad, parameters[1].grad = None, torch.ones(9).to_sparse()
+    meter.measure({})
+    assert meter.norms.tolist() == [0.0, 3.0, 4.0]
+    parameters[1].grad.zero_()  # sparse gradients are put in order on the way: they stay ordinary tensors
+    assert send(meter).grad_norms.tolist() == [0.0, 3.0, 4.0]
