@@ -91,8 +91,8 @@ class BufferUndo:
                 torch.cat([t.reshape(-1) for t in layout.pick(current)], out=layout.new)
                 # what was non-finite before, a causal mask's -inf, is so by design
                 bad = torch.isfinite(layout.new).logical_not_().logical_and_(torch.isfinite(layout.old))
-                index = bad.to(torch.uint8).argmax()
-                here = (bad[index], index + start)
+                # (`bad[index]` would read the index on the host)
+                here = (bad.any(), bad.to(torch.uint8).argmax() + start)
                 found = here if found is None else _either(found, here)
             start += layout.old.numel()
         return found
