@@ -89,6 +89,9 @@ class Retrier(Protocol):
     def cannot_retry(self, record: StepRecord, why: str) -> None:
         """The batches cannot be trained again."""
 
+    def no_memory_for_retry(self, record: StepRecord) -> Exception:
+        """What to raise when the device has no room for it."""
+
 
 class Runtime:
     """Measures each optimizer step of one Trainer once, for all policies.
@@ -519,12 +522,15 @@ class Runtime:
         window.restore()
         self._window = _Window()
         *closures, last = window.closures(self._converted if casts else None)
-        for closure in closures:
+        try:
+            for closure in closures:
+                guard.begin_batch()
+                with getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)():
+                    closure()
             guard.begin_batch()
-            with getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)():
-                closure()
-        guard.begin_batch()
-        result = self._tap.step(optimizer, model, last, kwargs)
+            result = self._tap.step(optimizer, model, last, kwargs)
+        except torch.cuda.OutOfMemoryError as error:
+            raise retrier.no_memory_for_retry(failed) from error
         again = self._arrived.pop()
         self._arrived.clear()
         self._tell(retrier.after_retry(failed, again))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
@@ -68,6 +69,7 @@ class PrecisionFallback(RuntimeCallback):
         self._ranges: LayerRanges | None = None
         self._change_next = False
         self._not_the_cause = 0
+        self._need: float | None = None
 
     def is_needed(self, trainer: Any) -> bool:
         """Only in a precision that it can leave, or in a run that it has left it in."""
@@ -106,6 +108,19 @@ class PrecisionFallback(RuntimeCallback):
             self._raise_precision(trainer)
             self._settle(trainer)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the first batch, estimate whether the device has room for the change."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._need is None and self.wants_retry() and trainer.strategy.root_device.type == "cuda":
+            self._need = extra_memory(trainer)
+            free = free_memory(trainer.strategy.root_device)
+            if self._need > free:
+                rank_zero_warn(
+                    f"PrecisionFallback: {self.to} would need about {self._need / 2**30:.1f} GiB more than"
+                    f" {trainer.precision}, and {free / 2**30:.1f} GiB are free: a fallback would run out of memory."
+                    " A smaller batch with more accumulation leaves room for it."
+                )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what became of the precision."""
@@ -166,6 +181,18 @@ class PrecisionFallback(RuntimeCallback):
         )
         self._settle(trainer)
         return again
+
+    def no_memory_for_retry(self, record: StepRecord) -> RuntimeError:
+        """The device has no room for the batches in the higher precision."""
+        if self._ranges is not None:
+            self._ranges.__exit__(None, None, None)
+        self._write("precision_out_of_memory", record, precision_to=self.to)
+        need = f" (about {self._need / 2**30:.1f} GiB more than before)" if self._need is not None else ""
+        return RuntimeError(
+            f"PrecisionFallback: epoch {record.epoch}, batch {record.batch_idx} is not finite in 16 bits and does not"
+            f" fit into memory in {self.to}{need}. No weight has been changed by it and the last checkpoint"
+            " stands: resume from it with a smaller batch and more accumulation, or with precision=bf16-mixed."
+        )
 
     def cannot_retry(self, record: StepRecord, why: str) -> None:
         """Change from the next step on."""
@@ -244,3 +271,30 @@ class PrecisionFallback(RuntimeCallback):
     def __getstate__(self) -> dict[str, Any]:
         gone = {"_low_plugin": None, "_wider": None, "_ranges": None}
         return {**super().__getstate__(), **gone}
+
+
+def extra_memory(trainer: Any) -> float:
+    """About how many bytes fp32 needs more than the 16-bit precision of a step that has just been trained.
+
+    Activations double; with 16-bit weights, so do weights, gradients and optimizer states.
+
+    Args:
+        trainer: A Trainer on a CUDA device, after its first step.
+    """
+    device = trainer.strategy.root_device
+    held = list(trainer.lightning_module.parameters())
+    held += [p.grad for p in held if p.grad is not None]
+    held += [v for o in trainer.optimizers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    at_rest = sum(tensor.numel() * tensor.element_size() for tensor in held if tensor.device == device)
+    halves = sum(tensor.numel() * 2 for tensor in held if tensor.device == device and tensor.element_size() == 2)
+    return float(max(torch.cuda.max_memory_allocated(device) - at_rest, 0) + halves)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a CUDA device that torch could still use.
+
+    Args:
+        device: The device.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
