@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import types
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -231,12 +232,23 @@ class Runtime:
             if _validation_is_due(self.trainer) or self.trainer.is_last_batch:
                 self.drain()
 
+    def settle_batch(self) -> None:
+        """A forward pass without a backward pass has to be judged before any callback's `on_train_batch_end`."""
+        if self._guard is not None and self._is_ours():
+            self._guard.settle_batch()
+
     def begin_epoch(self) -> None:
         """An epoch begins."""
         if self._guard is not None:
             self._guard.rescan()
         if self._open_window is not None:
             self._open_window.rescan()
+
+    def end_epoch(self) -> None:
+        """An epoch ends; its metrics are computed next."""
+        self.drain()
+        if self._guard is not None:
+            self._guard.end_epoch()
 
     def recent_batch(self, record: StepRecord) -> Any:
         """The batch that a record names, if it is still held; else None.
@@ -256,7 +268,7 @@ class Runtime:
     def drain(self) -> None:
         """Wait for the records of all steps taken so far and hand them to the policies."""
         if self._guard is not None:
-            self._guard.end_batch()
+            self._guard.settle_all()
         self._reads.drain()
 
     def close(self) -> None:
@@ -809,6 +821,7 @@ class _PluginTap:
         self._runtime.begin_step(optimizer)
         result = self._originals["optimizer_step"](optimizer, model=model, closure=closure, **kwargs)
         self._runtime.finish_step()
+        self._runtime.settle_batch()
         return result
 
     def convert_input(self, data: Any) -> Any:
@@ -850,16 +863,19 @@ class _StepStandIn:
     def __init__(self, optimizer: Optimizer, runtime: Runtime) -> None:
         self._optimizer = optimizer
         self._own = vars(optimizer).get("step")  # a scheduler's, usually
+        self._active = True
         original = optimizer.step
 
         @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            return runtime.update(optimizer, original, args, kwargs)
+        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            return runtime.update(optimizer, original, args, kwargs) if self._active else original(*args, **kwargs)
 
-        self._step = step
-        optimizer.step = step  # type: ignore[method-assign]
+        # a method, since a scheduler that is made later looks for its function
+        self._step = types.MethodType(step, optimizer)
+        optimizer.step = self._step  # type: ignore[method-assign]
 
     def remove(self) -> None:
+        self._active = False
         if vars(self._optimizer).get("step") is not self._step:
             return  # somebody stood in for us
         if self._own is None:
