@@ -1,7 +1,7 @@
 """Callbacks that keep a Lightning run alive and honest when numbers go bad, and say why they went bad."""
 
-from lightning_stability.callbacks import GradNormMonitor
+from lightning_stability.callbacks import FractionalCheckpoint, GradNormMonitor
 
 __version__ = "0.1.0"
 
-__all__ = ["GradNormMonitor", "__version__"]
+__all__ = ["FractionalCheckpoint", "GradNormMonitor", "__version__"]
