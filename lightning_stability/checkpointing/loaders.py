@@ -14,6 +14,9 @@ import torch
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.checkpointing.random_state import RandomState, capture_random_state, restore_random_state
 
+OrderState = dict[str, Any]
+"""The random state, and that of the loaders' generators, from which an epoch's order is drawn."""
+
 _FINISHED = "_iterator_finished"  # torchdata's key in the state of a StatefulDataLoader
 
 
@@ -26,8 +29,7 @@ class TrainingData:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._epoch_random: RandomState | None = None
-        self._epoch_generators: list[torch.Tensor] = []
+        self._order: OrderState | None = None
         self._ahead: dict[str, Any] | None = None
 
     @property
@@ -57,8 +59,7 @@ class TrainingData:
             "loaders": self._loader_states() if ahead is None else ahead["loaders"],
             "fetch_random": None if ahead is None else ahead["random"],
             "generators": _generator_states(self.loaders),
-            "epoch_random": self._epoch_random,
-            "epoch_generators": self._epoch_generators,
+            "order": self._order,
         }
 
     def restore(self, state: dict[str, Any], epoch: int, inside_epoch: bool) -> None:
@@ -73,43 +74,40 @@ class TrainingData:
         if states:
             fetcher = self._trainer.fit_loop._data_fetcher
             self._set_epoch(epoch)
-            if state["epoch_random"] is not None:  # what orders the epoch, where the loader's own state does not say
-                restore_random_state(state["epoch_random"])
-                _set_generators(self.loaders, state["epoch_generators"])
+            self._keep_order(state["order"])
             if not inside_epoch:  # stay at the end; Lightning begins the next epoch itself
                 states = [{**s, _FINISHED: False} if isinstance(s, dict) and _FINISHED in s else s for s in states]
             self._trainer.fit_loop._combined_loader._load_state_dicts(states)
             self._iterate_without_fetching(fetcher)
             if inside_epoch and self._prefetches:
-                if state["fetch_random"] is not None:
-                    restore_random_state(state["fetch_random"])
+                restore_random_state(state["fetch_random"])
                 self._ahead = {"loaders": states, "random": state["fetch_random"]}
                 fetcher.batches.append(super(type(fetcher), fetcher).__next__())
         _set_generators(self.loaders, state["generators"])
-        self._epoch_random, self._epoch_generators = state["epoch_random"], state["epoch_generators"]
-
-    def before_epoch(self) -> RandomState | None:
-        """Called before the loaders' iterators for an epoch are made.
-
-        Returns:
-            The random state to go back to once they are, if they are made from one that all ranks share.
-        """
-        own = self._share_sampling() if self._samples_are_dealt_out else None
-        self._epoch_random, self._epoch_generators = capture_random_state(), _generator_states(self.loaders)
-        return own
 
     def begin_first_epoch(self) -> None:
-        """Iterate again where the order that Lightning began with is not one that can be found again.
+        """Iterate again where the order that Lightning began with could not be found again, or differs by rank."""
+        if self._reorders:
+            own = capture_random_state()
+            self.before_epoch()
+            iter(self._trainer.fit_loop._data_fetcher)
+            restore_random_state(own)
 
-        That is where a sampler of the user's is asked anew after a resume, and where each rank would take its share
-        of an order of its own.
-        """
-        if not (self._samples_are_dealt_out or any(_is_stateful(x) and not _order_is_known(x) for x in self.loaders)):
+    def before_epoch(self) -> None:
+        """Called before the loaders' iterators for an epoch are made."""
+        if not self._reorders:
             return
-        own = capture_random_state()
-        self.before_epoch()
-        iter(self._trainer.fit_loop._data_fetcher)
-        restore_random_state(own)
+        order: OrderState = {"random": capture_random_state(), "generators": _generator_states(self.loaders)}
+        if self._trainer.world_size > 1:  # each rank takes its share of one and the same order
+            order = self._trainer.strategy.broadcast(order)
+        self._keep_order(order)
+
+    def _keep_order(self, order: OrderState | None) -> None:
+        self._order = order
+        if order is not None:
+            for loader in self.loaders:
+                if not _order_is_known(loader):
+                    _use_fixed_order(loader, order)
 
     def before_fetch(self) -> None:
         """Called before each batch is fetched."""
@@ -122,20 +120,8 @@ class TrainingData:
         return bool(getattr(fetcher, "prefetch_batches", 0)) and fetcher.length is None
 
     @property
-    def _samples_are_dealt_out(self) -> bool:
-        """Whether ranks take turns in an order that each of them makes for itself."""
-        return self._trainer.world_size > 1 and any(
-            is_instance_by_name(getattr(loader, "sampler", None), "DistributedSamplerWrapper")
-            for loader in self.loaders
-        )
-
-    def _share_sampling(self) -> RandomState:
-        """Give all ranks the first one's random state, so that they deal out one and the same order."""
-        own = capture_random_state()
-        shared = self._trainer.strategy.broadcast((own, _generator_states(self.loaders)))
-        restore_random_state({**own, **{name: shared[0][name] for name in ("python", "numpy", "torch")}})
-        _set_generators(self.loaders, shared[1])
-        return own
+    def _reorders(self) -> bool:
+        return any(_is_stateful(loader) and not _order_is_known(loader) for loader in self.loaders)
 
     def _loader_states(self) -> list[Any]:
         states: list[Any] = self._trainer.fit_loop._combined_loader._state_dicts()
@@ -162,15 +148,70 @@ def _is_stateful(loader: Any) -> bool:
 
 
 def _order_is_known(loader: Any) -> bool:
-    """Whether the loader's own state, or nothing at all, determines the order of its samples."""
+    """Whether a sampler can go on from the loader's state: it has one of its own, or draws no random numbers.
+
+    Lightning's DistributedSamplerWrapper does neither. It deals out among ranks what each of them draws.
+    """
+    if _has_own_batches(loader):
+        return False
     sampler = getattr(loader, "sampler", None)
-    module = type(sampler).__module__
+    if sampler is None or not hasattr(sampler, "__len__"):
+        return True
+    if is_instance_by_name(sampler, "DistributedSamplerWrapper"):
+        return False
     return (
-        sampler is None
-        or module.startswith("torchdata.")
-        or is_instance_by_name(sampler, "SequentialSampler", "_InfiniteConstantSampler")
-        or (is_instance_by_name(sampler, "DistributedSampler") and not hasattr(sampler.dataset, "_sampler"))
+        type(sampler).__module__.startswith("torchdata.")
+        or _is_stateful(sampler)
+        or is_instance_by_name(sampler, "SequentialSampler", "DistributedSampler", "_InfiniteConstantSampler")
     )
+
+
+def _has_own_batches(loader: Any) -> bool:
+    """Whether a batch sampler of the user's draws the order."""
+    batches = getattr(loader, "batch_sampler", None)
+    ours = isinstance(batches, FixedOrder)
+    libraries = type(batches).__module__.startswith(("torch.", "torchdata."))
+    return ours or (hasattr(batches, "__len__") and not libraries and not _is_stateful(batches))
+
+
+class FixedOrder:
+    """A sampler that gives the same order however often it is asked in one epoch.
+
+    Args:
+        sampler: Draws the order.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.inner = sampler
+        self.order: OrderState = {}
+
+    def __iter__(self) -> Iterator[Any]:
+        own = capture_random_state()
+        restore_random_state({**own, **{name: self.order["random"][name] for name in ("python", "numpy", "torch")}})
+        _set_generators([self.inner], self.order["generators"])
+        drawn = list(self.inner)
+        restore_random_state(own)
+        return iter(drawn)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+def _use_fixed_order(loader: Any, order: OrderState) -> None:
+    owner, name = loader, "sampler"
+    if _has_own_batches(loader):
+        name = "batch_sampler"
+    elif loader.batch_sampler is not None:
+        owner = loader.batch_sampler
+    sampler = getattr(owner, name)
+    if not isinstance(sampler, FixedOrder):
+        sampler = vars(owner)[name] = FixedOrder(sampler)  # a DataLoader's own attributes cannot be set otherwise
+    sampler.order = order
 
 
 def _generators(loaders: list[Any]) -> Iterator[torch.Generator]:
@@ -186,6 +227,8 @@ def _generators(loaders: list[Any]) -> Iterator[torch.Generator]:
             yield owner
             continue
         pending += [getattr(owner, name, None) for name in ("generator", "sampler", "batch_sampler")]
+        if isinstance(owner, FixedOrder):
+            pending.append(owner.inner)
         # Lightning's DistributedSamplerWrapper holds the sampler that it wraps as its dataset's
         pending.append(getattr(getattr(owner, "dataset", None), "_sampler", None))
 

@@ -217,12 +217,8 @@ class TrainingPlaces:
     def _on_epoch_loop_run_start(self, original: Callable[..., None], fetcher: Any) -> None:
         fit = self.trainer.fit_loop
         if self.trainer.current_epoch > 0 and not fit.is_resuming and not fit.epoch_loop.restarting:
-            own = self._data.before_epoch()
-            original(fetcher)
-            if own is not None:
-                restore_random_state(own)
-        else:
-            original(fetcher)
+            self._data.before_epoch()
+        original(fetcher)
 
     def _on_before_fetch(self, original: Callable[..., None]) -> None:
         self._data.before_fetch()
