@@ -32,16 +32,16 @@ def nonfinite_names(tensors: NamedTensors) -> list[str]:
             names, held = groups[values.device, values.dtype]
             names.append(name)
             held.append(values)
-    largest: dict[torch.device, list[Tensor]] = defaultdict(list)
+    bad: dict[torch.device, list[Tensor]] = defaultdict(list)
     order: dict[torch.device, list[str]] = defaultdict(list)
     for (device, _), (names, held) in groups.items():
         # the largest magnitude of each: it is NaN or inf if any number is, and no square overflows on the way
-        largest[device] += [norm.float() for norm in torch._foreach_norm(held, float("inf"))]  # type: ignore[no-untyped-call]
+        norms = torch._foreach_norm(held, float("inf"))  # type: ignore[no-untyped-call]
+        bad[device].append(~torch.isfinite(torch.stack(norms)))
         order[device] += names
     found: list[str] = []
-    for device, norms in largest.items():
-        bad = ~torch.isfinite(torch.stack(norms))
-        found += [name for name, is_bad in zip(order[device], bad.tolist(), strict=True) if is_bad]
+    for device, flags in bad.items():
+        found += [name for name, is_bad in zip(order[device], torch.cat(flags).tolist(), strict=True) if is_bad]
     return found
 
 

@@ -97,7 +97,8 @@ class TrainingData:
         """Called before the loaders' iterators for an epoch are made."""
         if not self._reorders:
             return
-        order: OrderState = {"random": capture_random_state(), "generators": _generator_states(self.loaders)}
+        generators = [_generator_states([loader]) for loader in self.loaders]
+        order: OrderState = {"random": capture_random_state(), "generators": generators}
         if self._trainer.world_size > 1:  # each rank takes its share of one and the same order
             order = self._trainer.strategy.broadcast(order)
         self._keep_order(order)
@@ -105,9 +106,9 @@ class TrainingData:
     def _keep_order(self, order: OrderState | None) -> None:
         self._order = order
         if order is not None:
-            for loader in self.loaders:
+            for loader, generators in zip(self.loaders, order["generators"], strict=True):
                 if not _order_is_known(loader):
-                    _use_fixed_order(loader, order)
+                    _use_fixed_order(loader, order["random"], generators)
 
     def before_fetch(self) -> None:
         """Called before each batch is fetched."""
@@ -154,10 +155,11 @@ def _order_is_known(loader: Any) -> bool:
     """
     if _has_own_batches(loader):
         return False
-    sampler = getattr(loader, "sampler", None)
+    # Lightning puts its wrapper there and a placeholder into loader.sampler
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
     if sampler is None or not hasattr(sampler, "__len__"):
         return True
-    if is_instance_by_name(sampler, "DistributedSamplerWrapper"):
+    if isinstance(sampler, FixedOrder) or is_instance_by_name(sampler, "DistributedSamplerWrapper"):
         return False
     return (
         type(sampler).__module__.startswith("torchdata.")
@@ -183,12 +185,13 @@ class FixedOrder:
 
     def __init__(self, sampler: Any) -> None:
         self.inner = sampler
-        self.order: OrderState = {}
+        self.random: RandomState = {}
+        self.generators: list[torch.Tensor] = []
 
     def __iter__(self) -> Iterator[Any]:
         own = capture_random_state()
-        restore_random_state({**own, **{name: self.order["random"][name] for name in ("python", "numpy", "torch")}})
-        _set_generators([self.inner], self.order["generators"])
+        restore_random_state({**own, **{name: self.random[name] for name in ("python", "numpy", "torch")}})
+        _set_generators([self.inner], self.generators)
         drawn = list(self.inner)
         restore_random_state(own)
         return iter(drawn)
@@ -202,7 +205,7 @@ class FixedOrder:
         return getattr(self.inner, name)
 
 
-def _use_fixed_order(loader: Any, order: OrderState) -> None:
+def _use_fixed_order(loader: Any, random: RandomState, generators: list[torch.Tensor]) -> None:
     owner, name = loader, "sampler"
     if _has_own_batches(loader):
         name = "batch_sampler"
@@ -211,7 +214,7 @@ def _use_fixed_order(loader: Any, order: OrderState) -> None:
     sampler = getattr(owner, name)
     if not isinstance(sampler, FixedOrder):
         sampler = vars(owner)[name] = FixedOrder(sampler)  # a DataLoader's own attributes cannot be set otherwise
-    sampler.order = order
+    sampler.random, sampler.generators = random, generators
 
 
 def _generators(loaders: list[Any]) -> Iterator[torch.Generator]:
