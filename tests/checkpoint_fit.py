@@ -1,8 +1,4 @@
-"""A fit that tests kill and resume, run in a process of its own.
-
-Forked off one interpreter that has imported everything (`Fits`), or, for two ranks, started by itself and Lightning:
-checkpoint_fit.py '{"folder": ..., ...}'
-"""
+"""A fit that tests kill and resume, in processes forked off one interpreter that has imported everything (`Fits`)."""
 
 from __future__ import annotations
 
@@ -287,20 +283,27 @@ class Fits:
 def serve() -> None:
     for line in sys.stdin:
         options = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            log = os.open(Path(options["folder"]) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            quietly(options)
-            sys.exit(0)
-        print(child, flush=True)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        ranks = options.pop("ranks", 1)
+        children = [fork(options, rank, ranks) for rank in range(ranks)]
+        print(children[0], flush=True)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(next((status for status in statuses if status), 0), flush=True)
+
+
+def fork(options: dict[str, Any], rank: int, ranks: int) -> int:
+    child = os.fork()
+    if child == 0:
+        if ranks > 1:  # as torchrun does, so that Lightning starts no processes of its own
+            place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": options.pop("port")}
+            os.environ.update({name: str(value) for name, value in place.items()})
+            options.update(devices=ranks, strategy="ddp", seed=options.get("seed", 1) + rank)
+        log = os.open(Path(options["folder"]) / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        quietly(options)
+        sys.exit(0)
+    return child
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        quietly(json.loads(sys.argv[1]))
-    else:
-        serve()
+    serve()
