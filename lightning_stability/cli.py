@@ -65,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "synthetic": write_synthetic,
         "checkpoints": show_checkpoints,
     }
-    command = commands.get(words[0] if words else "", lambda words: StabilityCLI(args=words))
+    command = commands.get(words[0] if words else "", train)
     try:
         status = command(words)
     except Exception as error:
@@ -176,6 +176,11 @@ class StabilityCLI(LightningCLI):
         score = getattr(checkpoint, "best_model_score", None)
         suffix = f" ({getattr(checkpoint, 'monitor', '')} {score:.3f})" if isinstance(score, torch.Tensor) else ""
         print(logs + (f"\nBest checkpoint:  {best}{suffix}" if best else ""))
+
+
+def train(words: list[str]) -> None:
+    """Run `fit`, `validate`, `test` or `predict`."""
+    StabilityCLI(args=words)
 
 
 def demo(words: list[str]) -> None:

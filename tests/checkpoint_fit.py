@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,13 +77,11 @@ def make_module(pl: Any, manual: bool = False, plateau: str | None = None) -> An
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = not manual
-            self.net = nn.Sequential(
-                nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1)
-            )
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
             self.mean, self.auroc = MeanMetric(), BinaryAUROC()
             self.scores = MetricCollection({"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()})
             self.register_buffer("average", torch.zeros(8))
-            self.register_buffer("mask", torch.full((3,), float("-inf")))
+            self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
             self.seen: list[list[int]] = []
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -136,6 +136,8 @@ def file_logger(pl: Any, folder: Path) -> Any:
         version = "0"
 
         def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                return
             with (folder / ROWS).open("a") as file:
                 file.write(json.dumps([step, metrics]) + "\n")
 
@@ -281,6 +283,11 @@ class Fits:
 
 
 def serve() -> None:
+    runs.load_namespace("pytorch_lightning")
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    torch.optim.AdamW([weight]).step()  # what it imports on first use; a backward pass could not be forked
+    gc.freeze()  # so that a child's collector does not go through all that was imported
     for line in sys.stdin:
         options = json.loads(line)
         ranks = options.pop("ranks", 1)
@@ -300,8 +307,13 @@ def fork(options: dict[str, Any], rank: int, ranks: int) -> int:
         log = os.open(Path(options["folder"]) / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        quietly(options)
-        sys.exit(0)
+        try:
+            quietly(options)
+            sys.stdout.flush()
+            os._exit(0)  # without taking the interpreter down, which takes longer than the fit
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
     return child
 
 

@@ -22,8 +22,10 @@ from lightning_stability.events import EventLog
 from lightning_stability.runtime import log_folder, runtime_of
 
 _OTHER_TRIGGERS = ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end", "save_on_exception")
-_BOOKKEEPING = ("current_score", "best_k_models", "kth_best_model_path", "kth_value", "best_model_score")
-_BOOKKEEPING += ("best_model_path", "last_model_path", "_scores", "_last_global_step_saved", "_last_checkpoint_saved")
+_BOOKKEEPING = (
+    *("current_score", "best_k_models", "kth_best_model_path", "kth_value", "best_model_score", "best_model_path"),
+    *("last_model_path", "_scores", "_last_global_step_saved", "_last_checkpoint_saved", "_ranked"),
+)
 
 
 class FractionalCheckpoint(ModelCheckpoint):
@@ -91,7 +93,7 @@ class FractionalCheckpoint(ModelCheckpoint):
     ) -> None:
         _refuse_other_triggers(other_trigger)
         super().__init__(
-            dirpath=dirpath,
+            dirpath=None if dirpath is None else str(dirpath),
             filename=filename or "{epoch}-{step:06d}",
             monitor=monitor,
             mode=mode,
@@ -104,7 +106,9 @@ class FractionalCheckpoint(ModelCheckpoint):
         )
         self._every_n_epochs: float = _above_zero("every_n_epochs", every_n_epochs)  # type: ignore[assignment]
         self._schedule = EpochSchedule(every_n_epochs)
-        self.steps_per_epoch = steps_per_epoch and int(_above_zero("steps_per_epoch", steps_per_epoch))
+        self.steps_per_epoch = steps_per_epoch
+        if steps_per_epoch is not None:
+            _above_zero("steps_per_epoch", steps_per_epoch)
         self.async_save = async_save
         # every checkpoint that is kept, oldest first, with its score
         self._scores: dict[str, Tensor | None] = {}
@@ -414,7 +418,7 @@ class FractionalCheckpoint(ModelCheckpoint):
                 f"FractionalCheckpoint(every_n_epochs={self._every_n_epochs}) has to know how long an epoch is, and the"
                 " training data has no length. Give it steps_per_epoch=..., the optimizer steps of an epoch."
             )
-        return self.steps_per_epoch * int(trainer.accumulate_grad_batches)
+        return int(self.steps_per_epoch * trainer.accumulate_grad_batches)
 
     def _epochs_at_start(self, trainer: Any) -> Fraction:
         progress = trainer.fit_loop.epoch_progress.current

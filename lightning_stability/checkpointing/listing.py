@@ -181,8 +181,15 @@ def _inspect(path: Path, verify: bool) -> CheckpointInfo:
 
 def _what_is_not_finite(checkpoint: dict[str, Any]) -> str:
     by_design = checkpoint.get(SECTION, {}).get("nonfinite_by_design", [])
-    names = [name for name in nonfinite_names(checked_tensors(checkpoint)) if name not in by_design]
+    tensors = dict(checked_tensors(checkpoint))
+    names = [name for name in nonfinite_names(tensors.items()) if name not in by_design and not _is_mask(tensors[name])]
     return f"not finite: {', '.join(names[:3])}" if names else ""
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether it looks like a buffer that is infinite by design: infinities among zeros or ones, and no NaN."""
+    rest = tensor[torch.isfinite(tensor)]
+    return not bool(torch.isnan(tensor).any()) and rest.numel() > 0 and bool(((rest == 0) | (rest == 1)).all())
 
 
 def checked_tensors(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

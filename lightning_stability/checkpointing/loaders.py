@@ -82,7 +82,7 @@ class TrainingData:
             if inside_epoch and self._prefetches:
                 restore_random_state(state["fetch_random"])
                 self._ahead = {"loaders": states, "random": state["fetch_random"]}
-                fetcher.batches.append(super(type(fetcher), fetcher).__next__())
+                fetcher.batches.append(super(type(fetcher), fetcher).__next__())  # type: ignore[misc]
         _set_generators(self.loaders, state["generators"])
 
     def begin_first_epoch(self) -> None:
