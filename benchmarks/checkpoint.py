@@ -262,7 +262,10 @@ def print_report(report: dict[str, Any]) -> None:
 
 def quiet() -> None:
     warnings.filterwarnings("ignore")
-    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
+    for name in (
+        "pytorch_lightning",
+        *(f"{n}.utilities.rank_zero" for n in ("pytorch_lightning", "lightning.pytorch")),
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
