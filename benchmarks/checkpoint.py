@@ -248,9 +248,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def print_report(report: dict[str, Any]) -> None:
     print(json.dumps(report["machine"]))
-    print(
-        f"{report['parameters']:,} parameters, {report['bytes'] / 1e9:.2f} GB; {report['steps_in_a_block']} steps a block"
-    )
+    size, steps = report["bytes"] / 1e9, report["steps_in_a_block"]
+    print(f"{report['parameters']:,} parameters, {size:.2f} GB; {steps} steps a block")
     print(f"{'seconds lost per save':40s} {'median':>8s}   range")
     for way, lost in report["lost_seconds"].items():
         print(f"{way:40s} {lost['median']:8.3f}   {lost['min']:.3f} to {lost['max']:.3f}")
