@@ -118,6 +118,7 @@ class FractionalCheckpoint(ModelCheckpoint):
         self._failures = 0
         self._section: dict[str, Any] | None = None
         self._ranked: Any = None
+        self._missed_monitor = False
         self._pending: _Pending | None = None
         self._nonfinite_at_start: dict[str, Tensor] = {}
         self._snapshot: HostSnapshot | None = None
@@ -178,6 +179,11 @@ class FractionalCheckpoint(ModelCheckpoint):
         if due and self._last_global_step_saved != trainer.global_step:
             self._save(trainer, place, epochs)
 
+    def on_resumed(self, trainer: Any) -> None:
+        """The metric that is there has ranked the checkpoint that the run goes on from."""
+        if self.monitor is not None:
+            self._ranked = trainer.callback_metrics.get(self.monitor)
+
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: a batch is not over here."""
 
@@ -236,6 +242,8 @@ class FractionalCheckpoint(ModelCheckpoint):
         before = {name: _copied(getattr(self, name)) for name in _BOOKKEEPING}
         candidates = self._candidates(trainer, epochs)
         job = self._plan(trainer, candidates)
+        if place.batches == 0:
+            self._look_for_monitor(candidates)
         checkpoint = self._dump(trainer, place, epochs)
         if bad := self._nonfinite(trainer, checkpoint):
             self._restore_bookkeeping(before)
@@ -280,6 +288,15 @@ class FractionalCheckpoint(ModelCheckpoint):
             )
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, path
         return writing.WriteJob(path, None, last, self.save_last == "link", outdated)
+
+    def _look_for_monitor(self, candidates: dict[str, Any]) -> None:
+        """Say it once if what ranks checkpoints has not been logged in a whole epoch."""
+        if self.monitor is not None and self.monitor not in candidates and not self._missed_monitor:
+            self._missed_monitor = True
+            rank_zero_warn(
+                f"FractionalCheckpoint(monitor={self.monitor!r}): nothing of that name has been logged, so that no"
+                f" checkpoint is ranked and only the newest is kept. Logged: {', '.join(sorted(candidates))}."
+            )
 
     def _score(self, trainer: Any) -> Tensor | None:
         """The monitored metric, unless there is none, it is not finite, or it ranked an earlier checkpoint."""

@@ -62,6 +62,9 @@ class Listener(Protocol):
     def on_place(self, trainer: Any, place: Place) -> None:
         """Called when a batch, or the last one's epoch, is over."""
 
+    def on_resumed(self, trainer: Any) -> None:
+        """Called when a resumed run is where it was."""
+
 
 class TrainingPlaces:
     """Tells listeners of one Trainer the places where a save is right, and puts a resumed run there.
@@ -203,6 +206,8 @@ class TrainingPlaces:
         resume, self._resume = self._resume, None
         if resume is not None:
             self._go_on(resume)
+            for listener in self._listeners:
+                listener.on_resumed(self.trainer)
         elif not self._begun and self.trainer.current_epoch == 0 and not self.trainer.fit_loop.restarting:
             self._data.begin_first_epoch()
         self._begun = True

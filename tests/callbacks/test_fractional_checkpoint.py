@@ -373,6 +373,28 @@ def test_a_metric_that_is_nan_never_ranks_as_best_in_either_mode(tmp_path: Path)
         assert torch.load(callback.best_model_path)["global_step"] == best
 
 
+def test_a_metric_ranks_one_checkpoint_only_also_over_a_resume(tmp_path: Path) -> None:
+    """A validation half an epoch old says nothing about the weights of now."""
+    options = {"every_n_epochs": 2 / 7, "monitor": "val_loss", "save_top_k": -1}
+    fit(tmp_path / "a", max_epochs=2, checkpoint=options)
+    [ranked] = [list(torch.load(saved(tmp_path / "a")[-1])["callbacks"].values())]
+    whole = {Path(path).name for path in ranked[0]["best_k_models"]}
+    assert whole == {"epoch=001.14-step=000008.ckpt", "epoch=002.00-step=000014.ckpt"}
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    [middle] = [path for path in saved(tmp_path / "a") if "001.42" in path.name]
+    for path in saved(tmp_path / "a"):
+        if path.name > middle.name:
+            path.unlink()
+    trainer = fit(tmp_path / "a", max_epochs=2, checkpoint=options, ckpt_path=str(middle), seed=9)
+    [callback] = trainer.checkpoint_callbacks
+    assert {Path(path).name for path in callback.best_k_models} == whole
+
+
+def test_a_metric_that_is_never_logged_is_called_out(tmp_path: Path) -> None:
+    made = train(tmp_path, FractionalCheckpoint(1 / 2, dirpath=tmp_path, monitor="val_los"))
+    assert [warning for warning in made.warned if "val_los" in warning and "nothing of that name" in warning]
+
+
 @pytest.mark.parametrize(("save_top_k", "expected"), [(1, [8]), (0, [8]), (-1, list(range(1, 9)))])
 def test_without_a_monitor_the_newest_or_all_are_kept(tmp_path: Path, save_top_k: int, expected: list[int]) -> None:
     train(tmp_path, FractionalCheckpoint(1 / 8, dirpath=tmp_path, save_top_k=save_top_k))
