@@ -10,7 +10,7 @@ import pytest
 from lightning_stability.tuab import SyntheticCorpus
 from tests.command import Launcher
 
-collect_ignore = ["distributed_fit.py"]  # a script that tests start
+collect_ignore = ["distributed_fit.py", "checkpoint_fit.py"]  # scripts that tests start
 
 
 @pytest.fixture(scope="session")
