@@ -51,11 +51,18 @@ class EndOfLoop:
 
     def __init__(self, trainer: Any, instead: Callable[[], None]) -> None:
         self._loop = trainer.fit_loop
+        self._instead = instead
+        self._before = vars(self._loop).get("on_advance_end")  # another callback's, maybe
         self._loop.on_advance_end = instead
 
     def restore(self) -> None:
         """Let epochs end again."""
-        vars(self._loop).pop("on_advance_end", None)
+        if vars(self._loop).get("on_advance_end") is not self._instead:
+            return
+        if self._before is None:
+            del self._loop.on_advance_end
+        else:
+            self._loop.on_advance_end = self._before
 
 
 def newest_checkpoint(trainer: Any) -> str | None:

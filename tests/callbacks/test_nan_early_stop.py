@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_stability import GradNormMonitor, NaNEarlyStop, NonFiniteError
+from lightning_stability import FractionalCheckpoint, GradNormMonitor, NaNEarlyStop, NonFiniteError
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.events import read_events
 from tests import runs
@@ -266,6 +266,20 @@ class TestAStopNeverMakesItWorse:
         run = Run(one, {3: "nan_input"}, callbacks=[saver], enable_checkpointing=True)
         assert "last good checkpoint: memory://runs/one/nan_early_stop.ckpt" in run.said[0]
         assert fsspec.filesystem("memory").exists("/runs/one/nan_early_stop.ckpt")
+
+    def test_with_fractional_checkpoint(self, pl: Any, tmp_path: Path) -> None:
+        saver = FractionalCheckpoint(0.5, dirpath=tmp_path, save_top_k=-1)
+        run = Run(pl, {8: "nan_input"}, callbacks=[saver], enable_checkpointing=True)
+        names = sorted(path.name for path in tmp_path.iterdir())
+        steps = ["epoch=000.50-step=000003.ckpt", "epoch=001.00-step=000006.ckpt"]
+        assert names == [*steps, "last.ckpt", "nan_early_stop.ckpt"]
+        assert not {"on_advance_start", "on_advance_end"} & vars(run.trainer.fit_loop).keys()
+        assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+        module = poison.make_module(pl, {}, adamw, by_hand=False)
+        again = FractionalCheckpoint(0.5, dirpath=tmp_path)
+        trainer = runs.trainer(pl, max_epochs=2, callbacks=[NaNEarlyStop(), again], enable_checkpointing=True)
+        trainer.fit(module, poison.data(), ckpt_path=tmp_path / "last.ckpt")
+        assert trainer.global_step == 12
 
     def test_loggers_are_told_and_saved(self, one: Any, tmp_path: Path) -> None:
         logger = one.loggers.CSVLogger(tmp_path, flush_logs_every_n_steps=10**6)
