@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stability.health.late_reads import Array, LateReads
+from lightning_stability.health.pointer_norms import RIDERS, PointerNorms
 from lightning_stability.health.record import Floats
 
 # torch's CPU norm adds squares up in a few fp32 lanes: 7e-4 off on 16 million normal values, 1e-2 on equal
@@ -40,12 +42,15 @@ class Measurement:
 
 
 class GradientMeter:
-    """Measures all gradients of one optimizer in one `torch._foreach_norm` per dtype; clips with the result.
+    """Measures all gradients of one optimizer in one pass; clips with the result.
 
     Lists and names are made here, once; the runtime makes a new meter when `is_current` says that the trained
-    parameters are others. Nothing waits for the device. On CUDA the norms stay where the pass left them, one
-    tensor each, until somebody asks for `norms`, or until those of several steps are gathered on their way to
-    the host.
+    parameters are others. Nothing waits for the device.
+
+    On an NVIDIA GPU with Triton, `PointerNorms` is the pass. Elsewhere, for gradients that it does not take and
+    where the norms drive the clipping, it is one `torch._foreach_norm` per dtype. On CUDA those norms stay where
+    the pass left them, one tensor each, until somebody asks for `norms`, or until those of several steps are
+    gathered on their way to the host.
 
     Norms are L2: the square root of the sum of squared magnitudes, of a complex element's too. They are
     accumulated in float64 on CUDA, where that costs nothing more and no fp32 square can overflow, except when
@@ -72,7 +77,10 @@ class GradientMeter:
         wide = self._sharded or any(bucket.norm_dtype is torch.float64 for bucket in self._buckets)
         self._dtype = torch.float64 if wide or any(p.dtype == torch.float64 for p in in_order) else torch.float32
         self._carrier = next((bucket for bucket in self._buckets if bucket.carries_scalars(self._device)), None)
+        self.pointers = None if drives_clipping or not PointerNorms.suit(in_order) else PointerNorms(in_order)
         # One step's state, from `measure` to `send`.
+        self._row: Tensor | None = None  # norms, total, riders
+        self._riders: tuple[str, ...] = ()
         self._norms: Sequence[Tensor] = ()
         self._vector: Tensor | None = None
         self._array: Array | None = None
@@ -102,8 +110,14 @@ class GradientMeter:
         of the pass, once per step.
         """
         if self._vector is None:
-            self._vector = self._gathered(self._norms)
+            row = self._row
+            self._vector = self._gathered(self._norms) if row is None else row[: len(self.parameter_names)]
         return self._vector
+
+    @property
+    def measures_by_address(self) -> bool:
+        """Whether the last measurement was one of `PointerNorms`."""
+        return self._row is not None
 
     def measure(self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> None:
         """Take the norm of every gradient as it is now.
@@ -114,6 +128,8 @@ class GradientMeter:
             kept: Numbers that nobody writes again: they travel too, and need no copy now.
         """
         self._start_over()
+        if self.pointers is not None and self._measure_by_address(self.pointers, scalars, kept or {}):
+            return
         riders = {name: scalar for name, scalar in scalars.items() if self._rides_along(scalar)}
         if len(self._buckets) == 1 and not riders:
             [bucket] = self._buckets
@@ -134,6 +150,8 @@ class GradientMeter:
     @torch.no_grad()
     def total_norm(self) -> Tensor:
         """Norm of all gradients as measured, 0-dimensional, on the device."""
+        if self._row is not None:
+            return self._row[len(self.parameter_names)]
         return _norm_of(self.norms if self._array is None else torch.from_numpy(self._array))
 
     @torch.no_grad()
@@ -182,14 +200,19 @@ class GradientMeter:
             on_host: Called when they have arrived.
         """
         weights_and_update = [] if self._before is None else self._weights_and_update()
-        scalars, values = self._scalars, self._values
-        array, norms = self._array, self._norms if self._vector is None and self._norms else self.norms
+        scalars, values, riders, count = self._scalars, self._values, self._riders, len(self.parameter_names)
+        array, norms = self._array, self._row
+        if norms is None:
+            norms = self._norms if self._vector is None and self._norms else self.norms
         for bucket in self._buckets:
             bucket.gradients = []
         self._start_over()
 
         def arrived(arrays: list[Array]) -> None:
-            norms = arrays[0].astype(np.float64)
+            row = arrays[0].astype(np.float64)
+            norms = row[:count]
+            for place, name in enumerate(riders, count + 1):
+                values[name] = float(row[place])
             for name, array in zip(scalars, arrays[1:], strict=False):
                 values[name] = float(array[0])
             vectors = [array.astype(np.float64) for array in arrays[1 + len(scalars) :]]
@@ -201,8 +224,29 @@ class GradientMeter:
             reads.hold([array, *(vector.numpy(force=True) for vector in weights_and_update)], arrived)
 
     def _start_over(self) -> None:
+        self._row, self._riders = None, ()
         self._norms, self._vector, self._array, self._absent = (), None, None, False
         self._scalars, self._values = {}, {}
+
+    def _measure_by_address(
+        self, pointers: PointerNorms, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+    ) -> bool:
+        fit = (name for numbers in (scalars, kept) for name, n in numbers.items() if self._fits_a_row(n))
+        names = tuple(islice(fit, RIDERS))
+        self._row = pointers.measure([scalars[name] if name in scalars else kept[name] for name in names])
+        if self._row is None:
+            return False
+        self._riders = names
+        for name, scalar in scalars.items():
+            if name not in names:
+                self.put(name, scalar)
+        for name, scalar in kept.items():
+            if name not in names:
+                self._keep(name, scalar)
+        return True
+
+    def _fits_a_row(self, scalar: Tensor) -> bool:
+        return scalar.dtype == torch.float32 and scalar.device == self._device
 
     @torch.no_grad()
     def _weights_and_update(self) -> list[Tensor]:
