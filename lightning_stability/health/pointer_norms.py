@@ -27,7 +27,6 @@ _ROWS = 16
 
 _data_ptr = Tensor.data_ptr
 _numel = Tensor.numel
-_get_device = Tensor.get_device
 _is_contiguous = Tensor.is_contiguous
 _dtype = operator.attrgetter("dtype")
 
@@ -83,11 +82,12 @@ class PointerNorms:
             A new float64 row: each parameter's norm (0 without a gradient), the total, the riders. None if some
             gradient is not what it should be, or if the kernels do not run here.
         """
-        addresses = None if self.refused else self._look()
-        if addresses is None:
-            return None
-        stream = self._current_stream()
-        if stream is None:
+        stream = None if self.refused else self._current_stream()
+        try:
+            addresses = None if stream is None else self._look()
+        except RuntimeError:  # a sparse gradient has no address
+            addresses = None
+        if stream is None or addresses is None:
             return None
         if stream != self._stream:
             self._settle(stream)
@@ -107,32 +107,26 @@ class PointerNorms:
     def _look(self) -> list[int] | None:
         """Every gradient's address, 0 where there is none; None if one is not a plain row of numbers."""
         gradients: list[Any] = [p.grad for p in self._parameters]
+        numels, dtypes = self._numels, self._dtypes
         try:
-            try:
-                addresses = list(map(_data_ptr, gradients))
-            except TypeError:
-                return self._look_at_present(gradients)
-            return addresses if self._fit(gradients, self._numels, self._dtypes) else None
-        except RuntimeError:  # a sparse one
-            return None
-
-    def _look_at_present(self, gradients: list[Any]) -> list[int] | None:
-        places = [place for place, gradient in enumerate(gradients) if gradient is not None]
-        present = [gradients[place] for place in places]
-        numels, dtypes = [self._numels[place] for place in places], [self._dtypes[place] for place in places]
-        if present and not self._fit(present, numels, dtypes):
-            return None
-        return [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-
-    def _fit(self, gradients: list[Any], numels: list[int], dtypes: list[torch.dtype]) -> bool:
-        """Whether all is as the kernels take it to be: else they would read what is not there."""
-        return (
-            set(map(type, gradients)) == {Tensor}
-            and list(map(_numel, gradients)) == numels
+            addresses = list(map(_data_ptr, gradients))
+        except TypeError:
+            addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+            places = [place for place, gradient in enumerate(gradients) if gradient is not None]
+            gradients = [gradients[place] for place in places]
+            numels, dtypes = [numels[place] for place in places], [dtypes[place] for place in places]
+        # All has to be as the kernels take it to be: else they would read what is not there.
+        fit = (
+            list(map(_numel, gradients)) == numels
             and list(map(_dtype, gradients)) == dtypes
-            and set(map(_get_device, gradients)) == {self._index}
             and (all(map(_is_contiguous, gradients)) or all(map(_fills_its_memory, gradients)))
+            # an address of this device's is no other's, and nothing but a plain tensor gives it
+            and (addresses == self._addresses or all(map(self._is_plain, gradients)))
         )
+        return addresses if fit else None
+
+    def _is_plain(self, gradient: Tensor) -> bool:
+        return type(gradient) is Tensor and gradient.get_device() == self._index
 
     def _current_stream(self) -> int | None:
         if self._device.type != "cuda":
