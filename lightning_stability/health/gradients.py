@@ -6,7 +6,6 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stability.health.late_reads import Array, LateReads
+from lightning_stability.health.late_reads import Array, LateReads, Part
 from lightning_stability.health.pointer_norms import RIDERS, PointerNorms
 from lightning_stability.health.record import Floats
 
@@ -76,11 +75,14 @@ class GradientMeter:
         self._sharded = any(bucket.mesh is not None for bucket in self._buckets)
         wide = self._sharded or any(bucket.norm_dtype is torch.float64 for bucket in self._buckets)
         self._dtype = torch.float64 if wide or any(p.dtype == torch.float64 for p in in_order) else torch.float32
+        self._gathers_at_once = drives_clipping and not self._on_host and self._dtype == torch.float32
         self._carrier = next((bucket for bucket in self._buckets if bucket.carries_scalars(self._device)), None)
         self.pointers = None if drives_clipping or not PointerNorms.suit(in_order) else PointerNorms(in_order)
         # One step's state, from `measure` to `send`.
-        self._row: Tensor | None = None  # norms, total, riders
-        self._riders: tuple[str, ...] = ()
+        self._row: Tensor | None = None  # all norms, and numbers that travel with them
+        self._total: Tensor | None = None
+        self._riders: list[str] = []
+        self._first_rider = 0  # where in the row they start
         self._norms: Sequence[Tensor] = ()
         self._vector: Tensor | None = None
         self._array: Array | None = None
@@ -117,7 +119,7 @@ class GradientMeter:
     @property
     def measures_by_address(self) -> bool:
         """Whether the last measurement was one of `PointerNorms`."""
-        return self._row is not None
+        return self._total is not None
 
     def measure(self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> None:
         """Take the norm of every gradient as it is now.
@@ -136,6 +138,9 @@ class GradientMeter:
             self._norms, self._absent = bucket.gradient_norms(), not bucket.regular
         else:
             self._norms = self._norms_of_all_buckets(riders)
+        if self._gathers_at_once:
+            self._gather_with_riders(scalars, kept or {})
+            return
         for name, scalar in scalars.items():
             if name not in riders:
                 self.put(name, scalar)
@@ -150,8 +155,8 @@ class GradientMeter:
     @torch.no_grad()
     def total_norm(self) -> Tensor:
         """Norm of all gradients as measured, 0-dimensional, on the device."""
-        if self._row is not None:
-            return self._row[len(self.parameter_names)]
+        if self._total is not None:
+            return self._total
         return _norm_of(self.norms if self._array is None else torch.from_numpy(self._array))
 
     @torch.no_grad()
@@ -174,12 +179,17 @@ class GradientMeter:
             # Lightning's total leaves absent gradients out; a zero in between would change the sum's order.
             norms = self._gathered(self._without_absent())
         total = torch.linalg.vector_norm(norms)
-        coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        if self._row is None:
+            coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+            self._keep("clip_coefficient", coefficient)
+        else:
+            coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0, out=self._row[-1])
+            if self._riders[-1:] != ["clip_coefficient"]:
+                self._riders.append("clip_coefficient")
         for bucket in self._buckets:
             gradients = [gradient for gradient in bucket.gradients if gradient is not None]
             if gradients:
                 torch._foreach_mul_(gradients, coefficient.to(bucket.device, gradients[0].dtype.to_real()))
-        self._keep("clip_coefficient", coefficient)
 
     @torch.no_grad()
     def remember_weights(self) -> None:
@@ -200,9 +210,13 @@ class GradientMeter:
             on_host: Called when they have arrived.
         """
         weights_and_update = [] if self._before is None else self._weights_and_update()
-        scalars, values, riders, count = self._scalars, self._values, self._riders, len(self.parameter_names)
-        array, norms = self._array, self._row
-        if norms is None:
+        scalars, values, riders = self._scalars, self._values, self._riders
+        count, first_rider = len(self.parameter_names), self._first_rider
+        array = self._array
+        norms: Part
+        if self._row is not None:
+            norms = self._row
+        else:
             norms = self._norms if self._vector is None and self._norms else self.norms
         for bucket in self._buckets:
             bucket.gradients = []
@@ -211,7 +225,7 @@ class GradientMeter:
         def arrived(arrays: list[Array]) -> None:
             row = arrays[0].astype(np.float64)
             norms = row[:count]
-            for place, name in enumerate(riders, count + 1):
+            for place, name in enumerate(riders, first_rider):
                 values[name] = float(row[place])
             for name, array in zip(scalars, arrays[1:], strict=False):
                 values[name] = float(array[0])
@@ -224,29 +238,52 @@ class GradientMeter:
             reads.hold([array, *(vector.numpy(force=True) for vector in weights_and_update)], arrived)
 
     def _start_over(self) -> None:
-        self._row, self._riders = None, ()
+        self._row, self._total, self._riders = None, None, []
         self._norms, self._vector, self._array, self._absent = (), None, None, False
         self._scalars, self._values = {}, {}
 
     def _measure_by_address(
         self, pointers: PointerNorms, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor]
     ) -> bool:
-        fit = (name for numbers in (scalars, kept) for name, n in numbers.items() if self._fits_a_row(n))
-        names = tuple(islice(fit, RIDERS))
-        self._row = pointers.measure([scalars[name] if name in scalars else kept[name] for name in names])
-        if self._row is None:
+        riders = self._choose_riders(scalars, kept, RIDERS)
+        row = pointers.measure(riders)
+        if row is None:
+            self._riders = []
             return False
-        self._riders = names
-        for name, scalar in scalars.items():
-            if name not in names:
-                self.put(name, scalar)
-        for name, scalar in kept.items():
-            if name not in names:
-                self._keep(name, scalar)
+        count = len(self.parameter_names)
+        self._row, self._total, self._first_rider = row, row[count], count + 1
+        self._keep_others(scalars, kept)
         return True
 
-    def _fits_a_row(self, scalar: Tensor) -> bool:
-        return scalar.dtype == torch.float32 and scalar.device == self._device
+    def _gather_with_riders(self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+        """Clipping needs the vector of norms anyway: what travels with it goes into the same launch."""
+        riders = self._choose_riders(scalars, kept, len(scalars) + len(kept))
+        count = len(self._norms)
+        self._row = torch.empty(count + len(riders) + 1, dtype=self._dtype, device=self._device)
+        with torch.inference_mode():
+            torch.stack((*self._norms, *riders), out=self._row[:-1])  # the last is for the clip coefficient
+        self._vector, self._first_rider = self._row[:count], count
+        self._keep_others(scalars, kept)
+
+    def _choose_riders(self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor], most: int) -> list[Tensor]:
+        riders: list[Tensor] = []
+        self._riders = []
+        for numbers in (scalars, kept):
+            for name, number in numbers.items():
+                # what is not fp32 travels on its own, and so does what has a dimension
+                fits = number.dtype == torch.float32 and number.device == self._device and not number.dim()
+                if fits and len(riders) < most:
+                    self._riders.append(name)
+                    riders.append(number)
+        return riders
+
+    def _keep_others(self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+        for name, scalar in scalars.items():
+            if name not in self._riders:
+                self.put(name, scalar)
+        for name, scalar in kept.items():
+            if name not in self._riders:
+                self._keep(name, scalar)
 
     @torch.no_grad()
     def _weights_and_update(self) -> list[Tensor]:
