@@ -26,7 +26,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
-from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -118,7 +117,8 @@ if importlib.util.find_spec("stabilityguard"):
 
 def make_workload(name: str, device: torch.device, quick: bool, fused: bool) -> common.Workload:
     if name == "batch_norm":
-        workload = common.Workload(common.Module(batch_norm_net()), torch.randn(16, 3, 32, 32).to(device), 20, "32-true")
+        images = torch.randn(16, 3, 32, 32).to(device)
+        workload = common.Workload(common.Module(batch_norm_net()), images, 20, "32-true")
     else:
         made = common.make_workload(name, device, quick)
         assert made is not None

@@ -115,6 +115,10 @@ class Guard:
             if self._watch_writes:
                 self._buffers.note_versions()
 
+    def forget_batch(self) -> None:
+        """The batches of this step are going to be trained again: what they were judged does not count."""
+        self._batch_bad = self._forward_bad = self._written = None
+
     def settle_batch(self) -> None:
         """Give metric states back; once after `training_step`, once more for what was logged after it."""
         if self._in_batch and self._batch_bad is not None:

@@ -91,8 +91,8 @@ class BufferUndo:
                 torch.cat([t.reshape(-1) for t in layout.pick(current)], out=layout.new)
                 # what was non-finite before, a causal mask's -inf, is so by design
                 bad = torch.isfinite(layout.new).logical_not_().logical_and_(torch.isfinite(layout.old))
-                index = bad.to(torch.uint8).argmax()
-                here = (bad[index], index + start)
+                # (`bad[index]` would read the index on the host)
+                here = (bad.any(), bad.to(torch.uint8).argmax() + start)
                 found = here if found is None else _either(found, here)
             start += layout.old.numel()
         return found
@@ -247,14 +247,13 @@ class MetricUndo:
         if on_host and not bad:
             return
         known = {id(kept.metric): kept for kept in self._kept}
-        replaced: dict[int, Tensor] = {}
         added: list[tuple[Metric, str, list[Any]]] = []
         with torch.no_grad():
             for metric in self._all():
                 kept = known.get(id(metric)) or _fresh(metric)
                 if metric._update_count == kept.update_count:
                     continue
-                self._give_back_tensors(kept, bad, replaced)
+                _give_back_tensors(kept, bad)
                 added += _new_elements(kept)
                 if on_host:
                     metric._update_count, metric._computed = kept.update_count, None
@@ -265,17 +264,6 @@ class MetricUndo:
             self._undecided.append((bad, added))
             if on_host or len(self._undecided) >= LIST_READS:
                 self.trim()
-
-    def _give_back_tensors(self, kept: _KeptMetric, bad: Tensor, replaced: dict[int, Tensor]) -> None:
-        for name, old in kept.tensors.items():
-            state = getattr(kept.metric, name)
-            if not isinstance(state, Tensor) or state.shape != old.shape:
-                continue
-            # metrics of one compute group share their states, and shall go on doing so
-            if id(state) not in replaced:
-                here = bad.to(state.device, non_blocking=True)
-                replaced[id(state)] = torch.where(here, old.to(state.device, state.dtype), state.detach())
-            setattr(kept.metric, name, replaced[id(state)])
 
     def trim(self) -> None:
         """Remove the list elements of bad batches; reads their flags from the device."""
@@ -308,6 +296,14 @@ def _keep(metric: Metric) -> _KeptMetric:
         elif isinstance(state, Tensor):
             kept.tensors[name] = state.detach().clone()
     return kept
+
+
+def _give_back_tensors(kept: _KeptMetric, bad: Tensor) -> None:
+    for name, old in kept.tensors.items():
+        state = getattr(kept.metric, name)
+        if isinstance(state, Tensor) and state.shape == old.shape:
+            here = bad.to(state.device, non_blocking=True)
+            setattr(kept.metric, name, torch.where(here, old.to(state.device, state.dtype), state.detach()))
 
 
 def _fresh(metric: Metric) -> _KeptMetric:
