@@ -27,47 +27,36 @@ class Parts(pl.Callback):
         if trainer.global_step != 3 or self.done:
             return
         self.done = True
-        parameters = [p for p in module.parameters() if p.grad is not None]
-        held = [p.grad for p in parameters]
-        norms = {dtype: torch._foreach_norm(held, 2, dtype) for dtype in (None, torch.float64)}
-        wide = torch.empty(len(held), dtype=torch.float64, device=self.device)
-        slots = list(wide.unbind())
-        eight = list(norms[torch.float64]) * 8
-        one = torch.ones((), device=self.device)
-        event = torch.cuda.Event() if self.device.type == "cuda" else None
-        pinned = torch.empty(len(held), dtype=torch.float64, pin_memory=event is not None)
+        runtime = bench.runtime_of(trainer)
+        runtime.begin_step(optimizer)
+        runtime.measure(optimizer, module)
+        meter = runtime._meters[optimizer]
+        pointers = meter.pointers
+        print("  way:", bench.way_of(meter))
+        if pointers is not None and pointers.refused is None:
+            self.kernels(pointers)
+        self.hooks(trainer, module, optimizer)
 
-        def inference(function: Any) -> Any:
-            def run() -> Any:
-                with torch.inference_mode():
-                    return function()
-
-            return run
-
-        def to_host() -> None:
-            pinned.copy_(wide, non_blocking=True)
-            if event is not None:
-                event.record()
-
+    def kernels(self, pointers: Any) -> None:
+        one, row = torch.ones((), device=self.device), pointers._new_row()
+        [*sums], fill = pointers._launches[pointers._aligned]
+        stream, addresses = pointers._stream, pointers._addresses
+        held = [p.grad for p in pointers._parameters]
         timed = {
-            "norm, grad mode": lambda: torch._foreach_norm(held),
-            "norm, inference": inference(lambda: torch._foreach_norm(held)),
-            "norm float64, grad mode": lambda: torch._foreach_norm(held, 2, torch.float64),
-            "norm float64, inference": inference(lambda: torch._foreach_norm(held, 2, torch.float64)),
-            "norm float64 + 1 rider, inference": inference(lambda: torch._foreach_norm([*held, one], 2, torch.float64)),
-            "p.grad": lambda: [p.grad for p in parameters],
-            "stack, grad mode": lambda: torch.stack(norms[torch.float64]),
-            "stack, inference": inference(lambda: torch.stack(norms[torch.float64])),
-            "stack out, inference": inference(lambda: torch.stack(norms[torch.float64], out=wide)),
-            "stack of 8 steps, inference": inference(lambda: torch.stack(eight)),
-            "foreach_copy_, grad mode": lambda: torch._foreach_copy_(slots, norms[torch.float64]),
-            "foreach_copy_, inference": inference(lambda: torch._foreach_copy_(slots, norms[torch.float64])),
-            "copy to pinned + event": to_host,
-            "clone of a number": lambda: one.clone(),
+            "torch._foreach_norm": lambda: torch._foreach_norm(held),
+            "p.grad": lambda: [p.grad for p in pointers._parameters],
+            "addresses": lambda: list(map(torch.Tensor.data_ptr, held)),
+            "look": pointers._look,
+            "current stream": pointers._current_stream,
+            "new row": pointers._new_row,
+            "sums of squares": lambda: [launch(stream) for launch in sums],
+            "row": lambda: fill(stream, one, one, row),
+            "both": lambda: pointers._launch(row, (one, one)),
+            "new addresses": lambda: pointers._send(addresses),
+            "all": lambda: pointers.measure((one, one)),
         }
         for name, times in bench.interleaved(timed, self.device, 25).items():
             print(f"  {name:40s} {times['host_us']:9.1f} {times.get('device_us', float('nan')):9.1f}")
-        self.hooks(trainer, module, optimizer)
 
     def hooks(self, trainer: Any, module: Any, optimizer: Any) -> None:
         runtime, loss, clock = bench.runtime_of(trainer), torch.ones((), device=self.device), time.perf_counter
@@ -99,7 +88,7 @@ def main() -> None:
     bench.quiet()
     sys.stdout.reconfigure(line_buffering=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("transformer", "small_tensors"):
+    for name in ("transformer", "small_tensors", "2000_tensors", "probe"):
         workload = bench.make_workload(name, device, quick=False)
         assert workload is not None
         print(json.dumps({"parts": name, "torch": torch.__version__}), "host us, device us")
