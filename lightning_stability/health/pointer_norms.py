@@ -163,7 +163,9 @@ class PointerNorms:
 
     def _pinned(self, values: Any, dtype: torch.dtype) -> Tensor:
         # torch does not give pinned memory out again before the copies out of it have ended
-        return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=self._device.type == "cuda")
+        # (a list: torch pins nothing that comes from numpy)
+        numbers = values.tolist() if isinstance(values, np.ndarray) else values
+        return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=self._device.type == "cuda")
 
     def _settle(self, stream: int) -> None:
         """Memory that the kernels write belongs to one stream: another one would not wait for it."""
