@@ -209,6 +209,8 @@ class Runtime:
         self._tap = _PluginTap(plugin, self)
         self._meters.clear()
         self._skips_in_a_row.clear()
+        if self._guard is not None:
+            self._guard.rescan()  # buffers may have changed their type
 
     def begin_batch(self, batch: Any) -> None:
         """A batch is about to enter `training_step`; asked by each callback, done once.

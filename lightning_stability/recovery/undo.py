@@ -33,6 +33,7 @@ class BufferUndo:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._slots: list[_Slot] = []
+        self._held: list[Any] = []  # what the slots hold, as it was when the copies were laid out
         self._kept: list[Tensor | None] = []
         self._layouts: list[_Layout] = []
         self._old: list[Tensor | None] = []
@@ -50,16 +51,15 @@ class BufferUndo:
             places = [(owner._buffers, name) for name in owner._buffers]
             places += [(owner._parameters, name) for name in written]  # type: ignore[misc]
             self._slots += [_Slot(tensors, name, f"{prefix}.{name}" if prefix else name) for tensors, name in places]
-        self._kept = []
+        self._held, self._kept, self._layouts, self._old = [], [], [], []
 
     @torch.no_grad()
     def remember(self) -> None:
         """Keep everything as it is now, before a forward pass."""
-        current = self._current()
-        if not _same(current, self._kept):
-            self._lay_out(current)
+        if not self._fits():
+            self._lay_out()
         for layout in self._layouts:
-            torch._foreach_copy_(layout.old_views, layout.tensors)  # type: ignore[arg-type]
+            torch._foreach_copy_(layout.old_views, layout.data)  # type: ignore[arg-type]
 
     def note_versions(self) -> None:
         """Before a forward pass: note which version each parameter has."""
@@ -84,13 +84,13 @@ class BufferUndo:
         """
         if not self._kept:  # found or scanned just now
             return None
-        if not _same(self._current(), self._kept):
+        if not self._fits():
             return self._nonfinite_one_by_one()
         found: tuple[Tensor, Tensor] | None = None
         start = 0
         for layout in self._layouts:
             if layout.floating:
-                torch.cat([t.reshape(-1) for t in layout.tensors], out=layout.new)
+                torch.cat(layout.flat(), out=layout.new)
                 bad = _bad(layout.new).logical_and_(_bad(layout.old).logical_not_())
                 # (`bad[index]` would read the index on the host)
                 found = either(found, (bad.any(), bad.to(torch.uint8).argmax() + start))
@@ -134,16 +134,14 @@ class BufferUndo:
         on_host = _is_on_host(bad)
         if not self._kept or (on_host and not bad):
             return
-        if not _same(self._current(), self._kept):
+        if not self._fits():
             self._give_back_one_by_one(bad)
             return
         for layout in self._layouts:
-            # `.data`: a pass that is yet to run backward may hold these, and must not be told of the write
-            mine = [tensor.data for tensor in layout.tensors]
             if not on_host:
-                torch.cat([t.reshape(-1) for t in mine], out=layout.new)
+                torch.cat(layout.flat(), out=layout.new)
                 torch.where(bad, layout.old, layout.new, out=layout.new)
-            torch._foreach_copy_(mine, layout.old_views if on_host else layout.new_views)  # type: ignore[arg-type]
+            torch._foreach_copy_(layout.data, layout.old_views if on_host else layout.new_views)  # type: ignore[arg-type]
 
     def _give_back_one_by_one(self, bad: Tensor) -> None:
         """The same, where buffers have become others: replaced, of another shape, gone, or made anew."""
@@ -161,9 +159,16 @@ class BufferUndo:
     def _current(self) -> list[Tensor | None]:
         return [slot.tensor() for slot in self._slots]
 
-    def _lay_out(self, current: list[Tensor | None]) -> None:
+    def _fits(self) -> bool:
+        """Whether the slots hold the same objects, in the same memory, as when the copies were laid out."""
+        held = [slot.tensors.get(slot.name) for slot in self._slots]
+        same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
+        return same and all(layout.is_in_place() for layout in self._layouts)
+
+    def _lay_out(self) -> None:
         """Make room for copies: one flat tensor for each device and dtype, with a view for each tensor."""
-        self._kept = current
+        self._held = [slot.tensors.get(slot.name) for slot in self._slots]
+        self._kept = current = self._current()
         by_kind: dict[Any, dict[int, tuple[Tensor, str]]] = {}
         for slot, tensor in zip(self._slots, current, strict=True):
             if tensor is not None:
@@ -198,6 +203,7 @@ class _Layout:
     tensors: list[Tensor]
     names: list[str]
     sizes: list[int]
+    data: list[Tensor]
     old: Tensor
     new: Tensor
     old_views: list[Tensor]
@@ -212,7 +218,17 @@ class _Layout:
             [piece.view(t.shape) for piece, t in zip(torch.split(flat, sizes), tensors, strict=True)]
             for flat in (old, new)
         ]
-        return cls(tensors, names, sizes, old, new, *views)
+        # `.data`: a pass that is yet to run backward may hold these tensors, and must not be told of a write
+        return cls(tensors, names, sizes, [tensor.data for tensor in tensors], old, new, *views)
+
+    def flat(self) -> list[Tensor]:
+        """The tensors, one-dimensional."""
+        return [data.reshape(-1) for data in self.data]
+
+    def is_in_place(self) -> bool:
+        """Whether the tensors are still in that memory; `Module.to` moves all of them and keeps the objects."""
+        first, last = self.tensors[0], self.tensors[-1]
+        return first.data_ptr() == self.data[0].data_ptr() and last.data_ptr() == self.data[-1].data_ptr()
 
     @property
     def floating(self) -> bool:
@@ -230,10 +246,6 @@ def either(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor]) -> tuple[T
         return b
     flag, index = (tensor.to(a[0].device) for tensor in b)
     return a[0] | flag, torch.where(a[0], a[1], index)
-
-
-def _same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
