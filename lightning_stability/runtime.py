@@ -33,7 +33,7 @@ from lightning_stability._compat import MisconfigurationException, is_instance_b
 from lightning_stability.events import EventLog
 from lightning_stability.health import GradientMeter, LateReads, StepRecord
 from lightning_stability.health.forward_order import forward_order
-from lightning_stability.health.gradients import Measurement
+from lightning_stability.health.gradients import CPU_PIECE, Measurement
 from lightning_stability.health.loss_scale import scale_tensor, unscales_itself
 from lightning_stability.recovery import Guard
 from lightning_stability.recovery.guard import Verdict
@@ -65,11 +65,17 @@ class Policy(Protocol):
     patience: float
     """How many bad updates in a row the run may go on after; `math.inf` for any number."""
 
+    automatic: bool
+    """Whether it came with the environment, and has to leave a run as it would be without."""
+
     def on_record(self, record: StepRecord) -> None:
         """Called once for each optimizer step, in order, some time after it."""
 
     def wants_update(self, logger_step: int) -> bool:
         """Whether the sizes of this step's update and weights shall be measured too."""
+
+    def stand_aside(self, trainer: Any, reason: object) -> None:
+        """Called on an automatic policy that this run cannot be served with: it detaches itself."""
 
 
 class Runtime:
@@ -139,13 +145,12 @@ class Runtime:
         trainer = self.trainer
         for optimizer in trainer.optimizers:
             self._stand_in_for(optimizer)
-        if self._guard is None and any(policy.guards for policy in self._policies):
-            for optimizer in trainer.optimizers:
-                _refuse_optimizer(optimizer)
+        if self._guard is None and self._guarding():
             self._guard = Guard(module, lambda: trainer.fit_loop.epoch_loop._results, self._distributed)
             self._guard.patience = min(policy.patience for policy in self._policies)
-            for optimizer in trainer.optimizers:
-                self._say_what_it_costs(optimizer)
+            if not all(policy.automatic for policy in self._guarding()):
+                for optimizer in trainer.optimizers:
+                    self._say_what_it_costs(optimizer)
 
     def begin_batch(self, batch: Any) -> None:
         """A batch is about to enter `training_step`; asked by each callback, done once.
@@ -254,7 +259,9 @@ class Runtime:
             if meter is not None:
                 self._forward_order = {}  # other parameters are trained now
             self._names = {parameter: name for name, parameter in module.named_parameters()}
-            meter = self._meters[optimizer] = GradientMeter(optimizer, self._names, self._drives_clipping(module))
+            meter = self._meters[optimizer] = GradientMeter(
+                optimizer, self._names, self._drives_clipping(module, optimizer)
+            )
         plugin = self._tap.plugin
         scalars = dict(step.take_learning_rates())
         scale = scale_tensor(plugin)
@@ -383,6 +390,21 @@ class Runtime:
 
     # Parts of the above.
 
+    def _guarding(self) -> list[Policy]:
+        """The policies that want updates guarded, less the automatic ones that could only refuse."""
+        guarding = [policy for policy in self._policies if policy.guards]
+        if self._guard is None and guarding:
+            try:
+                for optimizer in self.trainer.optimizers:
+                    _refuse_optimizer(optimizer)
+            except MisconfigurationException as refusal:
+                if not all(policy.automatic for policy in guarding):
+                    raise
+                for policy in guarding:
+                    policy.stand_aside(self.trainer, refusal)
+                return []
+        return guarding
+
     def _hand_over(self, record: StepRecord) -> None:
         if self._guard is not None:
             self._complete(record, self._guard)
@@ -400,10 +422,11 @@ class Runtime:
             step.batches = self._last_window.batches
         return self._last_window
 
-    def _drives_clipping(self, module: Any) -> bool:
+    def _drives_clipping(self, module: Any, optimizer: Optimizer) -> bool:
         plugin_class = type(self._tap.plugin)
         return bool(
-            self.trainer.gradient_clip_val
+            (_is_clipped_to_the_bit(optimizer) or not all(policy.automatic for policy in self._policies))
+            and self.trainer.gradient_clip_val
             and str(self.trainer.gradient_clip_algorithm or "norm").lower().endswith("norm")
             and module.automatic_optimization
             and not is_overridden("configure_gradient_clipping", module)
@@ -758,6 +781,18 @@ def _refuse_optimizer(optimizer: Optimizer) -> None:
                 f"{name}(eps={eps:g}) with fp16 weights: eps is 0 in fp16, so the first update divides by zero. Give"
                 " eps=1e-4 or larger, or train in 16-mixed, bf16-true or 32-true."
             )
+
+
+def _is_clipped_to_the_bit(optimizer: Optimizer) -> bool:
+    """Whether clipping with our norm gives the bits that Lightning's own gives: one kind of fp32 tensors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kinds = {(parameter.device, parameter.dtype, type(parameter)) for parameter in parameters}
+    in_pieces = any(p.device.type == "cpu" and p.numel() > CPU_PIECE for p in parameters)
+    return len(kinds) == 1 and parameters[0].dtype == torch.float32 and not _is_sharded(parameters[0]) and not in_pieces
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return hasattr(parameter, "device_mesh")
 
 
 def window_is_open(trainer: Any) -> bool:

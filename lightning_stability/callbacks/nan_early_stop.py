@@ -128,10 +128,13 @@ class NaNEarlyStop(RuntimeCallback):
         super().on_train_start(trainer, pl_module)
         self._updates_at_save = self._counts.updates
         bad = nonfinite_names((name, p) for name, p in pl_module.named_parameters() if p.requires_grad)
-        if bad:
-            raise MisconfigurationException(
-                f"NaNEarlyStop: trained weights are not finite before the first step: {_listed(bad)}. Expected finite"
-                " values; check how they are initialised or which checkpoint they were loaded from."
+        # Each rank may hold other shards of them, and all have to decide alike.
+        if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
+            where = _listed(bad) if bad else "on another rank"
+            self._refuse(
+                trainer,
+                f"NaNEarlyStop: trained weights are not finite before the first step: {where}. Expected finite"
+                " values; check how they are initialised or which checkpoint they were loaded from.",
             )
 
     def on_record(self, record: StepRecord) -> None:
@@ -361,7 +364,7 @@ class NaNEarlyStop(RuntimeCallback):
             self._silenced = None
 
     def _summarise(self) -> None:
-        if self._summarised:
+        if self._summarised or (self.automatic and not self._counts.skipped):
             return
         self._summarised = True
         rank_zero_info(f"NaNEarlyStop: {self._counts.summary()}")
