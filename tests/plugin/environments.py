@@ -5,6 +5,7 @@ Each is a venv whose site-packages links to everything in ours but this package.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -73,7 +74,7 @@ class Environment:
         """
         if self._server is None:
             self._server = subprocess.Popen(
-                [self.python, __file__],
+                [self.python, "-c", f"{inspect.getsource(_serve)}\n_serve()"],
                 env=environment_variables(None),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -100,6 +101,10 @@ def environment_variables(automatic: str | None) -> dict[str, str]:
 
 
 def _serve() -> None:
+    import json
+    import os
+    import sys
+
     import pytorch_lightning  # noqa: F401
 
     try:
@@ -115,13 +120,8 @@ def _serve() -> None:
                 os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
             os.chdir(cwd)
             if automatic is not None:
-                os.environ[VARIABLE] = automatic
+                os.environ["LIGHTNING_STABILITY_CALLBACKS"] = automatic
             exec(compile(script, "script", "exec"), {"__name__": "__main__"})
             sys.exit(0)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
-
-
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder
-    _serve()
