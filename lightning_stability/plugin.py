@@ -159,7 +159,8 @@ def _options(cls: type[Any], text: str) -> dict[str, Any]:
             raise MisconfigurationException(
                 f"{VARIABLE}: {cls.__name__}: option {name!r} {what}. Known options: {', '.join(known)}."
             )
-        words.append(f"--{name}={value}")
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        words.append(f"--{name}={value[1:-1] if quoted else value}")  # as a shell does
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls)
     try:

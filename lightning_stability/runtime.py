@@ -145,10 +145,10 @@ class Runtime:
         trainer = self.trainer
         for optimizer in trainer.optimizers:
             self._stand_in_for(optimizer)
-        if self._guard is None and self._guarding():
+        if self._guard is None and self._shall_guard():
             self._guard = Guard(module, lambda: trainer.fit_loop.epoch_loop._results, self._distributed)
             self._guard.patience = min(policy.patience for policy in self._policies)
-            if not all(policy.automatic for policy in self._guarding()):
+            if not all(policy.automatic for policy in self._policies if policy.guards):
                 for optimizer in trainer.optimizers:
                     self._say_what_it_costs(optimizer)
 
@@ -390,20 +390,19 @@ class Runtime:
 
     # Parts of the above.
 
-    def _guarding(self) -> list[Policy]:
-        """The policies that want updates guarded, less the automatic ones that could only refuse."""
+    def _shall_guard(self) -> bool:
+        """Whether a policy wants updates guarded. If they cannot be, automatic policies leave; others refuse."""
         guarding = [policy for policy in self._policies if policy.guards]
-        if self._guard is None and guarding:
-            try:
-                for optimizer in self.trainer.optimizers:
-                    _refuse_optimizer(optimizer)
-            except MisconfigurationException as refusal:
-                if not all(policy.automatic for policy in guarding):
-                    raise
-                for policy in guarding:
-                    policy.stand_aside(self.trainer, refusal)
-                return []
-        return guarding
+        try:
+            for optimizer in self.trainer.optimizers if guarding else ():
+                _refuse_optimizer(optimizer)
+        except MisconfigurationException as refusal:
+            if not all(policy.automatic for policy in guarding):
+                raise
+            for policy in guarding:
+                policy.stand_aside(self.trainer, refusal)
+            return False
+        return bool(guarding)
 
     def _hand_over(self, record: StepRecord) -> None:
         if self._guard is not None:

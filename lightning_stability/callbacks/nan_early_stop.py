@@ -220,6 +220,8 @@ class NaNEarlyStop(RuntimeCallback):
                 self._incident = incident
         else:
             counts.skipped_by_scaler += 1
+            if not self.asked_for:
+                return  # every run in 16-mixed begins with some: no reason for a file or a key
         if trainer.is_global_zero:
             self._runtime.events.write(
                 "update_skipped",

@@ -101,16 +101,15 @@ def environment_variables(automatic: str | None) -> dict[str, str]:
 
 
 def _serve() -> None:
+    import contextlib
     import json
     import os
     import sys
 
     import pytorch_lightning  # noqa: F401
 
-    try:
+    with contextlib.suppress(ImportError):
         import lightning.pytorch  # noqa: F401
-    except ImportError:
-        pass
     assert "lightning_stability" not in sys.modules
     for line in sys.stdin:
         script, cwd, folder, automatic = json.loads(line)
