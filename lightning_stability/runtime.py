@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -495,8 +496,8 @@ class Runtime:
 
     def _is_ours(self) -> bool:
         """Whether the run is training; the learning-rate and batch-size finders do it with other callbacks."""
-        callbacks = self.trainer.callbacks
-        return any(policy in callbacks for policy in self._policies)
+        trainer = self._trainer()  # gone, if a scheduler has kept our stand-in in an optimizer that outlives it
+        return trainer is not None and any(policy in trainer.callbacks for policy in self._policies)
 
     def _stand_in_for(self, optimizer: Optimizer) -> None:
         if optimizer not in self._stand_ins:
@@ -687,11 +688,12 @@ class _StepStandIn:
         original = optimizer.step
 
         @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             return runtime.update(optimizer, original, args, kwargs)
 
-        self._step = step
-        optimizer.step = step  # type: ignore[method-assign]
+        # A bound method, since a scheduler that is made later (SWA's) wraps its `__func__`.
+        self._step = types.MethodType(step, optimizer)
+        optimizer.step = self._step  # type: ignore[method-assign]
 
     def remove(self) -> None:
         if vars(self._optimizer).get("step") is not self._step:

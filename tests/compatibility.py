@@ -50,7 +50,7 @@ class Case:
 
 class _Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
-        return iter(torch.randn(24, 1, 6, generator=torch.Generator().manual_seed(0)))
+        return iter(torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(0)))
 
 
 def _loader() -> Any:
@@ -89,9 +89,9 @@ def _shards() -> str:
 CASES: dict[str, list[Case]] = {
     "Strategies": [
         Case("one device"),
-        Case("`ddp`", _options(strategy="ddp_fork", devices=2), where="distributed"),
-        Case("`ddp_spawn`", _options(strategy="ddp_spawn", devices=2), where="distributed"),
-        Case("`ddp_find_unused_parameters_true`", _options(strategy="ddp_fork_find_unused_parameters_true", devices=2),
+        Case("`ddp`", _options(strategy="ddp", devices=2), where="distributed"),
+        Case("`ddp_fork`, as notebooks use", _options(strategy="ddp_fork", devices=2), where="distributed"),
+        Case("`ddp_find_unused_parameters_true`", _options(strategy="ddp_find_unused_parameters_true", devices=2),
              where="distributed"),
         Case("FSDP1 (`fsdp`)", _named("FSDPStrategy"), _shards()),
         Case(
@@ -143,7 +143,7 @@ CASES: dict[str, list[Case]] = {
         Case("clipping by norm", _options(gradient_clip_val=0.1)),
         Case("clipping by value", _options(gradient_clip_val=0.1, gradient_clip_algorithm="value")),
         Case("manual optimization, two optimizers", base="manual"),
-        Case("an iterable dataset of unknown length", data=lambda: DataLoader(_Stream())),
+        Case("an iterable dataset of unknown length", data=lambda: DataLoader(_Stream(), batch_size=None)),
         Case("validation inside of the epoch", _options(val_check_interval=2)),
         Case("`max_steps`", _options(max_steps=9, max_epochs=-1)),
         Case("`max_time`", _options(max_time="00:00:01:00")),
@@ -169,7 +169,7 @@ CASES: dict[str, list[Case]] = {
         Case("`LambdaCallback`", _callback("LambdaCallback")),
         Case("`DeviceStatsMonitor`", _callback("DeviceStatsMonitor", cpu_stats=False)),
         Case("`ModelPruning`", _callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.1)),
-        Case("`RichProgressBar`", lambda pl: {**_callback("RichProgressBar")(pl), "enable_progress_bar": True}),
+        Case("`TQDMProgressBar`", lambda pl: {**_callback("TQDMProgressBar")(pl), "enable_progress_bar": True}),
     ],
 }  # fmt: skip
 

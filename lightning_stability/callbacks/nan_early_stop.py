@@ -338,6 +338,10 @@ class NaNEarlyStop(RuntimeCallback):
             lines.append("  no update was ever good: there is nothing to resume from; find the cause first")
         if incident.what in ("loss", "input", "gradient") and counts.updates:
             lines.append(f"  to skip such updates and go on: NaNEarlyStop(patience={self.patience + 1})")
+        if self.automatic:
+            lines.append(
+                "  nobody added it to this Trainer: the installed package did (docs/installed.md says how it is set)"
+            )
         return "\n".join(lines)
 
     def _add_weights(self, trainer: Any, incident: _Incident) -> None:
