@@ -2,8 +2,8 @@
 
 usage: python -m tests.lightning_suite FOLDER [PATH ...]
 
-FOLDER is `tests` of a checkout of Lightning at the installed version. PATHs are below it; by default those of callbacks,
-loops, checkpointing and connectors.
+FOLDER is `tests` of a checkout of Lightning at the installed version. PATHs are below it; by default those of
+callbacks, loops, checkpointing and connectors.
 """
 
 from __future__ import annotations

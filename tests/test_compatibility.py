@@ -62,9 +62,9 @@ def prove(case: Case, namespace: str, folder: str) -> None:
     module = compatibility.make_module(pl, case)
     if case.answer == WORKS:
         trainer.fit(module)
-        assert trainer.global_step > 2
         assert [n for n, v in module.state_dict().items() if not torch.isfinite(v.float()).all()] == []
         if case.where != "distributed":  # a forked process keeps its callbacks for itself
+            assert trainer.global_step > 2
             assert stop._counts.skipped_bad == (2 if case.base == "manual" else 1)
             assert any("grad_norm" in key for _, row in logger.rows for key in row)
         elif trainer.is_global_zero:
