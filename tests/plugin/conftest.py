@@ -7,6 +7,8 @@ import pytest
 
 from tests.plugin.environments import Environment, build_wheel
 
+collect_ignore = ["fits.py"]  # a program for the environments
+
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 warnings.simplefilter("ignore")
+warnings.filterwarnings("always", message="lightning-stability")
 pl = importlib.import_module(NAMESPACE)  # noqa: F821
 for part in ("loggers", "callbacks", "plugins"):
     importlib.import_module(f"{NAMESPACE}.{part}")  # noqa: F821
