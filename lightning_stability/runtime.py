@@ -36,7 +36,7 @@ from lightning_stability._compat import MisconfigurationException, is_instance_b
 from lightning_stability.events import EventLog
 from lightning_stability.health import GradientMeter, LateReads, StepRecord
 from lightning_stability.health.forward_order import forward_order
-from lightning_stability.health.gradients import Measurement
+from lightning_stability.health.gradients import CPU_PIECE, Measurement
 from lightning_stability.health.loss_scale import scale_tensor, unscales_itself
 from lightning_stability.recovery import Guard, OpenWindow
 from lightning_stability.recovery.guard import Verdict
@@ -68,11 +68,17 @@ class Policy(Protocol):
     patience: float
     """How many bad updates in a row the run may go on after; `math.inf` for any number."""
 
+    automatic: bool
+    """Whether it came with the environment, and has to leave a run as it would be without."""
+
     def on_record(self, record: StepRecord) -> None:
         """Called once for each optimizer step, in order, some time after it."""
 
     def wants_update(self, logger_step: int) -> bool:
         """Whether the sizes of this step's update and weights shall be measured too."""
+
+    def stand_aside(self, trainer: Any, reason: object) -> None:
+        """Called on an automatic policy that this run cannot be served with: it detaches itself."""
 
 
 class Retrier(Protocol):
@@ -166,15 +172,15 @@ class Runtime:
         trainer = self.trainer
         for optimizer in trainer.optimizers:
             self._stand_in_for(optimizer)
-        if self._guard is None and any(policy.guards for policy in self._policies):
-            for optimizer in trainer.optimizers:
-                _refuse_optimizer(optimizer)
+        if self._guard is None and self._shall_guard():
             self._guard = Guard(module, self._results, self._distributed)
             self._guard.patience = min(policy.patience for policy in self._policies)
-            for optimizer in trainer.optimizers:
-                self._say_what_it_costs(optimizer)
+            if not all(policy.automatic for policy in self._policies if policy.guards):
+                for optimizer in trainer.optimizers:
+                    self._say_what_it_costs(optimizer)
         retrier: Any = next((policy for policy in self._policies if hasattr(policy, "wants_retry")), None)
-        if self._retrier is None and retrier is not None and retrier.wants_retry():
+        can_retry = self._guard is not None and retrier is not None and retrier.wants_retry()
+        if self._retrier is None and can_retry:
             self._retrier = retrier
             self._hold_only_without_retrier()
             if module.automatic_optimization:
@@ -356,7 +362,9 @@ class Runtime:
             if meter is not None:
                 self._forward_order = {}  # other parameters are trained now
             self._names = {parameter: name for name, parameter in module.named_parameters()}
-            meter = self._meters[optimizer] = GradientMeter(optimizer, self._names, self._drives_clipping(module))
+            meter = self._meters[optimizer] = GradientMeter(
+                optimizer, self._names, self._drives_clipping(module, optimizer)
+            )
         plugin = self._tap.plugin
         scalars = dict(step.take_learning_rates())
         scale = scale_tensor(plugin)
@@ -485,6 +493,20 @@ class Runtime:
 
     # Parts of the above.
 
+    def _shall_guard(self) -> bool:
+        """Whether a policy wants updates guarded. If they cannot be, automatic policies leave; others refuse."""
+        guarding = [policy for policy in self._policies if policy.guards]
+        try:
+            for optimizer in self.trainer.optimizers if guarding else ():
+                _refuse_optimizer(optimizer)
+        except MisconfigurationException as refusal:
+            if not all(policy.automatic for policy in guarding):
+                raise
+            for policy in guarding:
+                policy.stand_aside(self.trainer, refusal)
+            return False
+        return bool(guarding)
+
     def _hand_over(self, record: StepRecord) -> None:
         if self._guard is not None:
             self._complete(record, self._guard)
@@ -568,10 +590,11 @@ class Runtime:
             step.batches = self._last_window.batches
         return self._last_window
 
-    def _drives_clipping(self, module: Any) -> bool:
+    def _drives_clipping(self, module: Any, optimizer: Optimizer) -> bool:
         plugin_class = type(self._tap.plugin)
         return bool(
-            self.trainer.gradient_clip_val
+            (_is_clipped_to_the_bit(optimizer) or not all(policy.automatic for policy in self._policies))
+            and self.trainer.gradient_clip_val
             and str(self.trainer.gradient_clip_algorithm or "norm").lower().endswith("norm")
             and module.automatic_optimization
             and not is_overridden("configure_gradient_clipping", module)
@@ -641,8 +664,8 @@ class Runtime:
 
     def _is_ours(self) -> bool:
         """Whether the run is training; the learning-rate and batch-size finders do it with other callbacks."""
-        callbacks = self.trainer.callbacks
-        return any(policy in callbacks for policy in self._policies)
+        trainer = self._trainer()  # gone, if a scheduler has kept our stand-in in an optimizer that outlives it
+        return trainer is not None and any(policy in trainer.callbacks for policy in self._policies)
 
     def _stand_in_for(self, optimizer: Optimizer) -> None:
         if optimizer not in self._stand_ins:
@@ -872,7 +895,7 @@ class _StepStandIn:
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             return runtime.update(optimizer, original, args, kwargs) if self._active else original(*args, **kwargs)
 
-        # a method, since a scheduler that is made later looks for its function
+        # A bound method, since a scheduler that is made later (SWA's) wraps its `__func__`.
         self._step = types.MethodType(step, optimizer)
         optimizer.step = self._step  # type: ignore[method-assign]
 
@@ -964,6 +987,18 @@ def _refuse_optimizer(optimizer: Optimizer) -> None:
                 f"{name}(eps={eps:g}) with fp16 weights: eps is 0 in fp16, so the first update divides by zero. Give"
                 " eps=1e-4 or larger, or train in 16-mixed, bf16-true or 32-true."
             )
+
+
+def _is_clipped_to_the_bit(optimizer: Optimizer) -> bool:
+    """Whether clipping with our norm gives the bits that Lightning's own gives: one kind of fp32 tensors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kinds = {(parameter.device, parameter.dtype, type(parameter)) for parameter in parameters}
+    in_pieces = any(p.device.type == "cpu" and p.numel() > CPU_PIECE for p in parameters)
+    return len(kinds) == 1 and parameters[0].dtype == torch.float32 and not _is_sharded(parameters[0]) and not in_pieces
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return hasattr(parameter, "device_mesh")
 
 
 def window_is_open(trainer: Any) -> bool:

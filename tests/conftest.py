@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 
 from lightning_stability.tuab import SyntheticCorpus
 from tests.command import Launcher
+
+# An editable install has the entry points too: without this, every Trainer of every test, in processes that tests
+# start too, would have the automatic callbacks. `tests/plugin` sets it as it needs it.
+os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"
 
 collect_ignore = ["distributed_fit.py", "checkpoint_fit.py"]  # scripts that tests start
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_stability._compat import Callback
+from lightning_stability._compat import Callback, MisconfigurationException
 from lightning_stability.health import StepRecord
 from lightning_stability.runtime import Runtime
 
@@ -36,6 +36,12 @@ class RuntimeCallback(Callback):
 
     patience = math.inf
     """How many bad updates in a row the run may go on after."""
+
+    automatic = False
+    """Whether it came with the environment: what it would refuse then only makes it stand aside."""
+
+    asked_for = True
+    """Whether somebody named it, in code, on the command line or in the environment."""
 
     _runtime: Runtime | None = None
 
@@ -97,6 +103,22 @@ class RuntimeCallback(Callback):
         """Leave the runtime."""
         self._leave()
 
+    def stand_aside(self, trainer: Any, reason: object) -> None:
+        """Leave a run that an automatic callback cannot serve.
+
+        Args:
+            trainer: The Trainer.
+            reason: Why.
+        """
+        self._leave()
+        take_out(self, trainer, reason)
+
+    def _refuse(self, trainer: Any, message: str) -> None:
+        """Refuse a run; an automatic callback only stands aside."""
+        if not self.automatic:
+            raise MisconfigurationException(message)
+        self.stand_aside(trainer, message)
+
     def _leave(self) -> None:
         if self._runtime is not None:
             self._runtime.detach(self)
@@ -107,3 +129,16 @@ class RuntimeCallback(Callback):
         # Lightning puts them on every callback while it runs.
         not_ours = ("_runtime", "log", "log_dict")
         return {name: value for name, value in vars(self).items() if name not in not_ours}
+
+
+def take_out(callback: Any, trainer: Any, reason: object) -> None:
+    """Take an automatic callback out of a Trainer, with one line that says why.
+
+    Args:
+        callback: The callback.
+        trainer: The Trainer.
+        reason: Why it cannot serve this run.
+    """
+    # Another list: Lightning may be on its way through this one.
+    trainer.callbacks = [other for other in trainer.callbacks if other is not callback]
+    rank_zero_warn(f"lightning-stability: {type(callback).__name__} stands aside in this run: {reason}")

@@ -128,11 +128,25 @@ class GradNormMonitor(RuntimeCallback):
         statistics.peak = None
         if not trainer.is_global_zero:
             return
-        for logger in trainer.loggers:
+        for logger in self._loggers(trainer):
             logger.log_metrics(metrics, step=record.logger_step)
         if record.optimizer not in self._charted:
             self._charted.add(record.optimizer)
-            self._lay_out_charts(trainer, several, scaled=record.loss_scale is not None)
+            if self.asked_for:
+                self._lay_out_charts(trainer, several, scaled=record.loss_scale is not None)
+
+    def _loggers(self, trainer: Any) -> list[Any]:
+        """All of them; if nobody asked for the callback, TensorBoard's once the run itself has written to it.
+
+        Other loggers keep tables of the user's own keys, and a run that logs nothing has no file.
+        """
+        if self.asked_for:
+            return list(trainer.loggers)
+        return [
+            logger
+            for logger in trainer.loggers
+            if is_instance_by_name(logger, "TensorBoardLogger") and logger._experiment is not None
+        ]
 
     def _call_out(self, record: StepRecord, rise: Rise) -> None:
         assert self._runtime is not None

@@ -132,10 +132,13 @@ class NaNEarlyStop(RuntimeCallback):
         super().on_train_start(trainer, pl_module)
         self._updates_at_save = self._counts.updates
         bad = nonfinite_names((name, p) for name, p in pl_module.named_parameters() if p.requires_grad)
-        if bad:
-            raise MisconfigurationException(
-                f"NaNEarlyStop: trained weights are not finite before the first step: {_listed(bad)}. Expected finite"
-                " values; check how they are initialised or which checkpoint they were loaded from."
+        # Each rank may hold other shards of them, and all have to decide alike.
+        if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
+            where = _listed(bad) if bad else "on another rank"
+            self._refuse(
+                trainer,
+                f"NaNEarlyStop: trained weights are not finite before the first step: {where}. Expected finite"
+                " values; check how they are initialised or which checkpoint they were loaded from.",
             )
 
     def on_record(self, record: StepRecord) -> None:
@@ -222,6 +225,8 @@ class NaNEarlyStop(RuntimeCallback):
                 self._incident = incident
         else:
             counts.skipped_by_scaler += 1
+            if not self.asked_for:
+                return  # every run in 16-mixed begins with some: no reason for a file or a key
         if trainer.is_global_zero:
             self._runtime.events.write(
                 "update_skipped",
@@ -346,6 +351,10 @@ class NaNEarlyStop(RuntimeCallback):
             lines.append("  no update was ever good: there is nothing to resume from; find the cause first")
         if incident.what in ("loss", "input", "gradient") and counts.updates:
             lines.append(f"  to skip such updates and go on: NaNEarlyStop(patience={self.patience + 1})")
+        if self.automatic:
+            lines.append(
+                "  nobody added it to this Trainer: the installed package did (docs/installed.md says how it is set)"
+            )
         return "\n".join(lines)
 
     def _add_weights(self, trainer: Any, incident: _Incident) -> None:
@@ -379,7 +388,7 @@ class NaNEarlyStop(RuntimeCallback):
             self._silenced = None
 
     def _summarise(self) -> None:
-        if self._summarised:
+        if self._summarised or (self.automatic and not self._counts.skipped):
             return
         self._summarised = True
         ended = f" The run was ended: {self._incident.why}." if self._incident is not None else ""

@@ -82,8 +82,10 @@ class PrecisionFallback(RuntimeCallback):
         """Join the Trainer's runtime."""
         if stage == "fit":
             self._clear()
-            if self.is_needed(trainer):
-                self._refuse(trainer)
+            objection = self._objection(trainer) if self.is_needed(trainer) else None
+            if objection is not None:
+                self._refuse(trainer, objection)
+                return
         super().setup(trainer, pl_module, stage)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -250,23 +252,25 @@ class PrecisionFallback(RuntimeCallback):
         if self._runtime.trainer.is_global_zero:
             self._runtime.events.write(event, record.step, record.epoch, batch_idx=record.batch_idx, **details)
 
-    def _refuse(self, trainer: Any) -> None:
+    def _objection(self, trainer: Any) -> str | None:
+        """Why this Trainer's precision cannot be changed; None if it can."""
         strategy, plugin = type(trainer.strategy).__name__, type(trainer.precision_plugin).__name__
         if not is_instance_by_name(trainer.strategy, *_STRATEGIES):
-            raise MisconfigurationException(
+            return (
                 f"PrecisionFallback cannot change the precision under {strategy}, whose parameters carry it from"
                 " set-up. Use DDP or a single device, or train in bf16-mixed or 32-true from the start."
             )
         if plugin not in ("MixedPrecision", "HalfPrecision"):
-            raise MisconfigurationException(
+            return (
                 f"PrecisionFallback does not know how to leave {plugin}; expected Lightning's MixedPrecision or"
                 " HalfPrecision."
             )
         if plugin == "HalfPrecision" and trainer.world_size > 1:
-            raise MisconfigurationException(
+            return (
                 f"PrecisionFallback cannot leave {trainer.precision} under {strategy}: DDP's buckets are made for fp16"
                 " gradients. Use 16-mixed, whose weights are fp32."
             )
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         gone = {"_low_plugin": None, "_wider": None, "_ranges": None}

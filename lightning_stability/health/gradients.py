@@ -384,6 +384,7 @@ class _Bucket:
     norm_dtype: torch.dtype | None
     mesh: Any
     in_pieces: bool
+    clipped: bool
     parameters: list[Tensor] = field(default_factory=list)
     replicas: Tensor | None = None
     regular: bool = True
@@ -428,11 +429,14 @@ class _Bucket:
         assert parameter.grad is not None
         if not parameter.grad.is_sparse:
             return self.local([parameter.grad])[0]
-        if not parameter.grad.is_coalesced():
-            # Rows that occur twice have to be added before they are squared, and clipping has to reach the
-            # sum.
-            parameter.grad = parameter.grad.coalesce()
-        return parameter.grad._values()
+        if parameter.grad.is_coalesced():
+            return parameter.grad._values()
+        # Rows that occur twice have to be added before they are squared, and clipping has to reach the sum. The
+        # gradient itself is left alone otherwise: an optimizer adds such rows up one by one, to other bits.
+        gradient = parameter.grad.coalesce()
+        if self.clipped:
+            parameter.grad = gradient
+        return gradient._values()
 
     def local(self, tensors: list[Tensor]) -> list[Tensor]:
         if self.mesh is None:
@@ -470,7 +474,7 @@ def _buckets(parameters: list[Tensor], drives_clipping: bool) -> list[_Bucket]:
         key = (parameter.device, parameter.dtype, mesh, in_pieces)
         if key not in buckets:
             norm_dtype = _norm_dtype(parameter.dtype, parameter.device.type == "cuda" and not drives_clipping)
-            buckets[key] = _Bucket(parameter.device, parameter.dtype, norm_dtype, mesh, in_pieces)
+            buckets[key] = _Bucket(parameter.device, parameter.dtype, norm_dtype, mesh, in_pieces, drives_clipping)
         buckets[key].parameters.append(parameter)
     for bucket in buckets.values():
         if bucket.mesh is not None:
