@@ -330,7 +330,7 @@ class TimeHooks(pl.Callback):
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device = device
         self.repeats = repeats
-        self.result: dict[str, dict[str, float]] = {}
+        self.result: dict[str, dict[str, Any]] = {}
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if trainer.global_step != 3 or self.result:
@@ -350,18 +350,40 @@ class TimeHooks(pl.Callback):
             runtime.finish_step()
 
         clips = bool(trainer.gradient_clip_val)
+        ours(clips)  # makes the meter
+        meter = runtime._meters[optimizer]
+        pointers = meter.pointers
+
+        def without_kernels() -> None:
+            meter.pointers = None
+            ours(clip=False)
+            meter.pointers = pointers
+
         timed: dict[str, Callable[[], Any]] = {
             "torch._foreach_norm": lambda: torch._foreach_norm(held),
             "GradNormMonitor": lambda: ours(clip=False),
             "get_total_norm": lambda: torch.nn.utils.get_total_norm([p.grad for p in parameters]),
         }
+        if pointers is not None:
+            timed["GradNormMonitor without Triton"] = without_kernels
         if clips:
             timed = {
                 "clip_grad_norm_": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1e6),
                 "GradNormMonitor with clipping": lambda: ours(clip=True),
             }
         self.result = interleaved(timed, self.device, self.repeats)
+        if not clips:
+            runtime.begin_step(optimizer)
+            runtime.measure(optimizer, pl_module)
+            self.result["GradNormMonitor"]["way"] = way_of(meter)
         runtime.begin_step(optimizer)  # leave the real step as it was found
+
+
+def way_of(meter: Any) -> str:
+    if meter.measures_by_address:
+        return "Triton kernels, by address"
+    refused = meter.pointers.refused if meter.pointers is not None else None
+    return "torch._foreach_norm" + (f" ({refused})" if refused else "")
 
 
 def hook_times(workload: Workload, device: torch.device, bandwidth: float) -> dict[str, Any]:
@@ -486,7 +508,7 @@ class Report:
             for key in ("host_us", "device_us"):
                 columns += f" {times[key]:10.1f}" if key in times else " " * 11
                 columns += f" {times[key] / reference[key]:7.2f}" if key in times and key in reference else " " * 8
-            print(f"{hook:40s}{columns}".rstrip())
+            print(f"{hook:40s}{columns}  {times.get('way', '')}".rstrip())
 
     def add_steps(self, name: str, steps: dict[str, Any]) -> None:
         self.content["workloads"][name]["steps"] = steps

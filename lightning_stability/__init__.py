@@ -1,7 +1,20 @@
 """Callbacks that keep a Lightning run alive and honest when numbers go bad, and say why they went bad."""
 
-from lightning_stability.callbacks import GradNormMonitor, NaNEarlyStop, NonFiniteError
+from lightning_stability.callbacks import (
+    FractionalCheckpoint,
+    GradNormMonitor,
+    NaNEarlyStop,
+    NonFiniteError,
+    PrecisionFallback,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["GradNormMonitor", "NaNEarlyStop", "NonFiniteError", "__version__"]
+__all__ = [
+    "FractionalCheckpoint",
+    "GradNormMonitor",
+    "NaNEarlyStop",
+    "NonFiniteError",
+    "PrecisionFallback",
+    "__version__",
+]

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException as _PlMisconfiguration
+from pytorch_lightning.callbacks import ModelCheckpoint as _PlModelCheckpoint
 
 if TYPE_CHECKING:
     _CALLBACKS: tuple[type[pl.Callback], ...]
 
     class _CallbackBase(pl.Callback):
+        pass
+
+    class _ModelCheckpointBase(_PlModelCheckpoint):
         pass
 
     class _MisconfigurationBase(_PlMisconfiguration):
@@ -24,11 +28,13 @@ if TYPE_CHECKING:
 else:
     try:
         from lightning.pytorch import Callback as _LightningCallback
+        from lightning.pytorch.callbacks import ModelCheckpoint as _LightningModelCheckpoint
         from lightning.pytorch.utilities.exceptions import (
             MisconfigurationException as _LightningMisconfiguration,
         )
     except ImportError:
         _CallbackBase, _MisconfigurationBase = pl.Callback, _PlMisconfiguration
+        _ModelCheckpointBase = _PlModelCheckpoint
     else:
 
         class _CallbackBase(pl.Callback, _LightningCallback):
@@ -37,9 +43,16 @@ else:
         class _MisconfigurationBase(_PlMisconfiguration, _LightningMisconfiguration):
             pass
 
+        class _ModelCheckpointBase(_PlModelCheckpoint, _LightningModelCheckpoint):
+            pass
+
 
 class Callback(_CallbackBase):
     """A callback for the Trainers of both namespaces."""
+
+
+class ModelCheckpoint(_ModelCheckpointBase):
+    """Lightning's ModelCheckpoint; the Trainers of both namespaces take it for their own."""
 
 
 class MisconfigurationException(_MisconfigurationBase):

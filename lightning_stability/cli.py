@@ -20,6 +20,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_stability.callbacks import NonFiniteError
+from lightning_stability.checkpointing.listing import LAST_GOOD, find_checkpoints, list_checkpoints, newest_good, table
 from lightning_stability.tuab.configs import config_names, packaged_file
 
 PROG = "lightning-stability"
@@ -28,6 +29,9 @@ _HELP = f"""
 also:
   {PROG} demo [options of fit]         train, validate and test the probe on synthetic EEG, in about two minutes
   {PROG} synthetic FOLDER [options]    write a synthetic corpus of EDF files
+  {PROG} checkpoints FOLDER [--verify] list checkpoints: step, epoch, size, complete, finite, metrics
+
+--ckpt_path {LAST_GOOD} goes on from the newest checkpoint that is complete and finite.
 
 With neither --config, --model nor --data, the TUAB probe is trained as `--config {DEFAULT_CONFIG}` says.
 Configurations that come with the package, by name: {", ".join(config_names())}.
@@ -58,11 +62,14 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))  # so that classes of the user's own are found, as with `python -m`
-    command: Callable[[list[str]], object] = {"demo": demo, "synthetic": write_synthetic}.get(
-        words[0] if words else "", lambda words: StabilityCLI(args=words)
-    )
+    commands: dict[str, Callable[[list[str]], object]] = {
+        "demo": demo,
+        "synthetic": write_synthetic,
+        "checkpoints": show_checkpoints,
+    }
+    command = commands.get(words[0] if words else "", train)
     try:
-        command(words)
+        status = command(words)
     except NonFiniteError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 1
@@ -72,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"{PROG}: error: {message}", file=sys.stderr)
         return 2
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def _misconfiguration(error: BaseException | None) -> str | None:
@@ -136,9 +143,15 @@ class StabilityCLI(LightningCLI):
         # not through super(): it warns whenever words are handed over while the process has some, as they always are
         self.config = parser.parse_args(words)
         options = self.config[self.config.subcommand]
+        last_good = options.get("ckpt_path") == LAST_GOOD
+        if last_good:
+            options["ckpt_path"] = _find_last_good(options["trainer"], self.config.subcommand)
+        resolved = options.get("ckpt_path")
         trained_with = _read_hyperparameters(options.get("ckpt_path"), self.config.subcommand)
         if trained_with:
             self.config = parser.parse_args(_after_configs(words, trained_with))
+            if last_good:
+                self.config[self.config.subcommand]["ckpt_path"] = resolved
         if options["trainer"]["logger"] is False:
             # it would go to the working folder, over the user's own config.yaml or in the next run's way
             self.save_config_callback = None
@@ -168,6 +181,11 @@ class StabilityCLI(LightningCLI):
         score = getattr(checkpoint, "best_model_score", None)
         suffix = f" ({getattr(checkpoint, 'monitor', '')} {score:.3f})" if isinstance(score, torch.Tensor) else ""
         print(logs + (f"\nBest checkpoint:  {best}{suffix}" if best else ""))
+
+
+def train(words: list[str]) -> None:
+    """Run `fit`, `validate`, `test` or `predict`."""
+    StabilityCLI(args=words)
 
 
 def demo(words: list[str]) -> None:
@@ -212,6 +230,52 @@ def write_synthetic(words: list[str]) -> None:
     except OSError as error:
         raise MisconfigurationException(f"The corpus cannot be written to {given.folder}: {error}") from error
     print(f"Wrote {given.folder}. Train on it with --data.root={given.folder}")
+
+
+def show_checkpoints(words: list[str]) -> int:
+    """List the checkpoints of a folder; the status is 1 if one of them cannot be used."""
+    parser = argparse.ArgumentParser(
+        f"{PROG} checkpoints",
+        description="List the checkpoints of a folder, or of all runs below it, oldest first. The status is 1 if one"
+        " is not complete or not finite.",
+    )
+    parser.add_argument("folder", type=Path, help="such as lightning_logs/version_0/checkpoints")
+    parser.add_argument("--verify", action="store_true", help="read every byte: check sums, and that all is finite")
+    given = parser.parse_args(words[1:])
+    if not given.folder.exists():
+        raise MisconfigurationException(f"There is no folder {given.folder}.")
+    folders = {info.path.parent: None for info in find_checkpoints(given.folder)}
+    if not folders:
+        raise MisconfigurationException(f"There are no checkpoints (*.ckpt) in {given.folder} or its runs' folders.")
+    good = True
+    for folder in folders:
+        infos = list_checkpoints(given.folder if given.folder.is_file() else folder, given.verify)
+        print(f"{folder}\n{table(infos)}\n")
+        good = good and all(info.complete and info.finite is not False for info in infos)
+    return 0 if good else 1
+
+
+def _find_last_good(trainer: Any, subcommand: str) -> str | None:
+    """Return the newest complete, finite checkpoint where the configured run, or one before it, has put its own."""
+    roots = [trainer.get("default_root_dir") or "."]
+    given = trainer.get("callbacks") or []
+    roots += [c["init_args"]["dirpath"] for c in given if (c.get("init_args") or {}).get("dirpath")]
+    loggers = trainer.get("logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        roots.append((getattr(logger, "init_args", None) or {}).get("save_dir") or ".")
+    found = {}
+    for root in dict.fromkeys(str(root) for root in roots):
+        folders = [Path(root), *(Path(root) / name for name in ("lightning_logs",))]
+        found.update({info.path: info for folder in folders for info in find_checkpoints(folder)})
+    path = newest_good(list(found.values()))
+    if path is not None:
+        rank_zero_info(f"The newest complete, finite checkpoint is {path}.")
+        return str(path)
+    nothing = f"--ckpt_path {LAST_GOOD}: no complete, finite checkpoint was found below {', '.join(map(str, roots))}"
+    if subcommand != "fit":
+        raise MisconfigurationException(f"{nothing}.")
+    rank_zero_warn(f"{nothing}; training starts from the beginning.")
+    return None
 
 
 def _subcommand_place(words: list[str]) -> int | None:

@@ -13,13 +13,15 @@ from typing import Any
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
-from lightning_stability.callbacks import GradNormMonitor, NaNEarlyStop
+from lightning_stability.callbacks import FractionalCheckpoint, GradNormMonitor, NaNEarlyStop, PrecisionFallback
 from lightning_stability.callbacks.base import take_out
 from lightning_stability_plugin import VARIABLE
 
 CALLBACKS: tuple[type[Any], ...] = (
     NaNEarlyStop,
     GradNormMonitor,
+    FractionalCheckpoint,
+    PrecisionFallback,
 )
 """Every callback of the package: what `LIGHTNING_STABILITY_CALLBACKS` knows, and what `all` stands for."""
 

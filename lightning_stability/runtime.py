@@ -4,6 +4,7 @@ The first callback's `setup` makes it, the last one's `teardown` removes it. In 
 methods of the Trainer's precision plugin (as attributes of that instance, so that the plugin keeps its class,
 which checkpoints are keyed by), and for `step` of each optimizer:
 
+    convert_input       the batch, before a 16-true precision casts it
     pre_backward        the loss, before GradScaler multiplies it
     post_backward       the forward pass is judged: what it wrote stays or goes
     _clip_gradients     the last point before clipping: after `unscale_`, after every `on_before_optimizer_step`
@@ -14,6 +15,7 @@ which checkpoints are keyed by), and for `step` of each optimizer:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import types
@@ -36,7 +38,7 @@ from lightning_stability.health import GradientMeter, LateReads, StepRecord
 from lightning_stability.health.forward_order import forward_order
 from lightning_stability.health.gradients import CPU_PIECE, Measurement
 from lightning_stability.health.loss_scale import scale_tensor, unscales_itself
-from lightning_stability.recovery import Guard
+from lightning_stability.recovery import Guard, OpenWindow
 from lightning_stability.recovery.guard import Verdict
 
 GRAD_SCALER = "GradScaler"
@@ -79,6 +81,25 @@ class Policy(Protocol):
         """Called on an automatic policy that this run cannot be served with: it detaches itself."""
 
 
+class Retrier(Protocol):
+    """A policy that may have a bad step's batches trained again, before any other policy hears of it."""
+
+    def wants_retry(self) -> bool:
+        """Whether it could do anything about a bad step now; if so, each step is read at once."""
+
+    def before_retry(self, record: StepRecord) -> None:
+        """Change what has to be changed; the batches are trained again next."""
+
+    def after_retry(self, failed: StepRecord, again: StepRecord) -> StepRecord:
+        """Keep the change or take it back; returns the record that the other policies get."""
+
+    def cannot_retry(self, record: StepRecord, why: str) -> None:
+        """The batches cannot be trained again."""
+
+    def no_memory_for_retry(self, record: StepRecord) -> Exception:
+        """What to raise when the device has no room for it."""
+
+
 class Runtime:
     """Measures each optimizer step of one Trainer once, for all policies.
 
@@ -102,6 +123,11 @@ class Runtime:
         self._distributed = trainer.world_size > 1
         self._skips_in_a_row: dict[int, int] = {}
         self._forward_order: dict[str, int] = {}
+        self._retrier: Retrier | None = None
+        self._open_window: OpenWindow | None = None
+        self._make_closure: Any = None
+        self._arrived: list[StepRecord] = []
+        self._uncast: Any = None
         self._recent: deque[tuple[int, Any]] = deque(maxlen=2)
         self._policies: list[Policy] = []
         self._reads = LateReads()
@@ -147,11 +173,50 @@ class Runtime:
         for optimizer in trainer.optimizers:
             self._stand_in_for(optimizer)
         if self._guard is None and self._shall_guard():
-            self._guard = Guard(module, lambda: trainer.fit_loop.epoch_loop._results, self._distributed)
+            self._guard = Guard(module, self._results, self._distributed)
             self._guard.patience = min(policy.patience for policy in self._policies)
             if not all(policy.automatic for policy in self._policies if policy.guards):
                 for optimizer in trainer.optimizers:
                     self._say_what_it_costs(optimizer)
+        retrier: Any = next((policy for policy in self._policies if hasattr(policy, "wants_retry")), None)
+        can_retry = self._guard is not None and retrier is not None and retrier.wants_retry()
+        if self._retrier is None and can_retry:
+            self._retrier = retrier
+            self._hold_only_without_retrier()
+            if module.automatic_optimization:
+                self._open_window = OpenWindow(module, self._results, trainer.strategy.root_device)
+                self._make_closure = _ClosureTap(trainer.fit_loop.epoch_loop.automatic_optimization, self)
+
+    def _results(self) -> Any:
+        return self.trainer.fit_loop.epoch_loop._results
+
+    def _hold_only_without_retrier(self) -> None:
+        """The device must not hold updates after a bad step that is going to be trained again."""
+        assert self._guard is not None
+        patience = min(policy.patience for policy in self._policies)
+        self._guard.patience = math.inf if self._retrier is not None else patience
+
+    def retries_are_over(self) -> None:
+        """The retrier has done what it could: steps are read late again and batches are not kept."""
+        self._retrier = None
+        self._hold_only_without_retrier()
+        if self._make_closure is not None:
+            self._make_closure.remove()
+            self._make_closure = self._open_window = None
+
+    def use_plugin(self, plugin: Any) -> None:
+        """Train with another precision plugin from now on.
+
+        Args:
+            plugin: Of the Trainer's namespace.
+        """
+        self._tap.remove()
+        self.trainer.strategy.precision_plugin = plugin
+        self._tap = _PluginTap(plugin, self)
+        self._meters.clear()
+        self._skips_in_a_row.clear()
+        if self._guard is not None:
+            self._guard.rescan()  # buffers may have changed their type
 
     def begin_batch(self, batch: Any) -> None:
         """A batch is about to enter `training_step`; asked by each callback, done once.
@@ -169,14 +234,29 @@ class Runtime:
     def end_batch(self) -> None:
         """`training_step` and its optimizer steps are through, and no validation or save has come yet."""
         if self._guard is not None:
+            arrived, self._arrived = self._arrived, []
+            self._tell(*arrived)  # of steps that Lightning did not know of
             self._guard.settle_batch()
             if _validation_is_due(self.trainer) or self.trainer.is_last_batch:
                 self.drain()
+
+    def settle_batch(self) -> None:
+        """A forward pass without a backward pass has to be judged before any callback's `on_train_batch_end`."""
+        if self._guard is not None and self._is_ours():
+            self._guard.settle_batch()
 
     def begin_epoch(self) -> None:
         """An epoch begins."""
         if self._guard is not None:
             self._guard.rescan()
+        if self._open_window is not None:
+            self._open_window.rescan()
+
+    def end_epoch(self) -> None:
+        """An epoch ends; its metrics are computed next."""
+        self.drain()
+        if self._guard is not None:
+            self._guard.end_epoch()
 
     def recent_batch(self, record: StepRecord) -> Any:
         """The batch that a record names, if it is still held; else None.
@@ -196,12 +276,14 @@ class Runtime:
     def drain(self) -> None:
         """Wait for the records of all steps taken so far and hand them to the policies."""
         if self._guard is not None:
-            self._guard.end_batch()
+            self._guard.settle_all()
         self._reads.drain()
 
     def close(self) -> None:
         """Give the Trainer's plugin and optimizers back as they were and drop what was not read."""
         self._tap.remove()
+        if self._make_closure is not None:
+            self._make_closure.remove()
         for stand_in in self._stand_ins.values():
             stand_in.remove()
         self._stand_ins.clear()
@@ -225,6 +307,26 @@ class Runtime:
         if self._is_ours():
             self._step = _OpenStep(optimizer)
             self._stand_in_for(optimizer)
+
+    def note_input(self, batch: Any) -> None:
+        """A batch is about to be cast to the precision's own type.
+
+        Args:
+            batch: As the loader gave it.
+        """
+        if self._open_window is not None:
+            self._uncast = batch
+
+    def note_closure(self, closure: Callable[[], Any], kwargs: dict[str, Any]) -> None:
+        """A batch is about to be trained.
+
+        Args:
+            closure: Runs its forward and backward pass.
+            kwargs: What `training_step` will be called with.
+        """
+        if self._open_window is not None and self._is_ours():
+            self._open_window.add(closure, kwargs, self._uncast)
+            self._uncast = None
 
     def note_loss(self, loss: Tensor) -> None:
         """A backward pass is about to run from this loss.
@@ -380,7 +482,7 @@ class Runtime:
         """Hand over what has arrived; wait where somebody has to act on it at this very step."""
         if self._guard is None:
             self._reads.poll()
-        elif record.skipped_by or record.skipped_by_guard:
+        elif record.skipped_by or record.skipped_by_guard or self._retrier is not None:
             self._reads.drain()
         elif self._distributed:
             # All ranks have to hear of a step after the same number of steps. (Lightning itself reads a flag from
@@ -408,8 +510,74 @@ class Runtime:
     def _hand_over(self, record: StepRecord) -> None:
         if self._guard is not None:
             self._complete(record, self._guard)
-        for policy in list(self._policies):
-            policy.on_record(record)
+        if self._retrier is None:
+            self._tell(record)
+        else:
+            self._arrived.append(record)  # `after_step` may have it trained again before anybody hears of it
+
+    def _tell(self, *records: StepRecord) -> None:
+        for record in records:
+            for policy in list(self._policies):
+                policy.on_record(record)
+
+    def after_step(self, optimizer: Optimizer, model: Any, result: Any, kwargs: dict[str, Any]) -> Any:
+        """The plugin's `optimizer_step` has returned; if it was bad, the retrier may have it done again.
+
+        Args:
+            optimizer: The bare torch optimizer.
+            model: The LightningModule.
+            result: What it returned.
+            kwargs: What else it was called with.
+        """
+        if self._retrier is None:
+            return result
+        arrived, self._arrived = self._arrived, []
+        if arrived and arrived[-1].outcome == "bad" and self._retrier.wants_retry():
+            failed = arrived.pop()
+            self._tell(*arrived)
+            result = self._retry(self._retrier, failed, optimizer, model, result, kwargs)
+        else:
+            self._tell(*arrived)
+        if self._open_window is not None:
+            self._open_window.close()
+        return result
+
+    def _retry(
+        self, retrier: Retrier, failed: StepRecord, optimizer: Optimizer, model: Any, result: Any, kwargs: Any
+    ) -> Any:
+        window, guard = self._open_window, self._guard
+        assert guard is not None
+        if window is None or window.changed_in_place():
+            why = "manual optimization does not say which batches an update comes from"
+            retrier.cannot_retry(failed, why if window is None else "`training_step` changes its batch in place")
+            self._tell(failed)
+            return result
+        casts = hasattr(self._tap.plugin, "_desired_input_dtype")
+        retrier.before_retry(failed)
+        guard.forget_batch()
+        window.restore()
+        self._window = _Window()
+        *closures, last = window.closures(self._converted if casts else None)
+        try:
+            for closure in closures:
+                guard.begin_batch()
+                with getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)():
+                    closure()
+            guard.begin_batch()
+            result = self._tap.step(optimizer, model, last, kwargs)
+        except torch.cuda.OutOfMemoryError as error:
+            raise retrier.no_memory_for_retry(failed) from error
+        again = self._arrived.pop()
+        self._arrived.clear()
+        self._tell(retrier.after_retry(failed, again))
+        return result
+
+    def _converted(self, batch: Any) -> Any:
+        """A batch for the precision of now, as Lightning makes it."""
+        trainer = self.trainer
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
     def _close_window(self, step: _OpenStep) -> _Window:
         """The backward passes that this step's gradients come from."""
@@ -640,7 +808,14 @@ class _RecordDraft:
 class _PluginTap:
     """Stands in for methods of one precision plugin until it is removed."""
 
-    _METHODS = ("pre_backward", "post_backward", "_clip_gradients", "clip_grad_by_norm", "optimizer_step")
+    _METHODS = (
+        "convert_input",
+        "pre_backward",
+        "post_backward",
+        "_clip_gradients",
+        "clip_grad_by_norm",
+        "optimizer_step",
+    )
 
     def __init__(self, plugin: Any, runtime: Runtime) -> None:
         self.plugin = plugin
@@ -663,10 +838,20 @@ class _PluginTap:
         return self._originals["post_backward"](tensor, module)
 
     def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+        result = self.step(optimizer, model, closure, kwargs)
+        return self._runtime.after_step(optimizer, model, result, kwargs)
+
+    def step(self, optimizer: Any, model: Any, closure: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
+        """One try of an optimizer step."""
         self._runtime.begin_step(optimizer)
         result = self._originals["optimizer_step"](optimizer, model=model, closure=closure, **kwargs)
         self._runtime.finish_step()
+        self._runtime.settle_batch()
         return result
+
+    def convert_input(self, data: Any) -> Any:
+        self._runtime.note_input(data)
+        return self._originals["convert_input"](data)
 
     def _clip_gradients(self, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         module = self._runtime.trainer.lightning_module
@@ -679,23 +864,43 @@ class _PluginTap:
             self._originals["clip_grad_by_norm"](optimizer, clip_val)
 
 
+class _ClosureTap:
+    """Learns of each batch's closure, which runs its forward and backward pass, until it is removed."""
+
+    def __init__(self, automatic_optimization: Any, runtime: Runtime) -> None:
+        self._loop = automatic_optimization
+        original = automatic_optimization._make_closure
+
+        def make_closure(kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
+            closure = original(kwargs, optimizer, batch_idx)
+            runtime.note_closure(closure, kwargs)
+            return closure
+
+        automatic_optimization._make_closure = make_closure
+
+    def remove(self) -> None:
+        vars(self._loop).pop("_make_closure", None)
+
+
 class _StepStandIn:
     """Stands in for one optimizer's `step`, as learning-rate schedulers do, until it is removed."""
 
     def __init__(self, optimizer: Optimizer, runtime: Runtime) -> None:
         self._optimizer = optimizer
         self._own = vars(optimizer).get("step")  # a scheduler's, usually
+        self._active = True
         original = optimizer.step
 
         @functools.wraps(original)
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            return runtime.update(optimizer, original, args, kwargs)
+            return runtime.update(optimizer, original, args, kwargs) if self._active else original(*args, **kwargs)
 
         # A bound method, since a scheduler that is made later (SWA's) wraps its `__func__`.
         self._step = types.MethodType(step, optimizer)
         optimizer.step = self._step  # type: ignore[method-assign]
 
     def remove(self) -> None:
+        self._active = False
         if vars(self._optimizer).get("step") is not self._step:
             return  # somebody stood in for us
         if self._own is None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import fully_shard
 
-from lightning_stability import NaNEarlyStop
+from lightning_stability import NaNEarlyStop, PrecisionFallback
 from tests import runs
 from tests.recovery import poison
 
@@ -35,7 +35,28 @@ def ddp(pl: Any, rank: int) -> dict[str, Any]:
     for fused in (False, True):
         results[f"stop fused={fused}"] = stop(pl, rank, fused)
         results[f"stop fp16 fused={fused}"] = stop(pl, rank, fused, 256.0)
+    results["fallback"] = fall_back(pl, rank)
     return results
+
+
+def fall_back(pl: Any, rank: int) -> list[str]:
+    """Batch 4 of rank 1 alone overflows in fp16: both ranks change, and train it again."""
+    results = []
+    for by_hand in (False, True):
+        module = poison.make_module(pl, {4: "large_input"} if rank == 1 else {}, FUSED[False], by_hand=False)
+        callback = change_by_hand(pl) if by_hand else PrecisionFallback()
+        results.append(fit(pl, module, [callback], 256.0))
+    precision = str(results[0]["trainer"].precision)
+    return poison.differences(*results) + ([] if precision == "32-true" else [precision])
+
+
+def change_by_hand(pl: Any) -> Any:
+    class Change(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+            if module.batch + 1 == 4:
+                trainer.strategy.precision_plugin = pl.plugins.precision.Precision()
+
+    return Change()
 
 
 def compare(pl: Any, rank: int, kind: str, fused: bool, scale: float | None = None) -> list[str]:

@@ -198,8 +198,115 @@ def test_a_gradient_that_comes_and_goes_beside_a_loss_scale() -> None:
     assert seen == [([2.0, 3.0], 8.0), ([2.0, 0.0], 8.0)] * 2
 
 
+def meter_of(gradients: list[Any], drives_clipping: bool = False) -> tuple[GradientMeter, list[Any]]:
+    weights = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+    names = {weight: str(index) for index, weight in enumerate(weights)}
+    return GradientMeter(torch.optim.SGD(weights, lr=0.1), names, drives_clipping), weights
+
+
+def test_plain_gradients_are_measured_by_address() -> None:
+    """If not, the reason stands in the failure."""
+    pytest.importorskip("triton")
+    meter, _ = meter_of([torch.ones(3, device="cuda")])
+    assert meter.pointers is not None, "the kernels cannot be imported"
+    for _ in range(3):
+        meter.measure({})
+        assert meter.pointers.refused is None
+        assert meter.measures_by_address
+    sums, fill = meter.pointers._launches[True]
+    assert all(launch._compiled is not None for launch in (*sums, fill)), "each launch goes through Triton's own look"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("by_address", [True, False])
+def test_norms_of_each_dtype_equal_those_of_float64(dtype: torch.dtype, by_address: bool) -> None:
+    sizes = (1, 7, 1000, 2**14, 2**14 + 1, 3_000_001, 0)
+    values = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
+    memory = torch.randn(50_001, device="cuda").to(dtype)
+    values += [memory[1:], torch.randn(8, 3, 5, 5, device="cuda").to(dtype, memory_format=torch.channels_last)]
+    meter, weights = meter_of(values)
+    expected = [float(value.double().norm()) for value in values]
+    if not by_address:
+        meter.pointers = None
+    for step in range(6):
+        if step % 2:  # at other addresses
+            for weight in weights:
+                weight.grad = weight.grad.clone(memory_format=torch.preserve_format)
+        meter.measure({})
+        assert meter.measures_by_address is (by_address and meter.pointers is not None)
+        assert meter.norms.tolist() == pytest.approx(expected, rel=1e-6)
+        assert float(meter.total_norm()) == pytest.approx(math.hypot(*expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [1e25, math.nan, math.inf, -math.inf])
+def test_bad_elements_give_the_same_norms_by_address_as_by_torch(bad: float) -> None:
+    values = [torch.ones(20_000, device="cuda"), torch.ones(20_000, device="cuda"), torch.ones(3, device="cuda")]
+    values[1][19_999] = bad
+    meter, _ = meter_of(values)
+    meter.measure({})
+    ours = meter.norms.tolist()
+    meter.pointers = None
+    meter.measure({})
+    assert ours == pytest.approx(meter.norms.tolist(), rel=1e-6, nan_ok=True)
+
+
+def test_gradients_of_any_kind_in_turn() -> None:
+    """Absent, expanded, sparse, with gaps, in another place: each step's norms are its own, whatever the way."""
+    meter, weights = meter_of([torch.ones(4, device="cuda"), torch.ones(6, device="cuda")])
+    ones = torch.ones(6, device="cuda")
+    gradients = [ones, None, ones[:1].expand(6), ones.to_sparse(), torch.ones(12, device="cuda")[::2], ones * 2, None]
+    reads, seen = LateReads(every=4), []
+    for gradient in gradients * 3:
+        weights[1].grad = gradient
+        meter.measure({"loss_scale": torch.tensor(8.0, device="cuda")}, {"loss": torch.tensor(-1.0, device="cuda")})
+        assert float(meter.total_norm()) == pytest.approx(math.hypot(*meter.norms.tolist()))
+        meter.send(reads, lambda m: seen.append((m.grad_norms[1] ** 2, m.scalars)))
+    reads.drain()
+    assert [square for square, _ in seen] == pytest.approx([6.0, 0.0, 6.0, 6.0, 6.0, 24.0, 0.0] * 3)
+    assert all(scalars == {"loss_scale": 8.0, "loss": -1.0} for _, scalars in seen)
+
+
+def test_addresses_that_change_while_the_device_lags_behind() -> None:
+    meter, weights = meter_of([torch.ones(4, device="cuda") for _ in range(3)])
+    steps = [[torch.full((4,), float(3 * step + i), device="cuda") for i in range(3)] for step in range(100)]
+    meter.measure({})
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    vectors = []
+    for gradients in steps:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        meter.measure({})
+        vectors.append(meter.norms)
+    assert [v.tolist() for v in vectors] == [[2.0 * (3 * step + i) for i in range(3)] for step in range(100)]
+
+
+def test_another_stream_gets_memory_of_its_own() -> None:
+    meter, _ = meter_of([torch.ones(4, device="cuda")])
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            meter.measure({})
+            assert meter.norms.tolist() == [2.0]
+
+
+def test_a_tensor_of_more_than_two_to_the_31_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    weight = torch.nn.Parameter(torch.empty(2**31 + 2**14 + 5, device="cuda", dtype=torch.bfloat16))
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[-1] = 3.0
+    weight.grad[2**31 + 1] = 4.0
+    meter = GradientMeter(torch.optim.SGD([weight], lr=0.1), {}, drives_clipping=False)
+    meter.measure({})
+    assert meter.norms.tolist() == [5.0]
+
+
 def test_the_norms_of_a_step_take_one_pass() -> None:
-    """One multi-tensor norm: not a kernel per parameter."""
+    """Two kernels by address, or one multi-tensor norm: not a kernel per parameter."""
+    ways: list[bool] = []
     weights = [torch.nn.Parameter(torch.zeros(64, device="cuda")) for _ in range(100)]
     for weight in weights:
         weight.grad = torch.ones(64, device="cuda")
@@ -220,8 +327,12 @@ def test_the_norms_of_a_step_take_one_pass() -> None:
 
     def ours() -> None:
         meter.measure({"loss_scale": scale}, {"loss": loss})
+        ways.append(meter.measures_by_address)
         meter.send(reads, lambda measured: None)
 
     bare = kernels(lambda: torch._foreach_norm([weight.grad for weight in weights]))
     print(f"kernels of a bare pass {bare}, of ours {kernels(ours)}")
+    if ways[-1]:  # every eighth step brings eight rows to the host
+        assert 2 <= kernels(ours) <= 2.5
+    meter.pointers = None
     assert 0 < kernels(ours) < bare + 3

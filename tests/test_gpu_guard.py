@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_stability import GradNormMonitor, NaNEarlyStop
+from lightning_stability import GradNormMonitor, NaNEarlyStop, PrecisionFallback
 from tests import runs
 from tests.recovery import poison
 from tests.test_gpu import CountSynchronisations
@@ -135,3 +135,54 @@ def test_a_clean_step_with_another_optimizer_waits_once() -> None:
     bare = count("AdamW foreach", [])
     guarded = count("AdamW foreach", [NaNEarlyStop()])
     assert [a - b for a, b in zip(guarded, bare, strict=True)][3:-1] == [1] * (len(bare) - 4)
+
+
+class TestPrecisionFallback:
+    @pytest.mark.parametrize("optimizer", ["AdamW fused", "AdamW foreach"])
+    @pytest.mark.parametrize("accumulate", [1, 4])
+    def test_it_is_the_run_whose_precision_was_changed_by_hand(self, optimizer: str, accumulate: int) -> None:
+        class Change(pl.Callback):
+            def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+                if module.batch + 1 == (4 if accumulate == 1 else 0):
+                    trainer.strategy.precision_plugin = pl.plugins.precision.Precision()
+
+        kinds = {4 if accumulate == 1 else 2: "large_input"}
+        results = []
+        for callback in (PrecisionFallback(), Change()):
+            module = poison.make_module(pl, kinds, OPTIMIZERS[optimizer], by_hand=False)
+            scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
+            plugin = pl.plugins.precision.MixedPrecision("16-mixed", "cuda", scaler)
+            results.append(fit(module, [callback], plugins=[plugin], accumulate_grad_batches=accumulate))
+            if accumulate > 1:
+                del results[-1]["average"]
+        assert results[0]["trainer"].precision == "32-true"
+        assert poison.differences(*results) == []
+
+    def test_no_memory_for_it_is_one_clear_error_and_leaves_the_weights_alone(self) -> None:
+        class Wide(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = torch.nn.Linear(64, 64)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                if x.abs().max() > 1e5 and not torch.is_autocast_enabled("cuda"):
+                    torch.empty(2**42, device=x.device)  # what fp32 might ask for
+                return self.linear(x)
+
+        class Spoil(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return 6
+
+            def __getitem__(self, index: int) -> torch.Tensor:
+                return torch.ones(64) * (1e6 if index == 3 else 1.0)
+
+        module = runs.make_module(
+            pl,
+            Wide(),
+            training_step=lambda self, batch, batch_idx: self.net(batch).float().pow(2).mean(),
+            on_before_optimizer_step=lambda self, optimizer: None,
+        )
+        trainer = runs.trainer(pl, accelerator="gpu", callbacks=[PrecisionFallback()], precision="16-mixed")
+        with pytest.raises(RuntimeError, match="does not fit into memory in 32-true"):
+            trainer.fit(module, torch.utils.data.DataLoader(Spoil()))
+        assert poison.nonfinite(module.state_dict()) == []

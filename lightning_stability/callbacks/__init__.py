@@ -1,6 +1,8 @@
-"""The callbacks: one file each."""
+"""One file per callback: what it decides and what it logs, in Lightning's vocabulary."""
 
+from lightning_stability.callbacks.fractional_checkpoint import FractionalCheckpoint
 from lightning_stability.callbacks.grad_norm_monitor import GradNormMonitor
 from lightning_stability.callbacks.nan_early_stop import NaNEarlyStop, NonFiniteError
+from lightning_stability.callbacks.precision_fallback import PrecisionFallback
 
-__all__ = ["GradNormMonitor", "NaNEarlyStop", "NonFiniteError"]
+__all__ = ["FractionalCheckpoint", "GradNormMonitor", "NaNEarlyStop", "NonFiniteError", "PrecisionFallback"]

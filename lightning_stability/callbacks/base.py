@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -11,6 +12,17 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_stability._compat import Callback, MisconfigurationException
 from lightning_stability.health import StepRecord
 from lightning_stability.runtime import Runtime
+
+
+def warn_always(message: str) -> None:
+    """Warn, also where the same was said before or warnings are switched off or made errors: this is no advice.
+
+    Args:
+        message: What has happened to the run.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        rank_zero_warn(message)
 
 
 class RuntimeCallback(Callback):
@@ -73,7 +85,7 @@ class RuntimeCallback(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Read what is on its way, so that an epoch's numbers are there when it ends."""
         if self._runtime is not None:
-            self._runtime.drain()
+            self._runtime.end_epoch()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Read what is on its way, before the loggers are closed."""

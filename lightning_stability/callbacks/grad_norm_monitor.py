@@ -187,21 +187,21 @@ class _Statistics:
 
     def __init__(self, record: StepRecord, group_depth: int) -> None:
         self.groups = ParameterGroups(record.parameter_names, group_depth)
-        self.trend = NormTrend(self.groups.names)
+        self.trend = NormTrend(self.groups.names, self.groups.norms)
         self.nonfinite_steps = 0
         self.peak: float | None = None
 
     def regroup(self, record: StepRecord, group_depth: int) -> None:
         """The trained parameters are others now, and with them what is usual."""
         self.groups = ParameterGroups(record.parameter_names, group_depth)
-        self.trend = NormTrend(self.groups.names)
+        self.trend = NormTrend(self.groups.names, self.groups.norms)
 
     def add(self, record: StepRecord) -> Rise | None:
         if not record.gradients_finite:
             self.nonfinite_steps += 1
             return None
         self.peak = record.total_norm if self.peak is None else max(self.peak, record.total_norm)
-        return self.trend.update(record.total_norm, self.groups.norms(record.grad_norms))
+        return self.trend.update(record.total_norm, record.grad_norms)
 
     def metrics(self, record: StepRecord, prefix: str) -> dict[str, float]:
         """The logged keys and values of one step; values that are not finite are left out."""

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NoReturn
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from lightning_stability._compat import MisconfigurationException
-from lightning_stability.callbacks.base import RuntimeCallback
+from lightning_stability.callbacks.base import RuntimeCallback, warn_always
 from lightning_stability.health import StepRecord
 from lightning_stability.health.values import named_tensors, nonfinite_names
 from lightning_stability.recovery.stopping import (
     FILE_NAME,
+    EndOfLoop,
     SilencedCheckpoints,
     checkpoint_folder,
     newest_checkpoint,
@@ -114,14 +114,18 @@ class NaNEarlyStop(RuntimeCallback):
         self._announced = False
         self._summarised = False
         self._silenced: SilencedCheckpoints | None = None
+        self._loop_end: EndOfLoop | None = None
+        self._message = ""
+        self._metrics_seen: set[str] = set()
 
     # A fit.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Join the Trainer's runtime."""
+        """Join the Trainer's runtime; what an earlier fit counted was that fit's."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._clear()
+            self._counts = _Counts()  # a checkpoint's are loaded after this
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse weights that are not finite: nothing good can come of them."""
@@ -156,7 +160,7 @@ class NaNEarlyStop(RuntimeCallback):
         """Stop here, before a validation or a checkpoint."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not window_is_open(trainer):
-            self._stop_if_due(trainer, save=True)
+            self._stop_if_due(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Look at the monitored metrics."""
@@ -174,7 +178,7 @@ class NaNEarlyStop(RuntimeCallback):
         if self._runtime is not None:
             self._runtime.drain()
             if not self._announced:
-                self._stop_if_due(trainer)
+                self._stop_if_due(trainer, may_save=False)  # we are inside of a save
         self._updates_at_save = self._counts.updates
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -197,7 +201,8 @@ class NaNEarlyStop(RuntimeCallback):
         """The counts."""
         if self._runtime is not None:
             self._runtime.drain()
-        return asdict(self._counts)
+        # A row of bad updates is not kept: who resumes after a stop begins a new one.
+        return {**asdict(self._counts), "bad_in_a_row": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from a checkpoint."""
@@ -276,7 +281,10 @@ class NaNEarlyStop(RuntimeCallback):
             return
         metrics = trainer.callback_metrics
         for name in self.monitor:
-            value = float(metrics[name]) if name in metrics else 0.0
+            if name not in metrics:
+                continue
+            self._metrics_seen.add(name)
+            value = float(metrics[name])
             if not math.isfinite(value):
                 why = f"the metric `{name}` was {value:g}"
                 self._incident = _Incident("metric", why, trainer.global_step, trainer.current_epoch, -1, None)
@@ -286,22 +294,24 @@ class NaNEarlyStop(RuntimeCallback):
 
     # The stop.
 
-    def _stop_if_due(self, trainer: Any, save: bool = False) -> None:
+    def _stop_if_due(self, trainer: Any, may_save: bool = True) -> None:
         if self._incident is None:
             return
-        if not self._announced:
+        if self._announced is False and may_save:
             self._announced = True
-            self._announce(trainer, self._incident, save)
-        if self.action == "raise":
+            self._announce(trainer, self._incident)
+        if self.action == "raise" and self._announced:
             self._raise(self._incident)
-        # Both loops end on it, whatever `min_steps` and `min_epochs` say, and run no more hooks that want metrics.
+        # Both loops end on it, whatever `min_steps` and `min_epochs` say. The outer one does so before any hook at the
+        # end of an epoch runs, which may want metrics that are not there.
+        if self._loop_end is None:
+            self._loop_end = EndOfLoop(trainer, lambda: self._stop_if_due(trainer))
         raise StopIteration
 
-    def _announce(self, trainer: Any, incident: _Incident, save: bool) -> None:
+    def _announce(self, trainer: Any, incident: _Incident) -> None:
         assert self._runtime is not None
         trainer.should_stop = True
-        checkpoint = self._keep_good_weights(trainer) if save else None
-        checkpoint = checkpoint or newest_checkpoint(trainer)
+        checkpoint = self._keep_good_weights(trainer) or newest_checkpoint(trainer)
         self._silenced = self._silenced or SilencedCheckpoints(trainer)
         self._add_weights(trainer, incident)
         if trainer.is_global_zero:
@@ -318,10 +328,13 @@ class NaNEarlyStop(RuntimeCallback):
                 checkpoint=checkpoint,
             )
         self._message = self._compose(incident, checkpoint)
-        for logger in trainer.loggers:
-            logger.save()
         if self.action == "stop":
-            rank_zero_warn(self._message)
+            warn_always(self._message)
+        for logger in trainer.loggers:
+            try:
+                logger.save()
+            except Exception as error:  # a tracker that fails must not hide why the run ended
+                warn_always(f"NaNEarlyStop: {type(logger).__name__} could not be saved: {error!r}")
 
     def _raise(self, incident: _Incident) -> NoReturn:
         raise NonFiniteError(self._message, incident.what, incident.step, incident.epoch, incident.batch_idx)
@@ -333,7 +346,7 @@ class NaNEarlyStop(RuntimeCallback):
         if checkpoint is not None:
             lines += [f"  last good checkpoint: {checkpoint}", f"  resume: {resume_command(checkpoint)}"]
         elif counts.updates:
-            lines.append("  no checkpoint was written; the weights in memory are good")
+            lines.append("  no ModelCheckpoint has written a checkpoint; the weights in memory are finite")
         else:
             lines.append("  no update was ever good: there is nothing to resume from; find the cause first")
         if incident.what in ("loss", "input", "gradient") and counts.updates:
@@ -346,7 +359,7 @@ class NaNEarlyStop(RuntimeCallback):
 
     def _add_weights(self, trainer: Any, incident: _Incident) -> None:
         """Weights are never made non-finite by a step; if they are, something else wrote them and is the cause."""
-        bad = nonfinite_names(trainer.lightning_module.named_parameters())
+        bad = nonfinite_names((n, p) for n, p in trainer.lightning_module.named_parameters() if p.requires_grad)
         if bad:
             incident.what = "weight"
             incident.why += f"; the weights {_listed(bad)} are not finite, which no update of the optimizer made them"
@@ -354,17 +367,22 @@ class NaNEarlyStop(RuntimeCallback):
     def _keep_good_weights(self, trainer: Any) -> str | None:
         """Save what was trained since the last checkpoint; it is finite, and otherwise lost."""
         folder = checkpoint_folder(trainer)
-        if folder is None or self._counts.updates <= self._updates_at_save:
+        assert self._incident is not None
+        nothing_new = self._counts.updates <= self._updates_at_save
+        if folder is None or nothing_new or self._incident.what == "metric":
             return None
-        path = str(trainer.strategy.broadcast(str(folder / FILE_NAME)))
+        path = str(trainer.strategy.broadcast(f"{folder}/{FILE_NAME}"))
         try:
             trainer.save_checkpoint(path, weights_only=False)
-        except OSError as error:
-            rank_zero_warn(f"NaNEarlyStop: {path} could not be written ({error}); the run's other checkpoints stand.")
+        except Exception as error:  # whatever it is, it must not hide why the run ended
+            warn_always(f"NaNEarlyStop: {path} could not be written ({error!r}); the run's other checkpoints stand.")
             return None
         return path
 
     def _let_checkpoints_be(self) -> None:
+        if self._loop_end is not None:
+            self._loop_end.restore()
+            self._loop_end = None
         if self._silenced is not None:
             self._silenced.restore()
             self._silenced = None
@@ -373,10 +391,14 @@ class NaNEarlyStop(RuntimeCallback):
         if self._summarised or (self.automatic and not self._counts.skipped):
             return
         self._summarised = True
-        rank_zero_info(f"NaNEarlyStop: {self._counts.summary()}")
+        ended = f" The run was ended: {self._incident.why}." if self._incident is not None else ""
+        rank_zero_info(f"NaNEarlyStop: {self._counts.summary()}.{ended}")
+        never = sorted(set(self.monitor) - self._metrics_seen)
+        if never and self._incident is None:
+            warn_always(f"NaNEarlyStop(monitor={never}): never logged in this fit, so nobody watched it.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_silenced": None}
+        return {**super().__getstate__(), "_silenced": None, "_loop_end": None}
 
 
 @dataclass(slots=True)

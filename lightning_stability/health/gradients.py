@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stability.health.late_reads import Array, LateReads
+from lightning_stability.health.late_reads import Array, LateReads, Part
+from lightning_stability.health.pointer_norms import RIDERS, PointerNorms
 from lightning_stability.health.record import Floats
 
 # torch's CPU norm adds squares up in a few fp32 lanes: 7e-4 off on 16 million normal values, 1e-2 on equal
@@ -40,12 +41,15 @@ class Measurement:
 
 
 class GradientMeter:
-    """Measures all gradients of one optimizer in one `torch._foreach_norm` per dtype; clips with the result.
+    """Measures all gradients of one optimizer in one pass; clips with the result.
 
     Lists and names are made here, once; the runtime makes a new meter when `is_current` says that the trained
-    parameters are others. Nothing waits for the device. On CUDA the norms stay where the pass left them, one
-    tensor each, until somebody asks for `norms`, or until those of several steps are gathered on their way to
-    the host.
+    parameters are others. Nothing waits for the device.
+
+    On an NVIDIA GPU with Triton, `PointerNorms` is the pass. Elsewhere, for gradients that it does not take and
+    where the norms drive the clipping, it is one `torch._foreach_norm` per dtype. On CUDA those norms stay where
+    the pass left them, one tensor each, until somebody asks for `norms`, or until those of several steps are
+    gathered on their way to the host.
 
     Norms are L2: the square root of the sum of squared magnitudes, of a complex element's too. They are
     accumulated in float64 on CUDA, where that costs nothing more and no fp32 square can overflow, except when
@@ -71,8 +75,14 @@ class GradientMeter:
         self._sharded = any(bucket.mesh is not None for bucket in self._buckets)
         wide = self._sharded or any(bucket.norm_dtype is torch.float64 for bucket in self._buckets)
         self._dtype = torch.float64 if wide or any(p.dtype == torch.float64 for p in in_order) else torch.float32
+        self._gathers_at_once = drives_clipping and not self._on_host and self._dtype == torch.float32
         self._carrier = next((bucket for bucket in self._buckets if bucket.carries_scalars(self._device)), None)
+        self.pointers = None if drives_clipping or not PointerNorms.suit(in_order) else PointerNorms(in_order)
         # One step's state, from `measure` to `send`.
+        self._row: Tensor | None = None  # all norms, and numbers that travel with them
+        self._total: Tensor | None = None
+        self._riders: list[str] = []
+        self._first_rider = 0  # where in the row they start
         self._norms: Sequence[Tensor] = ()
         self._vector: Tensor | None = None
         self._array: Array | None = None
@@ -102,8 +112,14 @@ class GradientMeter:
         of the pass, once per step.
         """
         if self._vector is None:
-            self._vector = self._gathered(self._norms)
+            row = self._row
+            self._vector = self._gathered(self._norms) if row is None else row[: len(self.parameter_names)]
         return self._vector
+
+    @property
+    def measures_by_address(self) -> bool:
+        """Whether the last measurement was one of `PointerNorms`."""
+        return self._total is not None
 
     def measure(self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> None:
         """Take the norm of every gradient as it is now.
@@ -114,12 +130,17 @@ class GradientMeter:
             kept: Numbers that nobody writes again: they travel too, and need no copy now.
         """
         self._start_over()
+        if self.pointers is not None and self._measure_by_address(self.pointers, scalars, kept or {}):
+            return
         riders = {name: scalar for name, scalar in scalars.items() if self._rides_along(scalar)}
         if len(self._buckets) == 1 and not riders:
             [bucket] = self._buckets
             self._norms, self._absent = bucket.gradient_norms(), not bucket.regular
         else:
             self._norms = self._norms_of_all_buckets(riders)
+        if self._gathers_at_once:
+            self._gather_with_riders(scalars, kept or {})
+            return
         for name, scalar in scalars.items():
             if name not in riders:
                 self.put(name, scalar)
@@ -134,6 +155,8 @@ class GradientMeter:
     @torch.no_grad()
     def total_norm(self) -> Tensor:
         """Norm of all gradients as measured, 0-dimensional, on the device."""
+        if self._total is not None:
+            return self._total
         return _norm_of(self.norms if self._array is None else torch.from_numpy(self._array))
 
     @torch.no_grad()
@@ -156,12 +179,17 @@ class GradientMeter:
             # Lightning's total leaves absent gradients out; a zero in between would change the sum's order.
             norms = self._gathered(self._without_absent())
         total = torch.linalg.vector_norm(norms)
-        coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        if self._row is None:
+            coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+            self._keep("clip_coefficient", coefficient)
+        else:
+            coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0, out=self._row[-1])
+            if self._riders[-1:] != ["clip_coefficient"]:
+                self._riders.append("clip_coefficient")
         for bucket in self._buckets:
             gradients = [gradient for gradient in bucket.gradients if gradient is not None]
             if gradients:
                 torch._foreach_mul_(gradients, coefficient.to(bucket.device, gradients[0].dtype.to_real()))
-        self._keep("clip_coefficient", coefficient)
 
     @torch.no_grad()
     def remember_weights(self) -> None:
@@ -182,14 +210,23 @@ class GradientMeter:
             on_host: Called when they have arrived.
         """
         weights_and_update = [] if self._before is None else self._weights_and_update()
-        scalars, values = self._scalars, self._values
-        array, norms = self._array, self._norms if self._vector is None and self._norms else self.norms
+        scalars, values, riders = self._scalars, self._values, self._riders
+        count, first_rider = len(self.parameter_names), self._first_rider
+        array = self._array
+        norms: Part
+        if self._row is not None:
+            norms = self._row
+        else:
+            norms = self._norms if self._vector is None and self._norms else self.norms
         for bucket in self._buckets:
             bucket.gradients = []
         self._start_over()
 
         def arrived(arrays: list[Array]) -> None:
-            norms = arrays[0].astype(np.float64)
+            row = arrays[0].astype(np.float64)
+            norms = row[:count]
+            for place, name in enumerate(riders, first_rider):
+                values[name] = float(row[place])
             for name, array in zip(scalars, arrays[1:], strict=False):
                 values[name] = float(array[0])
             vectors = [array.astype(np.float64) for array in arrays[1 + len(scalars) :]]
@@ -201,8 +238,52 @@ class GradientMeter:
             reads.hold([array, *(vector.numpy(force=True) for vector in weights_and_update)], arrived)
 
     def _start_over(self) -> None:
+        self._row, self._total, self._riders = None, None, []
         self._norms, self._vector, self._array, self._absent = (), None, None, False
         self._scalars, self._values = {}, {}
+
+    def _measure_by_address(
+        self, pointers: PointerNorms, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+    ) -> bool:
+        riders = self._choose_riders(scalars, kept, RIDERS)
+        row = pointers.measure(riders)
+        if row is None:
+            self._riders = []
+            return False
+        count = len(self.parameter_names)
+        self._row, self._total, self._first_rider = row, row[count], count + 1
+        self._keep_others(scalars, kept)
+        return True
+
+    def _gather_with_riders(self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+        """Clipping needs the vector of norms anyway: what travels with it goes into the same launch."""
+        riders = self._choose_riders(scalars, kept, len(scalars) + len(kept))
+        count = len(self._norms)
+        self._row = torch.empty(count + len(riders) + 1, dtype=self._dtype, device=self._device)
+        with torch.inference_mode():
+            torch.stack((*self._norms, *riders), out=self._row[:-1])  # the last is for the clip coefficient
+        self._vector, self._first_rider = self._row[:count], count
+        self._keep_others(scalars, kept)
+
+    def _choose_riders(self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor], most: int) -> list[Tensor]:
+        riders: list[Tensor] = []
+        self._riders = []
+        for numbers in (scalars, kept):
+            for name, number in numbers.items():
+                # what is not fp32 travels on its own, and so does what has a dimension
+                fits = number.dtype == torch.float32 and number.device == self._device and not number.dim()
+                if fits and len(riders) < most:
+                    self._riders.append(name)
+                    riders.append(number)
+        return riders
+
+    def _keep_others(self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+        for name, scalar in scalars.items():
+            if name not in self._riders:
+                self.put(name, scalar)
+        for name, scalar in kept.items():
+            if name not in self._riders:
+                self._keep(name, scalar)
 
     @torch.no_grad()
     def _weights_and_update(self) -> list[Tensor]:

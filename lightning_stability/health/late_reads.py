@@ -171,7 +171,7 @@ class _Batch:
 
 
 def _pin(device: torch.device, capacity: int, count: int) -> list[_Batch]:
-    memory = torch.empty(count, capacity // 8 * 8 + 8, dtype=torch.uint8, pin_memory=True)
+    memory = torch.empty(count, capacity // 8 * 8 + 8, dtype=torch.uint8, device="cpu", pin_memory=True)
     events = (torch.cuda.Event() for _ in range(count))  # type: ignore[no-untyped-call]
     return [_Batch(device, *pair) for pair in zip(memory.unbind(), events, strict=True)]
 

@@ -115,16 +115,19 @@ class ParameterGroups:
         group_of = [group_name(name, group_depth) for name in parameter_names]
         self.parameter_names = parameter_names
         self.names = tuple(dict.fromkeys(group_of))
-        index = {name: i for i, name in enumerate(self.names)}
-        self._index = np.array([index[name] for name in group_of], dtype=np.intp)
+        place = {name: i for i, name in enumerate(self.names)}
+        index = np.array([place[name] for name in group_of], dtype=np.intp)
+        self._order = np.argsort(index, kind="stable")  # group by group
+        self._starts = np.searchsorted(index[self._order], np.arange(len(self.names)))
 
     def norms(self, parameter_norms: Floats) -> Floats:
         """The L2 norm of each group, from the norms of its parameters.
 
         Args:
-            parameter_norms: Float64, one per parameter.
+            parameter_norms: Float64, one per parameter, or a row of them per step.
         """
-        squares = np.bincount(self._index, weights=parameter_norms * parameter_norms, minlength=len(self.names))
+        ordered = parameter_norms[..., self._order]
+        squares: Floats = np.add.reduceat(ordered * ordered, self._starts, axis=-1)
         return np.sqrt(squares)
 
 

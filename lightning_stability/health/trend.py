@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ SMALLEST_DEVIATION = 0.05
 """A deviation below this (5% of the norm) counts as this: else a steady norm could never move on."""
 STEPS_IN_A_ROW = 3
 """A single spike is ordinary; this many steps out of range are a rise."""
+STEPS_AT_ONCE = 8
+"""The groups' norms of so many steps are worked out together: one by one that costs more than all the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ class NormTrend:
 
     Args:
         group_names: The groups whose norms come with each total.
+        norms_of_groups: Makes them, one row per step, of what `update` is given, one row per step; left out where
+            `update` is given the groups' norms.
 
     Example:
         >>> import numpy as np
@@ -63,8 +68,12 @@ class NormTrend:
         (None, None, 'encoder', 16.5)
     """
 
-    def __init__(self, group_names: tuple[str, ...]) -> None:
+    def __init__(
+        self, group_names: tuple[str, ...], norms_of_groups: Callable[[Floats], Floats] = lambda norms: norms
+    ) -> None:
         self.group_names = group_names
+        self._norms_of_groups = norms_of_groups
+        self._waiting: list[tuple[Floats, float]] = []  # a step's norms, its weight
         self._count = 0
         self._mean = 0.0
         self._variance = 0.0
@@ -73,12 +82,12 @@ class NormTrend:
         self._steps_above = 0
         self._rising = False
 
-    def update(self, total: float, group_norms: Floats) -> Rise | None:
+    def update(self, total: float, norms: Floats) -> Rise | None:
         """Take in one step's finite norms.
 
         Args:
             total: The total norm.
-            group_norms: One norm per group.
+            norms: One norm per group, or whatever `norms_of_groups` makes them of. Nobody may write it later.
 
         Returns:
             What rose, at the step that makes it a rise; None on all others, until the norm has come back.
@@ -87,7 +96,7 @@ class NormTrend:
             return None
         value = math.log(total)
         margin = max(DEVIATIONS * math.sqrt(self._variance), math.log(LEAST_FACTOR))
-        rise = self._judge(value, margin, group_norms) if self._count >= MEMORY_STEPS else None
+        rise = self._judge(value, margin, norms) if self._count >= MEMORY_STEPS else None
         self._count += 1
         weight = max(1.0 / self._count, 1.0 / MEMORY_STEPS)
         difference = value - self._mean
@@ -97,10 +106,12 @@ class NormTrend:
         self._mean += weight * difference
         self._variance = (1.0 - weight) * (self._variance + weight * difference * difference)
         if not self._steps_above:  # a group's usual norm is the one from before the rise
-            self._follow_groups(group_norms, weight)
+            self._waiting.append((norms, weight))
+            if len(self._waiting) >= STEPS_AT_ONCE:
+                self._follow_groups()
         return rise
 
-    def _judge(self, value: float, margin: float, group_norms: Floats) -> Rise | None:
+    def _judge(self, value: float, margin: float, norms: Floats) -> Rise | None:
         if value <= self._mean + margin:
             self._steps_above = 0
             self._rising = self._rising and value > self._mean + margin / 2
@@ -109,7 +120,8 @@ class NormTrend:
         if self._rising or self._steps_above < STEPS_IN_A_ROW:
             return None
         self._rising = True
-        ratios = group_norms / np.exp(self._group_means)
+        self._follow_groups()
+        ratios = self._norms_of_groups(norms[None])[0] / np.exp(self._group_means)
         worst = int(np.argmax(np.where(np.isfinite(ratios), ratios, 0.0)))
         return Rise(
             self.group_names[worst],
@@ -117,13 +129,24 @@ class NormTrend:
             float(f"{math.exp(value - self._mean):.6g}"),
         )
 
-    def _follow_groups(self, group_norms: Floats, weight: float) -> None:
-        if self._all_known and group_norms.all():
-            logs = np.log(group_norms)
-            logs -= self._group_means
-            logs *= weight
-            self._group_means += logs
+    def _follow_groups(self) -> None:
+        """Take in the groups' norms of the steps that wait."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
             return
+        rows = self._norms_of_groups(np.stack([norms for norms, _ in waiting]))
+        if not self._all_known or not rows.all():
+            for row, (_, weight) in zip(rows, waiting, strict=True):
+                self._follow_some(row, weight)
+            return
+        # mean += w (log - mean) for one step after the other, in one product
+        shares, rest = [], 1.0
+        for _, weight in reversed(waiting):
+            shares.append(rest * weight)
+            rest *= 1.0 - weight
+        self._group_means = rest * self._group_means + np.array(shares[::-1]) @ np.log(rows)
+
+    def _follow_some(self, group_norms: Floats, weight: float) -> None:
         known = group_norms > 0.0  # a group without a gradient says nothing about its norm
         logs = np.log(np.where(known, group_norms, 1.0))
         start = np.where(np.isnan(self._group_means), logs, self._group_means)
@@ -132,6 +155,7 @@ class NormTrend:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next `update` depends on."""
+        self._follow_groups()
         return {
             "group_names": list(self.group_names),
             "count": self._count,
@@ -152,4 +176,6 @@ class NormTrend:
             return
         self._count, self._mean, self._variance = state["count"], state["mean"], state["variance"]
         self._group_means = np.array(state["group_means"], dtype=np.float64)
+        self._all_known = not np.isnan(self._group_means).any()
+        self._waiting = []
         self._steps_above, self._rising = state["steps_above"], state["rising"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightning_stability.health.record import FP32_LARGEST_NORM
-from lightning_stability.recovery.undo import BufferUndo, MetricUndo
+from lightning_stability.recovery.undo import BufferUndo, MetricUndo, either
 
 
 @dataclass(slots=True)
@@ -58,6 +58,7 @@ class Guard:
         self._metrics = MetricUndo(module, results)
         self.patience = math.inf
         self._in_batch = False
+        self._rescan_due = False
         self._watch_writes = 2  # forward passes in which to look for weights that are written
         self._batch_bad: Tensor | None = None
         self._forward_bad: Tensor | None = None
@@ -70,6 +71,10 @@ class Guard:
     def begin_batch(self) -> None:
         """A batch is about to enter `training_step`."""
         self.settle_batch()
+        if self._rescan_due:
+            self._rescan_due = False
+            self._buffers.rescan()
+            self._metrics.rescan()
         self._in_batch = True
         self._batch_bad = self._forward_bad = None
         self._buffers.remember()
@@ -105,7 +110,7 @@ class Guard:
         written = self._buffers.nonfinite()
         if written is not None:
             bad = bad | written[0].to(bad.device)
-            self._written = written if self._written is None else _first(self._written, written)
+            self._written = either(self._written, written)
         if self._held is not None:
             bad = bad | (self._held > 0)
         self._buffers.give_back(bad)
@@ -115,21 +120,39 @@ class Guard:
             if self._watch_writes:
                 self._buffers.note_versions()
 
+    def forget_batch(self) -> None:
+        """The batches of this step are going to be trained again: what they were judged does not count."""
+        self._batch_bad = self._forward_bad = self._written = None
+
     def settle_batch(self) -> None:
         """Give metric states back; once after `training_step`, once more for what was logged after it."""
-        if self._in_batch and self._batch_bad is not None:
+        if not self._in_batch:
+            return
+        if self._batch_bad is None:
+            self._judge_forward_alone()
+        if self._batch_bad is not None:
             self._metrics.give_back(self._batch_bad)
 
-    def end_batch(self) -> None:
+    def _judge_forward_alone(self) -> None:
+        """A forward pass that Lightning ran no backward pass for: only the buffers can tell."""
+        written = self._buffers.nonfinite()
+        if written is not None:
+            self._buffers.give_back(written[0])
+            self._batch_bad = written[0]
+
+    def settle_all(self) -> None:
         """Before metrics are computed or saved: nothing of a bad batch may be left in them."""
         self.settle_batch()
-        self._in_batch = False
         self._metrics.trim()
 
+    def end_epoch(self) -> None:
+        """The epoch's metrics are computed and reset next."""
+        self.settle_all()
+        self._in_batch = False
+
     def rescan(self) -> None:
-        """An epoch begins: modules, buffers and metrics may be others."""
-        self._buffers.rescan()
-        self._metrics.rescan()
+        """An epoch begins: modules, buffers and metrics may be others, once its hooks have run."""
+        self._rescan_due = True
 
     def after_step(self) -> None:
         """An optimizer has written the weights: that is no writing of the forward pass."""
@@ -245,7 +268,3 @@ def decides_on_device(optimizer: Optimizer) -> bool:
         for parameter in group["params"]
         if parameter.grad is not None
     )
-
-
-def _first(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return a[0] | b[0], torch.where(a[0], a[1], b[1])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
 from lightning_stability._compat import is_instance_by_name
 
@@ -37,6 +41,30 @@ class SilencedCheckpoints:
         self._callbacks = []
 
 
+class EndOfLoop:
+    """Calls a function where the Trainer's outer loop would begin with an epoch's end, until `restore`.
+
+    Args:
+        trainer: The Trainer.
+        instead: What to call; it may raise StopIteration, which ends the loop.
+    """
+
+    def __init__(self, trainer: Any, instead: Callable[[], None]) -> None:
+        self._loop = trainer.fit_loop
+        self._instead = instead
+        self._before = vars(self._loop).get("on_advance_end")  # another callback's, maybe
+        self._loop.on_advance_end = instead
+
+    def restore(self) -> None:
+        """Let epochs end again."""
+        if vars(self._loop).get("on_advance_end") is not self._instead:
+            return
+        if self._before is None:
+            del self._loop.on_advance_end
+        else:
+            self._loop.on_advance_end = self._before
+
+
 def newest_checkpoint(trainer: Any) -> str | None:
     """The checkpoint that this run wrote last, or else the one that it was resumed from.
 
@@ -48,22 +76,34 @@ def newest_checkpoint(trainer: Any) -> str | None:
         if is_instance_by_name(callback, "ModelCheckpoint"):
             paths += [callback.last_model_path, callback.best_model_path, *callback.best_k_models]
             paths.append(callback._last_checkpoint_saved)
-    written = [path for path in paths if path and Path(path).exists()]
+    dated = [(_modified(path), path) for path in dict.fromkeys(paths) if path]
+    written = [(date, path) for date, path in dated if date is not None]
     if written:
-        return max(written, key=lambda path: Path(path).stat().st_mtime_ns)
+        return max(written)[1]
     resumed_from = trainer.ckpt_path
-    return str(resumed_from) if resumed_from and Path(resumed_from).exists() else None
+    return str(resumed_from) if resumed_from and _modified(str(resumed_from)) is not None else None
 
 
-def checkpoint_folder(trainer: Any) -> Path | None:
-    """Where the run's checkpoints go; None if it keeps none.
+def checkpoint_folder(trainer: Any) -> str | None:
+    """Where the run's checkpoints go, on whatever file system; None if it keeps none.
 
     Args:
         trainer: The Trainer.
     """
-    callback = trainer.checkpoint_callback
-    folder = getattr(callback, "dirpath", None)
-    return None if folder is None or trainer.fast_dev_run else Path(folder)
+    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    folder = next((folder for folder in folders if folder is not None), None)
+    return None if folder is None or trainer.fast_dev_run else str(folder).rstrip("/")
+
+
+def _modified(path: str) -> float | None:
+    """When a file was written, in seconds; None if it is not there."""
+    files, name = url_to_fs(path)
+    if not files.exists(name):
+        return None
+    try:
+        return float(files.modified(name).timestamp())
+    except NotImplementedError:  # a file system without dates
+        return 0.0
 
 
 def resume_command(checkpoint: str) -> str:
@@ -87,7 +127,8 @@ def resume_command(checkpoint: str) -> str:
     if program.name == "__main__.py":
         start = ["python", "-m", program.parent.name]
     else:
-        start = ["python", str(program)] if program.suffix == ".py" else [program.name]
+        found = shutil.which(program.name) is not None
+        start = ["python", str(program)] if program.suffix == ".py" else [program.name if found else str(program)]
     return shlex.join([*start, *kept, f"--ckpt_path={checkpoint}"])
 
 

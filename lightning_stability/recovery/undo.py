@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
+
+_BEFORE_A_BATCH = ("on_train_start", "on_train_epoch_start", "on_train_batch_start")
 
 LIST_READS = 256
 """Batches whose list-valued metric states may wait for their verdict before one read of the device settles all."""
@@ -18,8 +21,8 @@ LIST_READS = 256
 class BufferUndo:
     """Keeps what the forward pass writes into the module and gives it back where the pass was bad.
 
-    That is every buffer (running statistics, integer counters, whatever else) and every parameter that is written
-    outside the optimizer: weights with a `max_norm`, and those whose version counter moved during an earlier
+    That is every dense buffer (running statistics, integer counters, whatever else) and every parameter that is
+    written outside the optimizer: weights with a `max_norm`, and those whose version counter moved during an earlier
     forward pass. On a device the choice between old and new is made there, without a host read; on the CPU, where
     a look is free, a good batch costs one copy.
 
@@ -29,38 +32,34 @@ class BufferUndo:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._slots: list[tuple[dict[str, Tensor | None], str, str]] = []
+        self._slots: list[_Slot] = []
+        self._held: list[Any] = []  # what the slots hold, as it was when the copies were laid out
+        self._kept: list[Tensor | None] = []
         self._layouts: list[_Layout] = []
-        self._kept: list[Tensor] = []
+        self._old: list[Tensor | None] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._found: set[int] = {id(p) for m in module.modules() if _max_norm(m) for p in m.parameters(recurse=False)}
         self.rescan()
 
     def rescan(self) -> None:
         """Look again for what has to be kept; modules may have been added or replaced."""
-        self._slots, seen = [], set()
+        self._slots = []
         for prefix, owner in self._module.named_modules():
             if isinstance(owner, Metric):
                 continue
-            buffers = [(owner._buffers, name) for name in owner._buffers]
-            written = [(owner._parameters, n) for n, p in owner._parameters.items() if id(p) in self._found]
-            for tensors, name in (*buffers, *written):
-                tensor = tensors[name]
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    self._slots.append((tensors, name, f"{prefix}.{name}" if prefix else name))  # type: ignore[arg-type]
-        self._layouts = []
-        self._kept = []
+            written = [name for name, p in owner._parameters.items() if id(p) in self._found]
+            places = [(owner._buffers, name) for name in owner._buffers]
+            places += [(owner._parameters, name) for name in written]  # type: ignore[misc]
+            self._slots += [_Slot(tensors, name, f"{prefix}.{name}" if prefix else name) for tensors, name in places]
+        self._held, self._kept, self._layouts, self._old = [], [], [], []
 
     @torch.no_grad()
     def remember(self) -> None:
         """Keep everything as it is now, before a forward pass."""
-        current = self._current()
-        if not self._fits(current):
-            self._layouts = _lay_out(current, [name for *_, name in self._slots])
-        self._kept = current
+        if not self._fits():
+            self._lay_out()
         for layout in self._layouts:
-            torch._foreach_copy_(layout.old_views, layout.pick(current))  # type: ignore[arg-type]
+            torch._foreach_copy_(layout.old_views, layout.data)  # type: ignore[arg-type]
 
     def note_versions(self) -> None:
         """Before a forward pass: note which version each parameter has."""
@@ -76,26 +75,41 @@ class BufferUndo:
 
     @torch.no_grad()
     def nonfinite(self) -> tuple[Tensor, Tensor] | None:
-        """Whether the forward pass made something non-finite that was not so before, and where.
+        """Whether the forward pass made something NaN or infinite that was not so before, and where.
+
+        A value of -inf does not count: masks are made of it.
 
         Returns:
             Two 0-dimensional tensors, a flag and an index into `name_at`; None if nothing of the kind is kept.
         """
-        current = self._current()
-        if not self._fits(current):
+        if not self._kept:  # found or scanned just now
             return None
+        if not self._fits():
+            return self._nonfinite_one_by_one()
         found: tuple[Tensor, Tensor] | None = None
         start = 0
         for layout in self._layouts:
             if layout.floating:
-                torch.cat([t.reshape(-1) for t in layout.pick(current)], out=layout.new)
-                # what was non-finite before, a causal mask's -inf, is so by design
-                bad = torch.isfinite(layout.new).logical_not_().logical_and_(torch.isfinite(layout.old))
+                torch.cat(layout.flat(), out=layout.new)
+                bad = _bad(layout.new).logical_and_(_bad(layout.old).logical_not_())
                 # (`bad[index]` would read the index on the host)
-                here = (bad.any(), bad.to(torch.uint8).argmax() + start)
-                found = here if found is None else _either(found, here)
+                found = either(found, (bad.any(), bad.to(torch.uint8).argmax() + start))
             start += layout.old.numel()
         return found
+
+    def _nonfinite_one_by_one(self) -> tuple[Tensor, Tensor] | None:
+        """The same, where buffers have become others: such as one that grows."""
+        found: tuple[Tensor, Tensor] | None = None
+        for slot, tensor, old in zip(self._slots, self._current(), self._old, strict=True):
+            if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
+                flag = _bad(tensor).any()
+                if old is not None:
+                    flag = flag & ~_bad(old).any().to(flag.device)
+                found = either(found, (flag, torch.full((), self._index_of(slot), device=flag.device)))
+        return found
+
+    def _index_of(self, slot: _Slot) -> int:
+        return sum(layout.old.numel() for layout in self._layouts) + self._slots.index(slot)
 
     def name_at(self, index: int) -> str:
         """The buffer or parameter that an index of `nonfinite` points into.
@@ -108,7 +122,7 @@ class BufferUndo:
                 if index < size:
                     return name
                 index -= size
-        return "a buffer"
+        return self._slots[index].path if index < len(self._slots) else "a buffer"
 
     @torch.no_grad()
     def give_back(self, bad: Tensor) -> None:
@@ -118,79 +132,135 @@ class BufferUndo:
             bad: 0-dimensional, bool.
         """
         on_host = _is_on_host(bad)
-        if not self._slots or (on_host and not bad):
+        if not self._kept or (on_host and not bad):
             return
-        current = self._current()
-        if not self._fits(current):  # a buffer of another shape: only the host can undo that
-            if bad:
-                self._put_back_tensors()
+        if not self._fits():
+            self._give_back_one_by_one(bad)
             return
         for layout in self._layouts:
-            mine = [tensor.detach() for tensor in layout.pick(current)]
             if not on_host:
-                torch.cat([t.reshape(-1) for t in mine], out=layout.new)
+                torch.cat(layout.flat(), out=layout.new)
                 torch.where(bad, layout.old, layout.new, out=layout.new)
-            torch._foreach_copy_(mine, layout.old_views if on_host else layout.new_views)  # type: ignore[arg-type]
+            torch._foreach_copy_(layout.data, layout.old_views if on_host else layout.new_views)  # type: ignore[arg-type]
 
-    def _put_back_tensors(self) -> None:
-        for (tensors, name, _), kept in zip(self._slots, self._kept, strict=True):
-            tensors[name] = kept
-        for layout in self._layouts:
-            torch._foreach_copy_([t.detach() for t in layout.pick(self._kept)], layout.old_views)  # type: ignore[arg-type]
+    def _give_back_one_by_one(self, bad: Tensor) -> None:
+        """The same, where buffers have become others: replaced, of another shape, gone, or made anew."""
+        for slot, kept, old in zip(self._slots, self._kept, self._old, strict=True):
+            now = slot.tensor()
+            if kept is None or old is None:
+                if now is not None and kept is None and bad:
+                    slot.tensors[slot.name] = None  # it was made by this pass
+            elif now is not None and _alike(now, old) and _is_writable(now):
+                now.data.copy_(torch.where(bad.to(now.device), old, now))
+            elif bad:
+                slot.tensors[slot.name] = kept
+                kept.data.copy_(old)
 
-    def _current(self) -> list[Tensor]:
-        return [tensors[name] for tensors, name, _ in self._slots]  # type: ignore[misc]
+    def _current(self) -> list[Tensor | None]:
+        return [slot.tensor() for slot in self._slots]
 
-    def _fits(self, tensors: list[Tensor]) -> bool:
-        """Whether the copies have room for these tensors; the same objects as before do."""
-        if len(self._kept) == len(tensors) and all(map(operator.is_, self._kept, tensors)) and self._layouts:
-            return True
-        if sum(len(layout.places) for layout in self._layouts) != len(tensors):
-            return False
-        return all(
-            (tensors[place].shape, tensors[place].dtype, tensors[place].device) == (view.shape, view.dtype, view.device)
-            for layout in self._layouts
-            for place, view in zip(layout.places, layout.old_views, strict=True)
-        )
+    def _fits(self) -> bool:
+        """Whether the slots hold the same objects, in the same memory, as when the copies were laid out."""
+        held = [slot.tensors.get(slot.name) for slot in self._slots]
+        same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
+        return same and all(layout.is_in_place() for layout in self._layouts)
+
+    def _lay_out(self) -> None:
+        """Make room for copies: one flat tensor for each device and dtype, with a view for each tensor."""
+        self._held = [slot.tensors.get(slot.name) for slot in self._slots]
+        self._kept = current = self._current()
+        by_kind: dict[Any, dict[int, tuple[Tensor, str]]] = {}
+        for slot, tensor in zip(self._slots, current, strict=True):
+            if tensor is not None:
+                by_kind.setdefault((tensor.device, tensor.dtype), {}).setdefault(id(tensor), (tensor, slot.path))
+        self._layouts = [
+            _Layout.of([t for t, _ in kind.values()], [n for _, n in kind.values()]) for kind in by_kind.values()
+        ]
+        views = {id(t): v for layout in self._layouts for t, v in zip(layout.tensors, layout.old_views, strict=True)}
+        self._old = [None if tensor is None else views[id(tensor)] for tensor in current]
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A place in a module that may hold a tensor."""
+
+    tensors: dict[str, Any]
+    name: str
+    path: str
+
+    def tensor(self) -> Tensor | None:
+        """What it holds now, if that is a dense tensor with values."""
+        tensor = self.tensors.get(self.name)
+        if tensor is None or tensor.layout != torch.strided or is_lazy(tensor):
+            return None
+        return tensor  # type: ignore[no-any-return]
 
 
 @dataclass(slots=True)
 class _Layout:
     """Tensors of one device and dtype, and two flat copies of them."""
 
-    places: list[int]
+    tensors: list[Tensor]
     names: list[str]
     sizes: list[int]
+    data: list[Tensor]
     old: Tensor
     new: Tensor
     old_views: list[Tensor]
     new_views: list[Tensor]
 
+    @classmethod
+    def of(cls, tensors: list[Tensor], names: list[str]) -> _Layout:
+        sizes = [tensor.numel() for tensor in tensors]
+        first = tensors[0]
+        old, new = (torch.zeros(sum(sizes), dtype=first.dtype, device=first.device) for _ in range(2))
+        views = [
+            [piece.view(t.shape) for piece, t in zip(torch.split(flat, sizes), tensors, strict=True)]
+            for flat in (old, new)
+        ]
+        # `.data`: a pass that is yet to run backward may hold these tensors, and must not be told of a write
+        return cls(tensors, names, sizes, [tensor.data for tensor in tensors], old, new, *views)
+
+    def flat(self) -> list[Tensor]:
+        """The tensors, one-dimensional."""
+        return [data.reshape(-1) for data in self.data]
+
+    def is_in_place(self) -> bool:
+        """Whether the tensors are still in that memory; `Module.to` moves all of them and keeps the objects."""
+        first, last = self.tensors[0], self.tensors[-1]
+        return first.data_ptr() == self.data[0].data_ptr() and last.data_ptr() == self.data[-1].data_ptr()
+
     @property
     def floating(self) -> bool:
         return self.old.is_floating_point() or self.old.is_complex()
 
-    def pick(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [tensors[place] for place in self.places]
+
+def either(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A flag that is set where one of two is, and the index of the first that is.
+
+    Args:
+        a: A flag and its index, or None for nothing.
+        b: The same; may be on another device.
+    """
+    if a is None:
+        return b
+    flag, index = (tensor.to(a[0].device) for tensor in b)
+    return a[0] | flag, torch.where(a[0], a[1], index)
 
 
-def _lay_out(tensors: list[Tensor], names: list[str]) -> list[_Layout]:
-    by_kind: dict[Any, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        by_kind.setdefault((tensor.device, tensor.dtype), []).append(place)
-    layouts = []
-    for (device, dtype), places in by_kind.items():
-        mine = [tensors[place] for place in places]
-        sizes = [tensor.numel() for tensor in mine]
-        old, new = (torch.zeros(sum(sizes), dtype=dtype, device=device) for _ in range(2))
-        views = [[p.view(t.shape) for p, t in zip(torch.split(flat, sizes), mine, strict=True)] for flat in (old, new)]
-        layouts.append(_Layout(places, [names[p] for p in places], sizes, old, new, *views))
-    return layouts
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
-def _either(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    flags = [a[0], b[0].to(a[0].device)]
-    return flags[0] | flags[1], torch.where(flags[0], a[1], b[1].to(a[1].device))
+def _is_writable(tensor: Tensor) -> bool:
+    """Not so if elements share their memory, as those of an expanded tensor do."""
+    return all(stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _bad(values: Tensor) -> Tensor:
+    if values.is_complex():
+        return torch.isfinite(values).logical_not_()
+    return torch.isnan(values).logical_or_(torch.isposinf(values))
 
 
 def _max_norm(module: nn.Module) -> bool:
@@ -247,14 +317,13 @@ class MetricUndo:
         if on_host and not bad:
             return
         known = {id(kept.metric): kept for kept in self._kept}
-        replaced: dict[int, Tensor] = {}
         added: list[tuple[Metric, str, list[Any]]] = []
         with torch.no_grad():
             for metric in self._all():
                 kept = known.get(id(metric)) or _fresh(metric)
-                if metric._update_count == kept.update_count:
+                if metric._update_count <= kept.update_count:  # not updated, or reset since
                     continue
-                self._give_back_tensors(kept, bad, replaced)
+                _give_back_tensors(kept, bad)
                 added += _new_elements(kept)
                 if on_host:
                     metric._update_count, metric._computed = kept.update_count, None
@@ -265,17 +334,6 @@ class MetricUndo:
             self._undecided.append((bad, added))
             if on_host or len(self._undecided) >= LIST_READS:
                 self.trim()
-
-    def _give_back_tensors(self, kept: _KeptMetric, bad: Tensor, replaced: dict[int, Tensor]) -> None:
-        for name, old in kept.tensors.items():
-            state = getattr(kept.metric, name)
-            if not isinstance(state, Tensor) or state.shape != old.shape:
-                continue
-            # metrics of one compute group share their states, and shall go on doing so
-            if id(state) not in replaced:
-                here = bad.to(state.device, non_blocking=True)
-                replaced[id(state)] = torch.where(here, old.to(state.device, state.dtype), state.detach())
-            setattr(kept.metric, name, replaced[id(state)])
 
     def trim(self) -> None:
         """Remove the list elements of bad batches; reads their flags from the device."""
@@ -294,7 +352,9 @@ class MetricUndo:
         results = self._results()
         if results is None:
             return self._metrics
-        logged = [item if item.is_tensor else item.value for item in results.values() if item.meta.on_epoch]
+        # what is logged before a batch is trained says nothing of it
+        items = [i for i in results.values() if i.meta.on_epoch and i.meta.fx not in _BEFORE_A_BATCH]
+        logged = [item if item.is_tensor else item.value for item in items]
         elsewhere = [m for m in logged if isinstance(m, Metric) and not any(m is known for known in self._metrics)]
         return [*self._metrics, *elsewhere]
 
@@ -308,6 +368,14 @@ def _keep(metric: Metric) -> _KeptMetric:
         elif isinstance(state, Tensor):
             kept.tensors[name] = state.detach().clone()
     return kept
+
+
+def _give_back_tensors(kept: _KeptMetric, bad: Tensor) -> None:
+    for name, old in kept.tensors.items():
+        state = getattr(kept.metric, name)
+        if isinstance(state, Tensor) and state.shape == old.shape:
+            here = bad.to(state.device)
+            setattr(kept.metric, name, torch.where(here, old.to(state.device, state.dtype), state.detach()))
 
 
 def _fresh(metric: Metric) -> _KeptMetric:

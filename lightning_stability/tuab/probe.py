@@ -154,7 +154,11 @@ class EEGPTProbe(pl.LightningModule):
         chosen = torch.linspace(0, len(train) - 1, _WINDOWS_LOOKED_AT).long().tolist()
         # in full precision, so that the figures are those of the numbers and not of the format
         eeg = torch.stack([train[index]["eeg"] for index in chosen]).to(weight.device, weight.dtype)
+        before = weight.clone()
         seen = self._encoder_input(eeg).float()
+        weight.copy_(
+            before
+        )  # max-norm writes at each use, and a resumed run has to use it as often as one that was not
         rank_zero_info(
             f"Encoder input: mean {seen.mean():.4g}, deviation {seen.std():.4g}, range {seen.min():.4g} to "
             f"{seen.max():.4g}, in {len(eeg)} windows of the train set. EEGPT expects a deviation of about 1."

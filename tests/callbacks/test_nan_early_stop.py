@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_stability import GradNormMonitor, NaNEarlyStop, NonFiniteError
+from lightning_stability import FractionalCheckpoint, GradNormMonitor, NaNEarlyStop, NonFiniteError
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.events import read_events
 from tests import runs
@@ -194,6 +194,92 @@ class TestAStopNeverMakesItWorse:
         assert trainer.global_step == 12
         assert again.state_dict()["updates"] == 11
         assert again.state_dict()["skipped_bad"] == 1
+
+    @pytest.mark.parametrize("bad", [4, 5, 6])
+    def test_a_stop_at_an_epochs_border_loses_no_epoch(self, one: Any, tmp_path: Path, bad: int) -> None:
+        def saver() -> Any:
+            return one.callbacks.ModelCheckpoint(tmp_path)
+
+        Run(one, {bad: "nan_input"}, callbacks=[saver()], enable_checkpointing=True)
+        module = poison.make_module(one, {}, adamw, by_hand=False)
+        trainer = runs.trainer(one, max_epochs=2, callbacks=[NaNEarlyStop(), saver()], enable_checkpointing=True)
+        kept = tmp_path / "nan_early_stop.ckpt"
+        newest = kept if kept.exists() else next(tmp_path.glob("epoch=0*"))
+        trainer.fit(module, poison.data(), ckpt_path=newest, weights_only=False)
+        assert (trainer.global_step, trainer.current_epoch) == (12, 2)
+
+    def test_it_says_so_however_warnings_are_set(self, one: Any) -> None:
+        for setting in ("ignore", "error", "default", "default"):
+            module = poison.make_module(one, {2: "nan_input"}, adamw, by_hand=False)
+            said: list[str] = []
+            with warnings.catch_warnings():
+                warnings.simplefilter(setting)
+                warnings.filterwarnings("ignore", message="(?!NaNEarlyStop)")
+                warnings.showwarning = lambda message, *args, said=said, **kwargs: said.append(str(message))
+                runs.trainer(one, callbacks=[NaNEarlyStop()]).fit(module, poison.data())
+            assert any("NaNEarlyStop ended the run" in line for line in said), setting
+
+    def test_a_logger_that_fails_does_not_hide_it(self, one: Any) -> None:
+        class Broken(type(runs.memory_logger(one))):
+            def save(self) -> None:
+                if self.rows and "skipped_updates" in self.rows[-1][1]:
+                    raise ConnectionError("the tracker is gone")
+
+            def finalize(self, status: str) -> None:
+                pass
+
+        module = poison.make_module(one, {2: "nan_input"}, adamw, by_hand=False)
+        with pytest.warns(UserWarning, match="NaNEarlyStop ended the run"):
+            runs.trainer(one, callbacks=[NaNEarlyStop()], logger=Broken()).fit(module, poison.data())
+
+    def test_no_end_of_epoch_hook_runs_after_it(self, pl: Any) -> None:
+        class Wants(pl.Callback):
+            def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+                trainer.callback_metrics["val_loss"]
+
+        module = poison.make_module(pl, {2: "nan_input"}, adamw, by_hand=False)
+        trainer = runs.trainer(pl, callbacks=[Wants(), NaNEarlyStop()], num_sanity_val_steps=0)
+        trainer.fit(module, poison.data(), poison.data())
+        assert trainer.state.finished
+        assert "on_advance_end" not in vars(trainer.fit_loop)
+
+    def test_good_weights_are_kept_when_another_callbacks_save_finds_out(self, one: Any, tmp_path: Path) -> None:
+        class Saves(one.Callback):
+            """A save of the user's own, between the bad step and the guard's hook."""
+
+            def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+                if trainer.global_step == 4:
+                    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+
+        saver = one.callbacks.ModelCheckpoint(tmp_path)
+        stop = NaNEarlyStop()
+        module = poison.make_module(one, {3: "nan_input"}, adamw, by_hand=False)
+        trainer = runs.trainer(one, callbacks=[Saves(), stop, saver], enable_checkpointing=True)
+        trainer.fit(module, poison.data())
+        assert (tmp_path / "nan_early_stop.ckpt").exists()
+        assert not (tmp_path / "mine.ckpt").exists()
+
+    def test_checkpoints_on_another_file_system(self, one: Any) -> None:
+        import fsspec
+
+        saver = one.callbacks.ModelCheckpoint("memory://runs/one")
+        run = Run(one, {3: "nan_input"}, callbacks=[saver], enable_checkpointing=True)
+        assert "last good checkpoint: memory://runs/one/nan_early_stop.ckpt" in run.said[0]
+        assert fsspec.filesystem("memory").exists("/runs/one/nan_early_stop.ckpt")
+
+    def test_with_fractional_checkpoint(self, pl: Any, tmp_path: Path) -> None:
+        saver = FractionalCheckpoint(0.5, dirpath=tmp_path, save_top_k=-1)
+        run = Run(pl, {8: "nan_input"}, callbacks=[saver], enable_checkpointing=True)
+        names = sorted(path.name for path in tmp_path.iterdir())
+        steps = ["epoch=000.50-step=000003.ckpt", "epoch=001.00-step=000006.ckpt"]
+        assert names == [*steps, "last.ckpt", "nan_early_stop.ckpt"]
+        assert not {"on_advance_start", "on_advance_end"} & vars(run.trainer.fit_loop).keys()
+        assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+        module = poison.make_module(pl, {}, adamw, by_hand=False)
+        again = FractionalCheckpoint(0.5, dirpath=tmp_path)
+        trainer = runs.trainer(pl, max_epochs=2, callbacks=[NaNEarlyStop(), again], enable_checkpointing=True)
+        trainer.fit(module, poison.data(), ckpt_path=tmp_path / "last.ckpt")
+        assert trainer.global_step == 12
 
     def test_loggers_are_told_and_saved(self, one: Any, tmp_path: Path) -> None:
         logger = one.loggers.CSVLogger(tmp_path, flush_logs_every_n_steps=10**6)
@@ -390,6 +476,43 @@ class TestLifeInATrainer:
         stop = NaNEarlyStop()
         runs.trainer(pl, callbacks=[search, stop], default_root_dir=tmp_path).fit(module)
         assert stop.state_dict()["updates"] == math.ceil(32 / module.batch_size)
+
+    def test_with_a_scheduler_that_is_made_later(self, one: Any) -> None:
+        average = one.callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
+        plain = runs.make_module(one, on_before_optimizer_step=lambda self, optimizer: None)
+        trainer = runs.trainer(one, max_epochs=3, callbacks=[average, NaNEarlyStop()])
+        trainer.fit(plain, runs.data())
+        assert trainer.state.finished
+        assert not poison.nonfinite(plain.state_dict())
+
+    def test_a_loss_that_the_module_itself_leaves_out(self, one: Any) -> None:
+        def without_nan(self: Any, batch: Any, batch_idx: int) -> Any:
+            loss = self.net(batch[0] * (torch.nan if batch_idx == 2 else 1.0)).pow(2).mean()
+            return loss if torch.isfinite(loss) else None
+
+        module = poison.make_module(one, {}, adamw, by_hand=False)
+        type(module).training_step = without_nan
+        runs.trainer(one, callbacks=[NaNEarlyStop()]).fit(module, poison.data())
+        assert not poison.nonfinite(module.state_dict())
+
+    @pytest.mark.parametrize("bad", [True, False])
+    def test_two_forward_passes_before_two_backward_passes(self, one: Any, bad: bool) -> None:
+        def training_step(self: Any, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            first = self.net(batch[0] * (torch.nan if bad and batch_idx == 2 else 1.0)).pow(2).mean()
+            second = self.net(batch[0] + 1.0).pow(2).mean()
+            self.manual_backward(first)
+            self.manual_backward(second)
+            optimizer.step()
+
+        module = poison.make_module(one, {}, adamw, by_hand=False)
+        type(module).training_step = training_step
+        module.automatic_optimization = False
+        stop = NaNEarlyStop(1)
+        runs.trainer(one, callbacks=[stop]).fit(module, poison.data())
+        assert stop.state_dict()["skipped_bad"] == int(bad)
+        assert not poison.nonfinite(module.state_dict())
 
     def test_with_torch_compile(self, one: Any) -> None:
         net = torch.compile(runs.Net(), backend="aot_eager")

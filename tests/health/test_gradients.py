@@ -199,3 +199,33 @@ def test_the_vector_of_a_sparse_and_an_absent_gradients_norms() -> None:
     assert meter.norms.tolist() == [0.0, 3.0, 4.0]
     parameters[1].grad.zero_()  # sparse gradients are put in order on the way: they stay ordinary tensors
     assert send(meter).grad_norms.tolist() == [0.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("loss", [torch.tensor(-2.0), torch.tensor(-2.0, dtype=torch.bfloat16)])
+@pytest.mark.parametrize("present", [True, False])
+def test_what_travels_along_when_the_norms_drive_the_clipping(loss: torch.Tensor, present: bool) -> None:
+    """On a device norms, scale and loss are gathered at once, and the coefficient is written beside them."""
+    meter, parameters = make([torch.ones(4), torch.ones(9) if present else None, torch.ones(16)], drives_clipping=True)
+    _, theirs = make([None if p.grad is None else p.grad.clone() for p in parameters])
+    meter._on_host, meter._gathers_at_once = False, True
+    scale, results, reads = torch.tensor(8.0), [], LateReads()
+    for _ in range(2):
+        meter.measure({"loss_scale": scale}, {"loss": loss, "bad_batch": torch.tensor(3)})
+        total = float(meter.total_norm())
+        scale.add_(1.0)
+        meter.clip_(1.0)
+        meter.send(reads, results.append)
+    meter.measure({"loss_scale": scale}, {})
+    meter.send(reads, results.append)
+    reads.drain()
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    assert all(p.grad is None or torch.equal(p.grad, t.grad) for p, t in zip(parameters, theirs, strict=True))
+    assert total == pytest.approx(1.0, rel=1e-5)
+    first, _, last = results
+    norms = [2.0, 3.0 if present else 0.0, 4.0]
+    assert first.grad_norms.tolist() == norms
+    coefficient = 1.0 / (math.hypot(*norms) + 1e-6)
+    assert first.scalars.pop("clip_coefficient") == pytest.approx(coefficient, rel=1e-6)
+    assert first.scalars == {"loss_scale": 8.0, "loss": -2.0, "bad_batch": 3.0}
+    assert last.scalars == {"loss_scale": 10.0}

@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_stability.health import ParameterGroups
 from lightning_stability.health.trend import MEMORY_STEPS, NormTrend
 
 
@@ -62,3 +63,30 @@ def test_state_goes_through_json() -> None:
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert follow(other, [5.0]) == follow(one, [5.0]) == [0]
     assert other.state_dict() == one.state_dict()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 70), st.integers(1, 70))
+def test_groups_are_followed_together_as_one_by_one(seed: int, steps: int, more: int) -> None:
+    """Saving after each step works each one's groups out alone; some groups have no gradient in some steps."""
+    generator = np.random.default_rng(seed)
+    rows = np.exp(generator.normal(size=(steps + more, 3)))
+    rows[generator.random(rows.shape) < 0.2 * (seed % 2)] = 0.0
+    together, one_by_one = NormTrend(("a", "b", "c")), NormTrend(("a", "b", "c"))
+    for row in rows:
+        total = float(np.sqrt((row**2).sum()))
+        together.update(total, row)
+        one_by_one.update(total, row)
+        one_by_one.state_dict()
+    means = (trend.state_dict()["group_means"] for trend in (together, one_by_one))
+    np.testing.assert_allclose(*means, rtol=1e-9, atol=1e-12)
+
+
+def test_the_groups_norms_are_made_of_the_parameters() -> None:
+    groups = ParameterGroups(("a.x", "b.x", "a.y"), group_depth=1)
+    trend = NormTrend(groups.names, groups.norms)
+    for _ in range(60):
+        trend.update(13.0, np.array([3.0, 12.0, 4.0]))
+    rises = [trend.update(51.0, np.array([30.0, 12.0, 40.0])) for _ in range(3)]
+    assert rises[2] is not None
+    assert (rises[2].group, rises[2].group_ratio) == ("a", 10.0)

@@ -287,6 +287,30 @@ class TestWhatElseHappens:
         assert len(module.validations) > 6
         assert all(module.validations)
 
+    def test_weights_that_the_forward_pass_writes_are_given_back(self, one: Any) -> None:
+        """Nothing names them: they are found by their version in the first batches."""
+
+        class Renormed(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = torch.nn.Linear(6, 1)
+
+            def forward(self, x: Any) -> Any:
+                with torch.no_grad():
+                    self.linear.weight.div_(self.linear.weight.norm() * (1 + x[0, 0] * 0))
+                return self.linear(x)
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+            weights.append(self.net.linear.weight.detach().clone())
+            return self.net(batch[0] * (torch.nan if batch_idx == 2 else 1.0)).pow(2).mean()
+
+        weights: list[Any] = []
+        module = runs.make_module(
+            one, Renormed(), training_step=training_step, on_before_optimizer_step=lambda self, optimizer: None
+        )
+        runs.trainer(one, callbacks=[NaNEarlyStop(1)]).fit(module, runs.data())
+        assert torch.equal(weights[3], weights[2])
+
     def test_an_update_is_held_on_the_device_until_the_host_has_read_of_the_stop(self, one: Any) -> None:
         """The host hears four steps late; weights are still those of the bad step."""
         results = []

@@ -59,7 +59,7 @@ def test_bad_is_given_back_and_good_stays(values: list[float]) -> None:
         after = state(module)
         found = undo.nonfinite()
         assert found is not None
-        bad = not all(torch.isfinite(t).all() for n, t in after.items() if n != "mask")
+        bad = any((torch.isnan(t) | torch.isposinf(t)).any() for n, t in after.items() if n != "mask")
         assert bool(found[0]) == bad
         if bad:
             assert undo.name_at(int(found[1])) == "norm.running_mean"
@@ -91,7 +91,10 @@ def test_a_buffer_that_has_grown_is_given_back_in_its_old_size() -> None:
     undo = BufferUndo(module)
     undo.remember()
     module.table = torch.full((5,), torch.nan)
-    assert undo.nonfinite() is None
+    found = undo.nonfinite()
+    assert found is not None
+    assert bool(found[0])
+    assert undo.name_at(int(found[1])) == "table"
     undo.give_back(torch.tensor(True))
     assert module.table.shape == (2, 2)
     assert torch.equal(module.table, torch.zeros(2, 2, dtype=torch.float16))
@@ -134,3 +137,40 @@ def test_metrics_are_those_of_the_good_batches(bad: list[bool], settle_twice: bo
     assert torch.equal(ours.mean.compute(), reference.mean.compute())
     for name, value in reference.several.compute().items():
         assert torch.equal(ours.several.compute()[name], value), name
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("bad", [True, False])
+def test_buffers_that_become_others(bad: bool) -> None:
+    """None at first, made None, deleted, expanded, sparse, one object in two places that becomes two."""
+    module = nn.Module()
+    shared = torch.zeros(2)
+    for name, value in {
+        "none": None,
+        "gone": torch.ones(2),
+        "deleted": torch.ones(3),
+        "expanded": torch.zeros(2, 2),
+        "sparse": torch.eye(2).to_sparse(),
+        "one": shared,
+        "other": shared,
+    }.items():
+        module.register_buffer(name, value)
+    undo = BufferUndo(module)
+    before = dict(module._buffers)
+    undo.remember()
+    module.none, module.gone, module.other = torch.full((1,), torch.nan), None, torch.full((2,), torch.nan)
+    del module.deleted
+    module.expanded = torch.full((1, 1), torch.nan).expand(2, 2)
+    after = dict(module._buffers)
+    found = undo.nonfinite()
+    assert found is not None
+    assert bool(found[0])
+    undo.give_back(torch.tensor(bad))
+    expected = before if bad else after
+    assert {name: value is None for name, value in module._buffers.items()} == {
+        n: v is None for n, v in expected.items()
+    }
+    for name, value in expected.items():
+        if value is not None and name != "sparse":
+            assert torch.equal(torch.nan_to_num(module._buffers[name]), torch.nan_to_num(value)), name
+            assert bool(torch.isfinite(module._buffers[name]).all()) == bool(torch.isfinite(value).all()), name

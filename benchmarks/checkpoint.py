@@ -1,0 +1,283 @@
+"""What a save costs training: FractionalCheckpoint beside Lightning's ModelCheckpoint.
+
+A model of 110 million parameters with AdamW (1.3 GB of state) is trained in blocks of steps; the first step of a block
+saves, the others feel what goes on in the background. The time lost per save is a block with a save less a bare block
+without one before and after it. Each way saves three times in a fit, and the first, which allocates, is left out; ways
+are interleaved, and the median over all saves is given with the range.
+
+Beside them the limits: the state's bytes over the bandwidth of the disk, written once and flushed, and over that of a
+plain copy to host memory (pinned, on a GPU).
+
+usage: python benchmarks/checkpoint.py [--quick] [--rounds N] [--device cuda] [--folder DIR] [--json FILE]
+                                       [--gpu-tests]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins.io import AsyncCheckpointIO
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lightning_stability import FractionalCheckpoint  # noqa: E402
+
+EPOCH = 10**6
+Way = Callable[[Path, int], tuple[list[pl.Callback], list[Any]]]
+
+
+def main() -> None:
+    options = arguments()
+    quiet()
+    if options.gpu_tests:
+        words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests/test_gpu_checkpoint.py")]
+        subprocess.run(words, cwd=ROOT, check=False)
+    device = torch.device(options.device)
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        report = measure(device, folder, options)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print_report(report)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measure(device: torch.device, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    width = 3317 if not options.quick else 1658
+    module = Module(width, rows=64 if device.type == "cuda" else 4).to(device)
+    state = trained_state(module, device)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state)
+    limits = {"disk": disk_seconds(size, folder), "copy": copy_seconds(state, device)}
+    del state
+    bare = block_seconds(module, device, None, folder, steps=5, saves=2)
+    # long enough for a save in the background to end within its block
+    steps = max(3, math.ceil(2.5 * max(limits["disk"]["median"], 0.2) / (statistics.median(bare) / 5)))
+    lost: dict[str, list[float]] = {way: [] for way in WAYS}
+    bare_blocks = []
+    for _ in range(options.rounds):
+        before = statistics.median(block_seconds(module, device, None, folder, steps, saves=2))
+        for name, way in WAYS.items():
+            blocks = block_seconds(module, device, way, folder, steps, saves=3)[1:]
+            after = statistics.median(block_seconds(module, device, None, folder, steps, saves=2))
+            lost[name] += [block - (before + after) / 2 for block in blocks]
+            bare_blocks.append(before := after)
+    ours, theirs = spread(lost["FractionalCheckpoint"]), spread(lost["ModelCheckpoint"])
+    return {
+        "machine": machine(device),
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "bytes": size,
+        "steps_in_a_block": steps,
+        "bare_step_ms": {key: 1e3 * value / steps for key, value in spread(bare_blocks).items()},
+        "rounds": options.rounds,
+        "limits_seconds": limits,
+        "lost_seconds": {way: spread(values) for way, values in lost.items()},
+        "sync_over_lightning": ours["median"] / theirs["median"],
+        "async_over_copy": spread(lost["FractionalCheckpoint, async_save"])["median"] / limits["copy"]["median"],
+    }
+
+
+WAYS: dict[str, Way] = {
+    "ModelCheckpoint": lambda folder, steps: ([lightnings(folder, steps)], []),
+    "ModelCheckpoint, AsyncCheckpointIO": lambda folder, steps: ([lightnings(folder, steps)], [AsyncCheckpointIO()]),
+    "FractionalCheckpoint": lambda folder, steps: ([ours(folder, steps, False)], []),
+    "FractionalCheckpoint, async_save": lambda folder, steps: ([ours(folder, steps, True)], []),
+}
+
+
+def lightnings(folder: Path, steps: int) -> pl.Callback:
+    return ModelCheckpoint(dirpath=folder / "lightning", every_n_train_steps=steps)
+
+
+def ours(folder: Path, steps: int, async_save: bool) -> pl.Callback:
+    return FractionalCheckpoint(steps / EPOCH, dirpath=folder / "ours", async_save=async_save)
+
+
+class SameSample(Dataset[Tensor]):
+    """One sample over and over, so that no loading is timed."""
+
+    def __init__(self, width: int) -> None:
+        self.sample = torch.randn(width)
+
+    def __len__(self) -> int:
+        return EPOCH
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.sample
+
+
+class Module(pl.LightningModule):
+    """Ten square layers: little to compute, much to save."""
+
+    def __init__(self, width: int, rows: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, rows
+        self.net = nn.Sequential(*(nn.Linear(width, width) for _ in range(10)))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch.expand(self.rows, -1)).pow(2).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-6)
+
+
+class Blocks(pl.Callback):
+    """Times blocks of steps, from the end of the step before a save."""
+
+    def __init__(self, device: torch.device, steps: int) -> None:
+        self.device, self.steps = device, steps
+        self.seconds: list[float] = []
+        self.start: float | None = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        # the last step before a multiple of `steps` saves when it is over: a block starts with that step
+        if (trainer.global_step + 1) % self.steps == 0:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            if self.start is not None:
+                self.seconds.append(now - self.start)
+            self.start = now
+
+
+def block_seconds(
+    module: Module, device: torch.device, way: Way | None, folder: Path, steps: int, saves: int
+) -> list[float]:
+    """Train for so many blocks, with a save in each, or without."""
+    callbacks, plugins = ([], []) if way is None else way(folder, steps)
+    blocks = Blocks(device, steps)
+    trainer = pl.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        max_steps=steps * (saves + 1),
+        logger=False,
+        callbacks=[blocks, *callbacks],
+        plugins=plugins,
+        enable_checkpointing=way is not None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, StatefulDataLoader(SameSample(module.width), batch_size=1))
+    shutil.rmtree(folder / "lightning", ignore_errors=True)
+    shutil.rmtree(folder / "ours", ignore_errors=True)
+    os.sync()  # what was written lazily is not left to the next one
+    return blocks.seconds
+
+
+# Limits
+
+
+def trained_state(module: Module, device: torch.device) -> list[Tensor]:
+    """As large as what a checkpoint holds: weights and both of Adam's moments."""
+    return [torch.zeros_like(p, device=device) for p in module.parameters() for _ in range(3)]
+
+
+def disk_seconds(size: int, folder: Path) -> dict[str, float]:
+    """Write so many bytes to a new file and flush it."""
+    chunk = os.urandom(2**24)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with (folder / "limit").open("wb", buffering=0) as file:
+            for _ in range(math.ceil(size / len(chunk))):
+                file.write(chunk)
+            os.fsync(file.fileno())
+        times.append(time.perf_counter() - start)
+        (folder / "limit").unlink()
+    return spread(times)
+
+
+def copy_seconds(state: list[Tensor], device: torch.device) -> dict[str, float]:
+    """Copy the state to host memory that is there already, pinned on a GPU."""
+    pinned = device.type == "cuda"
+    memory = [torch.empty_like(tensor, device="cpu", pin_memory=pinned) for tensor in state]
+    times = []
+    for repeat in range(6):
+        if pinned:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for target, source in zip(memory, state, strict=True):
+            target.copy_(source, non_blocking=pinned)
+        if pinned:
+            torch.cuda.synchronize()
+        if repeat:
+            times.append(time.perf_counter() - start)
+    return spread(times)
+
+
+# The machine and the report
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "pytorch_lightning": pl.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    print(json.dumps(report["machine"]))
+    size, steps = report["bytes"] / 1e9, report["steps_in_a_block"]
+    print(f"{report['parameters']:,} parameters, {size:.2f} GB; {steps} steps a block")
+    print(f"{'seconds lost per save':40s} {'median':>8s}   range")
+    for way, lost in report["lost_seconds"].items():
+        print(f"{way:40s} {lost['median']:8.3f}   {lost['min']:.3f} to {lost['max']:.3f}")
+    for name, limit in report["limits_seconds"].items():
+        print(f"{'limit: ' + name:40s} {limit['median']:8.3f}   {limit['min']:.3f} to {limit['max']:.3f}")
+    print(f"synchronous over ModelCheckpoint {report['sync_over_lightning']:.3f} (target 1.1)")
+    print(f"asynchronous over the copy       {report['async_over_copy']:.3f} (target 1.3, on a GPU)")
+
+
+def quiet() -> None:
+    warnings.filterwarnings("ignore")
+    for name in (
+        "pytorch_lightning",
+        *(f"{n}.utilities.rank_zero" for n in ("pytorch_lightning", "lightning.pytorch")),
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a quarter of the parameters: to see that it runs")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of interleaved ways")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--folder", type=Path, default=None, help="where to write, a folder on the disk to be measured")
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--gpu-tests", action="store_true", help="first run this issue's tests marked gpu")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,533 @@
+"""FractionalCheckpoint: a checkpoint every quarter of an epoch, always loadable, always finite, resumed exactly."""
+
+from __future__ import annotations
+
+import os
+import time
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_stability._compat import MisconfigurationException, ModelCheckpoint
+from lightning_stability.checkpointing import writing
+from lightning_stability.checkpointing.finite import nonfinite_names
+from lightning_stability.checkpointing.listing import checked_tensors
+from lightning_stability.checkpointing.loops import SECTION, Place, TrainingPlaces
+from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
+from lightning_stability.checkpointing.snapshot import HostSnapshot
+from lightning_stability.events import EventLog
+from lightning_stability.runtime import log_folder, runtime_of
+
+_OTHER_TRIGGERS = ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end", "save_on_exception")
+_BOOKKEEPING = (
+    *("current_score", "best_k_models", "kth_best_model_path", "kth_value", "best_model_score", "best_model_path"),
+    *("last_model_path", "_scores", "_last_global_step_saved", "_last_checkpoint_saved", "_ranked"),
+)
+
+
+class FractionalCheckpoint(ModelCheckpoint):
+    """Saves every `every_n_epochs` epochs, fractions included, and resumes as if nothing had happened.
+
+    A `ModelCheckpoint` with another trigger: `monitor`, `save_top_k`, `save_last`, `filename`, `dirpath` and remote
+    file systems work as there. The k-th save comes at the first optimizer step at or after `k * every_n_epochs`,
+    counted over all epochs, after a validation that is due at that step. The end of fit is saved too.
+
+    A checkpoint holds what an exact resume needs besides Lightning's own: the random state of Python, numpy and
+    torch, the position of the data (with a StatefulDataLoader of torchdata), the sums of `self.log` and the states of
+    torchmetrics, of every rank. Before anything is written, weights, buffers and optimizer state are checked; what is
+    not finite is not saved. Files are written beside, flushed, then moved into place.
+
+    Kept are the `save_top_k` best and always the newest; a metric that is NaN makes none of them the best. A second
+    name, `last.ckpt`, moves along with the newest and takes no room on the disk.
+
+    Args:
+        every_n_epochs: The interval, above 0: 0.25 saves four times an epoch.
+        steps_per_epoch: Optimizer steps of an epoch, for data whose length is not known.
+        async_save: Whether to write in the background. Training then waits for a copy in host memory only.
+        dirpath: The folder; by default `checkpoints` in the logger's.
+        filename: The files' name. `{epoch}` is the number of epochs trained, `000.25`; `{step}` and any logged metric
+            can be used too.
+        monitor: The logged metric that ranks checkpoints; without one only the newest is kept.
+        mode: Whether `"min"` or `"max"` of it is best.
+        save_top_k: How many of the best are kept; -1 keeps all.
+        save_last: Whether there is a `last.ckpt`; `"link"` makes it a symbolic link.
+        save_weights_only: Whether to leave out what a resume needs.
+        verbose: Whether to say when a checkpoint is saved.
+        auto_insert_metric_name: Whether file names hold the names of the metrics in them.
+        enable_version_counter: Whether to append `-v1` rather than overwrite.
+        other_trigger: Nothing; ModelCheckpoint's other triggers are refused.
+
+    Raises:
+        MisconfigurationException: If an option is out of range or another trigger is given; when training starts, if
+            the data has no length and `steps_per_epoch` is not given.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> from lightning_stability import FractionalCheckpoint
+        >>> checkpoint = FractionalCheckpoint(every_n_epochs=0.25, monitor="val_loss", save_top_k=2)
+        >>> trainer = Trainer(max_epochs=3, callbacks=[checkpoint], logger=False)
+    """
+
+    max_failures = 3
+    """How many saves in a row may fail before training is stopped."""
+
+    def __init__(
+        self,
+        every_n_epochs: float = 0.25,
+        steps_per_epoch: int | None = None,
+        async_save: bool = False,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int = 1,
+        save_last: bool | Literal["link"] | None = True,
+        save_weights_only: bool = False,
+        verbose: bool = False,
+        auto_insert_metric_name: bool = True,
+        enable_version_counter: bool = True,
+        **other_trigger: Any,
+    ) -> None:
+        _refuse_other_triggers(other_trigger)
+        super().__init__(
+            dirpath=None if dirpath is None else str(dirpath),
+            filename=filename or "{epoch}-{step:06d}",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_last=save_last,
+            save_weights_only=save_weights_only,
+            verbose=verbose,
+            auto_insert_metric_name=auto_insert_metric_name,
+            enable_version_counter=enable_version_counter,
+        )
+        self._every_n_epochs: float = _above_zero("every_n_epochs", every_n_epochs)  # type: ignore[assignment]
+        self._schedule = EpochSchedule(every_n_epochs)
+        self.steps_per_epoch = steps_per_epoch
+        if steps_per_epoch is not None:
+            _above_zero("steps_per_epoch", steps_per_epoch)
+        self.async_save = async_save
+        # every checkpoint that is kept, oldest first, with its score
+        self._scores: dict[str, Tensor | None] = {}
+        self._begin_fit()
+
+    def _begin_fit(self) -> None:
+        self._failures = 0
+        self._section: dict[str, Any] | None = None
+        self._ranked: Any = None
+        self._missed_monitor = False
+        self._pending: _Pending | None = None
+        self._nonfinite_at_start: dict[str, Tensor] = {}
+        self._snapshot: HostSnapshot | None = None
+        self._writer: writing.Writer | None = None
+        self._events = EventLog(None)
+
+    # What Lightning calls
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the folder, refuse what cannot be done."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        self._leave(trainer)
+        self._begin_fit()
+        self._events = EventLog(log_folder(trainer), trainer.global_rank)
+        if self.async_save and not _writes_one_file(trainer):
+            raise MisconfigurationException(
+                f"FractionalCheckpoint(async_save=True) cannot be used with {type(trainer.strategy).__name__} and"
+                f" {type(trainer.strategy.checkpoint_io).__name__}, which write in their own way; leave async_save out."
+            )
+        self._writer = writing.Writer(self.async_save)
+        if self.async_save:
+            self._snapshot = HostSnapshot()
+        if trainer.is_global_zero:
+            writing.remove_parts(str(self.dirpath))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to listen for places where a save is right."""
+        if trainer.fast_dev_run or self._writer is None:
+            return
+        places = TrainingPlaces.of(trainer)
+        places.listen(self)
+        self._batches_per_epoch(trainer)
+        self._schedule.start_at(self._epochs_at_start(trainer))
+        buffers = [(name, buffer) for name, buffer in pl_module.named_buffers()]
+        named = dict(buffers)
+        self._nonfinite_at_start = {name: ~torch.isfinite(named[name]) for name in nonfinite_names(buffers)}
+        if self.save_weights_only:
+            return
+        if places.data.without_position:
+            kinds = ", ".join(sorted({type(loader).__name__ for loader in places.data.without_position}))
+            rank_zero_warn(
+                f"FractionalCheckpoint: the position of a {kinds} within an epoch cannot be saved; a run resumed"
+                " inside an epoch sees that epoch's data from the beginning. Use"
+                " torchdata.stateful_dataloader.StatefulDataLoader, which takes the same arguments."
+            )
+        if places.data.has_workers:
+            rank_zero_info(
+                "FractionalCheckpoint: random numbers drawn inside the data loader's workers are in no checkpoint."
+                " Augmentation resumes exactly if it is seeded per sample, and not otherwise."
+            )
+
+    def on_place(self, trainer: Any, place: Place) -> None:
+        """Save if it is due."""
+        epochs = place.epochs(self._batches_per_epoch(trainer))
+        due = (place.stepped and self._schedule.is_due(epochs)) or place.ending
+        if due and self._last_global_step_saved != trainer.global_step:
+            self._save(trainer, place, epochs)
+
+    def on_resumed(self, trainer: Any) -> None:
+        """The metric that is there has ranked the checkpoint that the run goes on from."""
+        if self.monitor is not None:
+            self._ranked = trainer.callback_metrics.get(self.monitor)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a batch is not over here."""
+
+    def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: an epoch is not over here."""
+
+    def on_validation_end(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the batch that a validation follows is not over here."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Wait for what is being written."""
+        self._finish_pending(trainer)
+        TrainingPlaces.of(trainer).leave(self)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Wait for what is being written: it may be the last good one."""
+        if self._writer is not None and self._pending is not None:
+            error = self._writer.wait()  # without the other ranks, which may be gone
+            pending, self._pending = self._pending, None
+            if error is not None:
+                self._note_failure(trainer, pending, str(error))
+        self._leave(trainer)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the Trainer as it was."""
+        if stage == "fit":
+            self._leave(trainer)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add what an exact resume needs, if it is this callback that saves."""
+        if self._section is not None:
+            checkpoint[SECTION] = self._section
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep what is put back when training starts."""
+        if SECTION in checkpoint and trainer.state.fn == "fit":
+            TrainingPlaces.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """ModelCheckpoint's, and every checkpoint that is kept."""
+        return {**super().state_dict(), "scores": dict(self._scores)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on ranking and rotating from a checkpoint."""
+        super().load_state_dict(state_dict)
+        if self.dirpath == state_dict.get("dirpath", self.dirpath):
+            self._scores = dict(state_dict.get("scores", {}))
+
+    # A save
+
+    def _save(self, trainer: Any, place: Place, epochs: Fraction) -> None:
+        started = time.perf_counter()
+        if (runtime := runtime_of(trainer)) is not None:
+            runtime.drain()
+        self._finish_pending(trainer)
+        before = {name: _copied(getattr(self, name)) for name in _BOOKKEEPING}
+        candidates = self._candidates(trainer, epochs)
+        job = self._plan(trainer, candidates)
+        if place.batches == 0:
+            self._look_for_monitor(candidates)
+        checkpoint = self._dump(trainer, place, epochs)
+        if bad := self._nonfinite(trainer, checkpoint):
+            self._restore_bookkeeping(before)
+            self._refuse(trainer, bad)
+            return
+        self._pending = _Pending(job, before, float(epochs), trainer.global_step, trainer.current_epoch)
+        self._submit(trainer, job, checkpoint)
+        self._pending.seconds = time.perf_counter() - started
+        if not self.async_save:
+            self._finish_pending(trainer)
+
+    def _candidates(self, trainer: Any, epochs: Fraction) -> dict[str, Any]:
+        """What a file name can hold."""
+        max_epochs = trainer.fit_loop.max_epochs
+        candidates: dict[str, Any] = {**trainer.callback_metrics}
+        candidates["epoch"] = EpochCount.of(epochs, self._schedule.digits, max_epochs)
+        candidates["step"] = trainer.global_step
+        return candidates
+
+    def _plan(self, trainer: Any, candidates: dict[str, Any]) -> writing.WriteJob:
+        """Enter the new checkpoint into the books and say what is to be done."""
+        path = self._free_name(trainer, candidates, None, "")
+        score = self._score(trainer)
+        self._scores[path] = score
+        self.current_score = score
+        ranked = {p: s for p, s in self._scores.items() if s is not None}
+        best = sorted(ranked, key=lambda p: float(ranked[p]), reverse=self.mode == "max")
+        kept = len(best) if self.save_top_k == -1 else self.save_top_k
+        self.best_k_models = {p: ranked[p] for p in best[:kept]}
+        if self.monitor is None:
+            self.best_model_path = path
+        elif self.best_k_models:
+            self.best_model_path, self.best_model_score = best[0], ranked[best[0]]
+            self.kth_best_model_path = best[: kept or 1][-1]
+            self.kth_value = ranked[self.kth_best_model_path]
+        outdated = [] if self.save_top_k == -1 else [p for p in self._scores if p != path and p not in best[:kept]]
+        outdated = [p for p in outdated if self._should_remove_checkpoint(trainer, p, path)]
+        last = None
+        if self.save_last:
+            last = self.last_model_path = self._free_name(
+                trainer, candidates, self.CHECKPOINT_NAME_LAST, self.last_model_path
+            )
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, path
+        return writing.WriteJob(path, None, last, self.save_last == "link", outdated)
+
+    def _look_for_monitor(self, candidates: dict[str, Any]) -> None:
+        """Say it once if what ranks checkpoints has not been logged in a whole epoch."""
+        if self.monitor is not None and self.monitor not in candidates and not self._missed_monitor:
+            self._missed_monitor = True
+            rank_zero_warn(
+                f"FractionalCheckpoint(monitor={self.monitor!r}): nothing of that name has been logged, so that no"
+                f" checkpoint is ranked and only the newest is kept. Logged: {', '.join(sorted(candidates))}."
+            )
+
+    def _score(self, trainer: Any) -> Tensor | None:
+        """The monitored metric, unless there is none, it is not finite, or it ranked an earlier checkpoint."""
+        value = trainer.callback_metrics.get(self.monitor) if self.monitor is not None else None
+        if value is None or value is self._ranked:
+            return None
+        self._ranked = value
+        score = torch.as_tensor(value).detach().clone()
+        return score if bool(torch.isfinite(score).all()) else None
+
+    def _free_name(self, trainer: Any, candidates: dict[str, Any], filename: str | None, own: str) -> str:
+        path = self.format_checkpoint_name(candidates, filename)
+        version = self.STARTING_VERSION
+        while self._enable_version_counter and path != own and self.file_exists(path, trainer):
+            path = self.format_checkpoint_name(candidates, filename, ver=version)
+            version += 1
+        return path
+
+    def _dump(self, trainer: Any, place: Place, epochs: Fraction) -> dict[str, Any]:
+        if not self.save_weights_only:
+            places = TrainingPlaces.of(trainer)
+            self._section = {
+                "inside_epoch": place.batches > 0,
+                "epochs": float(epochs),
+                "saved_at": time.time(),
+                "finite": True,
+                "nonfinite_by_design": list(self._nonfinite_at_start),
+                "reloaded_in_epoch": places.reloaded_in_epoch,
+                "metrics": _scalars(trainer.callback_metrics),
+                "ranks": _gather(trainer, places.capture(place)),
+            }
+        try:
+            with trainer.profiler.profile("save_checkpoint"):
+                checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        finally:
+            self._section = None
+        return checkpoint
+
+    def _nonfinite(self, trainer: Any, checkpoint: dict[str, Any]) -> list[str]:
+        """The names of what is not finite and was not so by design, on whichever rank holds it."""
+        tensors = dict(checked_tensors(checkpoint))
+        names = [name for name in nonfinite_names(tensors.items()) if not self._is_by_design(name, tensors[name])]
+        if trainer.strategy.reduce_boolean_decision(not names, all=True):
+            return []
+        return names or ["what another rank holds"]
+
+    def _is_by_design(self, name: str, tensor: Tensor) -> bool:
+        mask = self._nonfinite_at_start.get(name)
+        if mask is None or mask.shape != tensor.shape:
+            return False
+        return not bool((~torch.isfinite(tensor) & ~mask.to(tensor.device)).any())
+
+    def _submit(self, trainer: Any, job: writing.WriteJob, checkpoint: dict[str, Any]) -> None:
+        assert self._writer is not None
+        if not _writes_one_file(trainer):
+            self._write_their_way(trainer, job, checkpoint)
+        elif trainer.is_global_zero:
+            state, ready = checkpoint, _nothing
+            if self._snapshot is not None:
+                state, ready = self._snapshot.take(checkpoint)
+            job.write = lambda path: writing.write_file(state, path)
+            self._writer.submit(job, ready)
+
+    def _write_their_way(self, trainer: Any, job: writing.WriteJob, checkpoint: dict[str, Any]) -> None:
+        """All ranks write, or a plugin of the user's does: as safe as that is."""
+        assert self._writer is not None
+        trainer.strategy.save_checkpoint(checkpoint, job.path)
+        trainer.strategy.barrier("FractionalCheckpoint")
+        if trainer.is_global_zero:
+            self._writer.submit(job)
+
+    def _finish_pending(self, trainer: Any) -> None:
+        """Wait for the save under way; all ranks learn how it went."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        assert self._writer is not None
+        error = self._writer.wait() if trainer.is_global_zero else None
+        failure: str | None = trainer.strategy.broadcast(None if error is None else f"{type(error).__name__}: {error}")
+        if failure is not None:
+            self._note_failure(trainer, pending, failure)
+            if self._failures >= self.max_failures:
+                raise RuntimeError(
+                    f"FractionalCheckpoint: {self._failures} saves in a row failed, the last one to"
+                    f" {pending.job.path}: {failure}"
+                ) from error
+            return
+        self._failures = 0
+        for path in pending.job.outdated:
+            self._scores.pop(path, None)
+        if trainer.is_global_zero:
+            self._note_success(trainer, pending)
+
+    def _note_success(self, trainer: Any, pending: _Pending) -> None:
+        details = {"path": pending.job.path, "epochs": pending.epochs, "seconds": pending.seconds}
+        self._events.write("checkpoint_saved", pending.step, pending.epoch, **details)
+        if self.verbose:
+            rank_zero_info(f"Epoch {pending.epochs:.4g}, global step {pending.step}: saved {pending.job.path}")
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(self)
+
+    def _note_failure(self, trainer: Any, pending: _Pending, failure: str) -> None:
+        self._failures += 1
+        self._restore_bookkeeping(pending.before)
+        if trainer.is_global_zero:
+            details = {"path": pending.job.path, "error": failure, "in_a_row": self._failures}
+            self._events.write("checkpoint_failed", pending.step, pending.epoch, **details)
+        rank_zero_warn(
+            f"FractionalCheckpoint: {pending.job.path} could not be written ({failure}). Training goes on; the"
+            f" checkpoints before it are as they were. {self.max_failures - self._failures} more failures in a row"
+            " end it."
+        )
+
+    def _refuse(self, trainer: Any, bad: list[str]) -> None:
+        if trainer.is_global_zero:
+            details = {"nonfinite": bad[:10], "nonfinite_tensors": len(bad)}
+            self._events.write("checkpoint_refused", trainer.global_step, trainer.current_epoch, **details)
+        kept = f"{self._last_checkpoint_saved} stays the newest" if self._last_checkpoint_saved else "there is none yet"
+        rank_zero_warn(
+            f"FractionalCheckpoint: nothing was saved at step {trainer.global_step}, because {len(bad)} tensors are"
+            f" not finite ({', '.join(bad[:3])}). Of the good checkpoints, {kept}."
+        )
+
+    def _restore_bookkeeping(self, before: dict[str, Any]) -> None:
+        for name, value in before.items():
+            setattr(self, name, value)
+
+    # Parts of the above
+
+    def _batches_per_epoch(self, trainer: Any) -> float:
+        batches: float = trainer.num_training_batches
+        if batches != float("inf"):
+            return batches
+        if self.steps_per_epoch is None:
+            raise MisconfigurationException(
+                f"FractionalCheckpoint(every_n_epochs={self._every_n_epochs}) has to know how long an epoch is, and the"
+                " training data has no length. Give it steps_per_epoch=..., the optimizer steps of an epoch."
+            )
+        return int(self.steps_per_epoch * trainer.accumulate_grad_batches)
+
+    def _epochs_at_start(self, trainer: Any) -> Fraction:
+        progress = trainer.fit_loop.epoch_progress.current
+        inside = trainer.fit_loop.epoch_loop.batch_progress.current.ready if progress.ready > progress.processed else 0
+        place = Place(progress.processed, inside, stepped=True, ending=False)
+        return place.epochs(self._batches_per_epoch(trainer))
+
+    def _leave(self, trainer: Any) -> None:
+        TrainingPlaces.of(trainer).leave(self)
+        if self._writer is not None:
+            self._writer.wait()
+            self._writer.close()
+            self._writer = None
+        self._snapshot = None
+
+    @property
+    def every_n_epochs(self) -> float:  # type: ignore[override]
+        """The interval."""
+        return self._every_n_epochs
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, here or in another process, has no fit under way. `log` and `log_dict` belong to the module.
+        state = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+        return {**state, "_writer": None, "_snapshot": None, "_pending": None, "_section": None, "_ranked": None}
+
+
+class _Pending:
+    """A save that is under way."""
+
+    def __init__(self, job: writing.WriteJob, before: dict[str, Any], epochs: float, step: int, epoch: int) -> None:
+        self.job = job
+        self.before = before
+        self.epochs = epochs
+        self.step = step
+        self.epoch = epoch
+        self.seconds = 0.0
+
+
+def _writes_one_file(trainer: Any) -> bool:
+    """Whether the first rank writes all there is with `torch.save`, so that we can do it in its place."""
+    strategy = trainer.strategy
+    return (
+        type(strategy).save_checkpoint.__qualname__ == "Strategy.save_checkpoint"
+        and type(strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
+    )
+
+
+def _gather(trainer: Any, state: dict[str, Any]) -> list[dict[str, Any]]:
+    if trainer.world_size == 1:
+        return [state]
+    states: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(states, _on_host(state))
+    return states
+
+
+def _on_host(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {key: _on_host(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_on_host(value) for value in state]
+    return state
+
+
+def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if torch.as_tensor(value).numel() == 1}
+
+
+def _copied(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _nothing() -> None:
+    pass
+
+
+def _refuse_other_triggers(given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if name not in _OTHER_TRIGGERS:
+            raise TypeError(f"FractionalCheckpoint has no option {name!r}")
+        if value:
+            raise MisconfigurationException(
+                f"FractionalCheckpoint({name}={value!r}): it saves by every_n_epochs alone. Add a ModelCheckpoint with"
+                f" {name} beside it, or leave it out."
+            )
+
+
+def _above_zero(option: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise MisconfigurationException(
+            f"FractionalCheckpoint({option}={value!r}): expected a number above 0, such as"
+            f" {0.25 if option == 'every_n_epochs' else 1000}."
+        )
+    return value

@@ -1,0 +1,291 @@
+"""The two places in a fit where nothing is half done, and how to go on from there.
+
+A save belongs where a batch, or an epoch, is over with all that Lightning does for it: the module's own hooks, the
+logged row, a validation that was due, the schedulers. No hook is called there, and each one near by leaves something
+out: a checkpoint written in `on_train_batch_end` of an epoch's last batch makes the resumed run drop an epoch. So
+these methods of the Trainer's loops are stood in for, as attributes of the instances, while a fit runs:
+
+    epoch_loop.on_advance_end    afterwards a batch is over
+    fit_loop.on_advance_end      afterwards an epoch is over
+    fit_loop.on_advance_start    a resumed run is put where it was
+    epoch_loop.reset             left out once, where a resumed run is inside an epoch
+    epoch_loop.on_run_start      the loaders are iterated over
+    epoch_loop._on_before_fetch  a batch is fetched
+
+The private names of Lightning's loops are touched here alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_stability.checkpointing.loaders import TrainingData
+from lightning_stability.checkpointing.metrics import capture_metrics, restore_metrics
+from lightning_stability.checkpointing.random_state import capture_random_state, restore_random_state
+
+SECTION = "lightning_stability"
+"""The key of what an exact resume needs, beside Lightning's own, in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is when a batch or an epoch is over."""
+
+    epoch: int
+    """Epochs that are over."""
+    batches: int
+    """Batches that are over in the epoch under way; 0 between two epochs."""
+    stepped: bool
+    """Whether the optimizer has stepped in the last batch."""
+    ending: bool
+    """Whether the fit ends here."""
+
+    def epochs(self, batches_per_epoch: float) -> Fraction:
+        """Epochs trained, as a fraction.
+
+        Args:
+            batches_per_epoch: The length of the epoch under way.
+        """
+        return self.epoch + Fraction(min(self.batches, int(batches_per_epoch)), int(batches_per_epoch))
+
+
+class Listener(Protocol):
+    """Is told of the places where a save is right."""
+
+    def on_place(self, trainer: Any, place: Place) -> None:
+        """Called when a batch, or the last one's epoch, is over."""
+
+    def on_resumed(self, trainer: Any) -> None:
+        """Called when a resumed run is where it was."""
+
+
+class TrainingPlaces:
+    """Tells listeners of one Trainer the places where a save is right, and puts a resumed run there.
+
+    Args:
+        trainer: A Trainer of either namespace.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = weakref.ref(trainer)
+        self._listeners: list[Listener] = []
+        self._wrapped: list[tuple[Any, str, Any]] = []
+        self._resume: dict[str, Any] | None = None
+        self._goes_on_inside_epoch = False
+        self._begun = False
+        self._global_step = 0
+
+    @classmethod
+    def of(cls, trainer: Any) -> TrainingPlaces:
+        """The one of this Trainer."""
+        places = _PLACES.get(trainer)
+        if places is None:
+            places = _PLACES[trainer] = cls(trainer)
+        return places
+
+    @property
+    def trainer(self) -> Any:
+        """The Trainer."""
+        trainer = self._trainer()
+        assert trainer is not None, "the places do not outlive their Trainer"
+        return trainer
+
+    def listen(self, listener: Listener) -> None:
+        """Begin to tell a listener; from `on_train_start` on."""
+        if not self._listeners:
+            self._begun = False
+            self._data = TrainingData(self.trainer)
+            self._global_step = self.trainer.global_step
+            fit, epoch = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop
+            self._wrap(fit, "on_advance_start", self._on_epoch_about_to_start)
+            self._wrap(epoch, "reset", self._on_epoch_loop_reset)
+            self._wrap(epoch, "on_run_start", self._on_epoch_loop_run_start)
+            self._wrap(epoch, "_on_before_fetch", self._on_before_fetch)
+            self._wrap(epoch, "on_advance_end", self._on_batch_over)
+            self._wrap(fit, "on_advance_end", self._on_epoch_over)
+        if listener not in self._listeners:
+            self._listeners.append(listener)
+
+    def leave(self, listener: Listener) -> None:
+        """Stop telling a listener; with the last one the Trainer is as it was before."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+        if not self._listeners:
+            for owner, name, wrapper in self._wrapped:
+                if vars(owner).get(name) is wrapper:
+                    delattr(owner, name)
+            self._wrapped.clear()
+            self._resume = None
+
+    # Saving
+
+    def capture(self, place: Place) -> dict[str, Any]:
+        """What an exact resume needs of this rank, beside Lightning's own checkpoint."""
+        return {
+            "random": capture_random_state(),
+            "data": self._data.capture(inside_epoch=place.batches > 0),
+            "metrics": capture_metrics(self.trainer),
+            "gradients": self._open_window() if place.batches and not place.stepped else {},
+        }
+
+    @property
+    def data(self) -> TrainingData:
+        """The training data, from `listen` on."""
+        return self._data
+
+    def _open_window(self) -> dict[str, Any]:
+        """The gradients of an accumulation window in which the fit ends."""
+        named = self.trainer.lightning_module.named_parameters()
+        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
+    # Resuming
+
+    def resume_from(self, checkpoint: dict[str, Any], rank: int, world_size: int) -> None:
+        """Take from a checkpoint what is put back when training starts.
+
+        Args:
+            checkpoint: It has a `SECTION`. Its loops are changed: Lightning would load the first rank's data position.
+            rank: This process's.
+            world_size: How many there are.
+        """
+        section = checkpoint[SECTION]
+        if len(section["ranks"]) != world_size:
+            rank_zero_warn(
+                f"The checkpoint was written by {len(section['ranks'])} processes and is loaded by {world_size}:"
+                " batches and random numbers will not be those of the run that goes on."
+            )
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        loops["state_dict"].pop("combined_loader", None)
+        self._resume = {
+            "loops": copy.deepcopy(loops),
+            "inside_epoch": section["inside_epoch"],
+            "reloaded_in_epoch": section["reloaded_in_epoch"],
+            "rank": section["ranks"][rank],
+        }
+
+    def _go_on(self, resume: dict[str, Any]) -> None:
+        fit, epoch_loop = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop
+        inside, rank = resume["inside_epoch"], resume["rank"]
+        fit.load_state_dict(resume["loops"])
+        fit.update_restart_stage()  # inside an epoch: the hooks of its start are not called again
+        _not_restarting(fit)
+        epoch_loop.reset_restart_stage()
+        if not inside:
+            fit.reset_restart_stage()
+            fit._resuming_from_checkpoint = False  # so that Lightning iterates over the loaders for a new epoch
+        if resume["reloaded_in_epoch"] is not None:
+            fit._last_train_dl_reload_epoch = resume["reloaded_in_epoch"]
+        self._goes_on_inside_epoch = inside
+        epoch = fit.epoch_progress.current.processed - (0 if inside else 1)
+        self._data.restore(rank["data"], epoch, inside)
+        restore_metrics(self.trainer, rank["metrics"])
+        for name, parameter in self.trainer.lightning_module.named_parameters():
+            if name in rank["gradients"]:
+                parameter.grad = rank["gradients"][name].to(parameter.device)
+        restore_random_state(rank["random"])
+        self._global_step = self.trainer.global_step
+
+    @property
+    def reloaded_in_epoch(self) -> int | None:
+        """The epoch in which the loaders were made, where `reload_dataloaders_every_n_epochs` makes new ones."""
+        if not self.trainer.reload_dataloaders_every_n_epochs:
+            return None
+        return int(self.trainer.fit_loop._last_train_dl_reload_epoch)
+
+    # In the loops' place
+
+    def _on_epoch_about_to_start(self, original: Callable[..., None]) -> None:
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            self._go_on(resume)
+            for listener in self._listeners:
+                listener.on_resumed(self.trainer)
+        elif not self._begun and self.trainer.current_epoch == 0 and not self.trainer.fit_loop.restarting:
+            self._data.begin_first_epoch()
+        self._begun = True
+        original()
+
+    def _on_epoch_loop_reset(self, original: Callable[..., None]) -> None:
+        # Lightning's own would count the last batch, and validate, a second time.
+        goes_on, self._goes_on_inside_epoch = self._goes_on_inside_epoch, False
+        if not goes_on:
+            original()
+
+    def _on_epoch_loop_run_start(self, original: Callable[..., None], fetcher: Any) -> None:
+        fit = self.trainer.fit_loop
+        if self.trainer.current_epoch > 0 and not fit.is_resuming and not fit.epoch_loop.restarting:
+            self._data.before_epoch()
+        original(fetcher)
+
+    def _on_before_fetch(self, original: Callable[..., None]) -> None:
+        self._data.before_fetch()
+        original()
+
+    def _on_batch_over(self, original: Callable[..., None], fetcher: Any) -> None:
+        original(fetcher)
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        stepped = self._has_stepped()
+        if epoch_loop._num_ready_batches_reached():
+            return  # the epoch is over in a moment
+        place = Place(
+            epoch=self.trainer.current_epoch,
+            batches=epoch_loop.batch_progress.current.ready,
+            stepped=stepped,
+            ending=epoch_loop.done,
+        )
+        self._tell(place)
+
+    def _on_epoch_over(self, original: Callable[..., None]) -> None:
+        whole = self.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        original()
+        if whole:
+            self._global_step = self.trainer.global_step
+            self._tell(Place(epoch=self.trainer.current_epoch, batches=0, stepped=True, ending=self._fit_ends()))
+
+    def _tell(self, place: Place) -> None:
+        for listener in list(self._listeners):
+            if listener in self.trainer.callbacks:  # not while a tuner trains with callbacks of its own
+                listener.on_place(self.trainer, place)
+
+    def _has_stepped(self) -> bool:
+        module = self.trainer.lightning_module
+        before, self._global_step = self._global_step, self.trainer.global_step
+        if module.automatic_optimization:
+            return not self.trainer.fit_loop.epoch_loop._should_accumulate()
+        return bool(self._global_step > before)
+
+    def _fit_ends(self) -> bool:
+        """What `fit_loop.done` is about to find, without what it prints."""
+        trainer, fit = self.trainer, self.trainer.fit_loop
+        return bool(
+            (trainer.max_steps not in (-1, None) and trainer.global_step >= trainer.max_steps)
+            or (fit.max_epochs not in (-1, None) and fit.epoch_progress.current.processed >= fit.max_epochs)
+            or (trainer.should_stop and fit._can_stop_early)
+        )
+
+    def _wrap(self, owner: Any, name: str, wrapper: Callable[..., None]) -> None:
+        original = getattr(owner, name)
+
+        def stand_in(*args: Any) -> None:
+            wrapper(original, *args)
+
+        setattr(owner, name, stand_in)
+        self._wrapped.append((owner, name, stand_in))
+
+
+_PLACES: weakref.WeakKeyDictionary[Any, TrainingPlaces] = weakref.WeakKeyDictionary()
+
+
+def _not_restarting(loop: Any) -> None:
+    loop._restarting = False
+    for inner in vars(loop).values():
+        if hasattr(inner, "_restarting"):
+            _not_restarting(inner)

@@ -1,0 +1,136 @@
+"""The numbers of an epoch under way: sums of `self.log`, `callback_metrics`, torchmetrics states.
+
+Lightning leaves them out of its checkpoints, so that `train_loss_epoch` after a resume is the mean of what came
+after it. The private names of its logger connector and its result collection are touched here alone.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+_CONNECTOR = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")
+_META = (
+    *("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph"),
+    *("add_dataloader_idx", "dataloader_idx", "metric_attribute"),
+)
+
+
+def capture_metrics(trainer: Any) -> dict[str, Any]:
+    """Return the state of all metrics of this rank, between two batches of training.
+
+    Args:
+        trainer: A Trainer of either namespace.
+    """
+    connector = trainer._logger_connector
+    return {
+        "connector": {name: _plain(getattr(connector, name)) for name in _CONNECTOR},
+        "results": _capture_results(trainer.fit_loop.epoch_loop._results),
+        "torchmetrics": _capture_torchmetrics(trainer.lightning_module),
+    }
+
+
+def restore_metrics(trainer: Any, state: dict[str, Any]) -> None:
+    """Put the metrics back.
+
+    Args:
+        trainer: A Trainer of either namespace, before its next batch.
+        state: What `capture_metrics` returned.
+    """
+    device = trainer.strategy.root_device
+    for name, value in state["connector"].items():
+        if isinstance(value, dict):
+            value = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in value.items()}
+        setattr(trainer._logger_connector, name, value)
+    _restore_torchmetrics(trainer.lightning_module, state["torchmetrics"])
+    _restore_results(trainer, state["results"], device)
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _capture_results(results: Any) -> dict[str, Any]:
+    captured = {}
+    for key, metric in results.items():
+        meta = metric.meta
+        if meta.sync._group is not None:
+            continue  # a process group cannot be saved: this one starts anew
+        captured[key] = {
+            "meta": {name: getattr(meta, name) for name in _META},
+            "reduce_fx": meta.reduce_fx.__name__,
+            "is_builtin": getattr(builtins, meta.reduce_fx.__name__, None) is meta.reduce_fx,
+            "sync_dist": meta.sync.should,
+            "rank_zero_only": meta.sync.rank_zero_only,
+            "is_tensor": metric.is_tensor,
+            "value": metric.value if metric.is_tensor else None,
+            "cumulated_batch_size": getattr(metric, "cumulated_batch_size", None),
+            "forward_cache": metric._forward_cache,
+            "has_reset": metric.has_reset,
+            "update_count": metric._update_count,
+        }
+    return captured
+
+
+def _restore_results(trainer: Any, captured: dict[str, Any], device: torch.device) -> None:
+    results = trainer.fit_loop.epoch_loop._results
+    library = sys.modules[type(results).__module__]  # each namespace has its own classes
+    for key, state in captured.items():
+        reduce_fx = getattr(builtins if state["is_builtin"] else torch, state["reduce_fx"])
+        meta = library._Metadata(**state["meta"], reduce_fx=reduce_fx)
+        meta.sync = library._Sync(
+            _should=state["sync_dist"], fn=trainer.strategy.reduce, rank_zero_only=state["rank_zero_only"]
+        )
+        metric = library._ResultMetric(meta, state["is_tensor"])
+        if state["is_tensor"]:
+            metric.value = state["value"].to(device)
+        else:
+            try:
+                metric.value = operator.attrgetter(meta.metric_attribute)(trainer.lightning_module)
+            except AttributeError:
+                continue  # the module has no such metric any more
+        if state["cumulated_batch_size"] is not None:
+            metric.cumulated_batch_size = state["cumulated_batch_size"].to(device)
+        cache = state["forward_cache"]
+        metric._forward_cache = cache.to(device) if isinstance(cache, Tensor) else cache
+        metric.has_reset = state["has_reset"]
+        metric._update_count = state["update_count"]
+        results[key] = metric
+
+
+def _capture_torchmetrics(module: Any) -> dict[str, Any]:
+    for collection in module.modules():
+        if isinstance(collection, MetricCollection):
+            # metrics that share a state are brought up to date by this, and only by this
+            collection.values(copy_state=False)
+    return {
+        name: {
+            "update_count": metric._update_count,
+            "states": {
+                state: list(value) if isinstance(value := getattr(metric, state), list) else value
+                for state in metric._defaults
+            },
+        }
+        for name, metric in module.named_modules()
+        if isinstance(metric, Metric)
+    }
+
+
+def _restore_torchmetrics(module: Any, captured: dict[str, Any]) -> None:
+    metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
+    for name, state in captured.items():
+        metric = metrics.get(name)
+        if metric is None:
+            continue  # made anew when it is next needed, or gone from the module
+        for key, value in state["states"].items():
+            if key in metric._defaults:
+                moved = [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device)
+                setattr(metric, key, moved)
+        metric._update_count = state["update_count"]
+        metric._computed = None

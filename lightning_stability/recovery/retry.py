@@ -1,0 +1,123 @@
+"""Training the batches of an optimizer step once more, as if the first try had not been."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_stability.health.values import named_tensors
+from lightning_stability.recovery.undo import BufferUndo, MetricUndo
+
+
+@dataclass(slots=True)
+class _Batch:
+    """One batch of the open window, with what runs it."""
+
+    closure: Callable[[], Any]
+    kwargs: dict[str, Any]
+    uncast: Any
+    versions: list[int]
+
+    def changed_in_place(self) -> bool:
+        return self.versions != [tensor._version for _, tensor in named_tensors(self.kwargs)]
+
+
+class OpenWindow:
+    """The batches since the last optimizer step and the state before the first of them.
+
+    Keeps references to the batches of one accumulation window (they stay in memory until the optimizer steps), the
+    random state, and copies of the buffers and metric states.
+
+    Args:
+        module: The LightningModule.
+        results: Returns what `self.log` accumulates.
+        device: Where the module is trained.
+    """
+
+    def __init__(self, module: nn.Module, results: Callable[[], Any], device: torch.device) -> None:
+        self._buffers = BufferUndo(module)
+        self._metrics = MetricUndo(module, results)
+        self._device = device
+        self._batches: list[_Batch] = []
+        self._random: _RandomState | None = None
+
+    def rescan(self) -> None:
+        """An epoch begins: modules, buffers and metrics may be others."""
+        self._buffers.rescan()
+        self._metrics.rescan()
+
+    def add(self, closure: Callable[[], Any], kwargs: dict[str, Any], uncast: Any) -> None:
+        """A batch is about to be trained.
+
+        Args:
+            closure: Runs the forward and the backward pass.
+            kwargs: What `training_step` will be called with; the closure reads it when it runs.
+            uncast: The batch before a 16-true precision converted it.
+        """
+        if not self._batches:
+            self._random = _RandomState.taken(self._device)
+            self._buffers.remember()
+            self._metrics.remember()
+        self._batches.append(_Batch(closure, kwargs, uncast, [t._version for _, t in named_tensors(kwargs)]))
+
+    def close(self) -> None:
+        """The optimizer has stepped: let go of the batches."""
+        self._batches.clear()
+
+    @property
+    def batches(self) -> int:
+        """How many batches are kept."""
+        return len(self._batches)
+
+    def changed_in_place(self) -> bool:
+        """Whether `training_step` wrote into a batch, so that training on it again would be something else."""
+        return any(batch.changed_in_place() for batch in self._batches)
+
+    def restore(self) -> None:
+        """Put buffers, metric states and random numbers back to before the first batch."""
+        always = torch.tensor(True)
+        self._buffers.nonfinite()
+        self._buffers.give_back(always)
+        self._metrics.give_back(always)
+        assert self._random is not None
+        self._random.put_back()
+
+    def closures(self, converted: Callable[[Any], Any] | None) -> list[Callable[[], Any]]:
+        """What runs the batches again, in order.
+
+        Args:
+            converted: Makes a batch for another precision from the uncast one; None where precisions do not cast.
+        """
+        if converted is not None:
+            for batch in self._batches:
+                batch.kwargs["batch"] = converted(batch.uncast)
+        return [batch.closure for batch in self._batches]
+
+
+@dataclass(slots=True)
+class _RandomState:
+    """The random state of Python, numpy and torch in this process."""
+
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    cuda: Tensor | None
+    device: torch.device
+
+    @classmethod
+    def taken(cls, device: torch.device) -> _RandomState:
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, device)
+
+    def put_back(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)

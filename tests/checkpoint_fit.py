@@ -1,0 +1,321 @@
+"""A fit that tests kill and resume, in processes forked off one interpreter that has imported everything (`Fits`)."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
+
+from lightning_stability import FractionalCheckpoint
+from tests import runs
+
+ROWS = "rows.jsonl"
+RESULT = "result-{rank}.pt"
+
+
+class Samples(Dataset):
+    """Samples with random augmentation, from all three global generators."""
+
+    def __init__(self, count: int = 28, augment: bool = True) -> None:
+        self.x = torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        noise = torch.rand(()) * random.random() * np.random.rand() if self.augment else 0.0
+        return self.x[index] + noise, index
+
+
+class Stream(IterableDataset):
+    """The same without a length."""
+
+    def __init__(self, augment: bool = True) -> None:
+        self.samples = Samples(32, augment)
+        self.position = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        indices = range(first, 32, step)
+        while self.position < len(indices):
+            self.position += 1
+            yield self.samples[indices[self.position - 1]]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def make_module(pl: Any, manual: bool = False, plateau: str | None = None) -> Any:
+    """Batch norm, dropout, metrics of all kinds, and an average that the module's own hook updates."""
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = not manual
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
+            self.mean, self.auroc = MeanMetric(), BinaryAUROC()
+            self.scores = MetricCollection({"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()})
+            self.register_buffer("average", torch.zeros(8))
+            self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+            self.seen: list[list[int]] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, indices = batch
+            self.seen.append(indices.tolist())
+            out, target = self.net(x), x.sum(1, keepdim=True)
+            loss = (out - target).pow(2).mean()
+            self.log("train_loss", loss, on_step=True, on_epoch=True)
+            if batch_idx % 3 == 0:
+                self.log("largest", loss.detach(), on_step=False, on_epoch=True, reduce_fx="max")
+            probability, label = torch.sigmoid(out.detach()[:, 0]), (target[:, 0] > 0).int()
+            self.mean(loss.detach())
+            self.log("mean", self.mean, on_step=False, on_epoch=True)
+            self.auroc.update(probability, label)
+            self.scores.update(probability, label)
+            if manual:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            with torch.no_grad():
+                self.average.mul_(0.9).add_(self.net[0].bias, alpha=0.1)
+
+        def on_train_epoch_end(self) -> None:
+            self.log("auroc", self.auroc.compute())
+            self.log_dict({f"score_{name}": value for name, value in self.scores.compute().items()})
+            self.auroc.reset()
+            self.scores.reset()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", self.net(batch[0]).pow(2).mean())
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            if plateau is None:
+                return optimizer
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.7)
+            config = {"scheduler": scheduler, "monitor": "train_loss", "interval": plateau}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+
+    return Module()
+
+
+def file_logger(pl: Any, folder: Path) -> Any:
+    """A logger that a kill takes nothing from."""
+
+    class FileLogger(pl.loggers.Logger):
+        name = "file"
+        version = "0"
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                return
+            with (folder / ROWS).open("a") as file:
+                file.write(json.dumps([step, metrics]) + "\n")
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    return FileLogger()
+
+
+def fit(
+    folder: Path,
+    namespace: str = "pytorch_lightning",
+    seed: int = 1,
+    data: str = "samples",
+    workers: int = 0,
+    augment: bool = True,
+    validate: bool = True,
+    ckpt_path: str | None = None,
+    kill_after_batch: int | None = None,
+    module: dict[str, Any] | None = None,
+    checkpoint: dict[str, Any] | None = None,
+    callbacks: Callable[[Any], list[Any]] = lambda pl: [],
+    logger: Any = None,
+    **trainer: Any,
+) -> Any:
+    """Train, and leave rows and the final state in the folder; return the Trainer.
+
+    Args:
+        folder: Where `checkpoints` are written, too.
+        namespace: The Trainer's.
+        seed: Of all generators: a resumed run is given another one.
+        data: "samples", "stream", or "weighted" for a sampler with a global random order.
+        workers: Processes that load.
+        augment: Whether samples are made noisy by the global generators.
+        validate: Whether there is a validation set.
+        ckpt_path: Where to go on from.
+        kill_after_batch: The process is killed when so many batches of this fit have been trained.
+        module: Options of `make_module`.
+        checkpoint: Options of FractionalCheckpoint.
+        callbacks: Others.
+        logger: In place of the one that writes to the folder.
+        trainer: The Trainer's options.
+    """
+    pl = runs.load_namespace(namespace)
+    torch.manual_seed(0)
+    model = make_module(pl, **(module or {}))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    options = {"dirpath": folder / "checkpoints", "save_top_k": -1, **(checkpoint or {})}
+    saver = FractionalCheckpoint(**options)
+    others = callbacks(pl)
+    if kill_after_batch is not None:
+        others.append(killer(pl, kill_after_batch))
+    options = {"max_epochs": 3, "num_sanity_val_steps": 0, "enable_checkpointing": True, **trainer}
+    made = runs.trainer(pl, callbacks=[saver, *others], logger=logger or file_logger(pl, folder), **options)
+    validation = StatefulDataLoader(Samples(8, augment=False), batch_size=4) if validate else None
+    made.fit(model, loader(data, workers, augment), validation, ckpt_path=ckpt_path)
+    state = {
+        "module": model.state_dict(),
+        "optimizers": [optimizer.state_dict()["state"] for optimizer in made.optimizers],
+        "random": [torch.rand(3), random.random(), float(np.random.rand())],
+        "seen": model.seen,
+        "global_step": made.global_step,
+        "epoch": made.current_epoch,
+    }
+    torch.save(state, folder / RESULT.format(rank=made.global_rank))
+    return made
+
+
+def loader(data: str, workers: int, augment: bool) -> Any:
+    if data == "stream":
+        return StatefulDataLoader(Stream(augment), batch_size=4, num_workers=workers)
+    if data == "plain":
+        return torch.utils.data.DataLoader(Samples(augment=augment), batch_size=4, shuffle=True, num_workers=workers)
+    if data == "weighted":
+        sampler = torch.utils.data.WeightedRandomSampler([1.0] * 14 + [3.0] * 14, 28)
+        return StatefulDataLoader(Samples(augment=augment), batch_size=4, sampler=sampler, num_workers=workers)
+    count = 56 if data == "ranks" else 28
+    return StatefulDataLoader(Samples(count, augment=augment), batch_size=4, shuffle=True, num_workers=workers)
+
+
+def killer(pl: Any, batches: int) -> Any:
+    class Killer(pl.Callback):
+        trained = 0
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.trained += 1
+            if self.trained == batches:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return Killer()
+
+
+def read_rows(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """The rows of a run, in order; what a killed run logged and its successor logged again counts once."""
+    rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+    seen: dict[str, Any] = {}
+    for step, metrics in rows:
+        key = json.dumps([step, sorted(metrics)])
+        assert seen.setdefault(key, metrics) == metrics, f"step {step} was logged with other values: {metrics}"
+    return sorted((json.loads(key)[0], sorted(metrics.items())) for key, metrics in seen.items())
+
+
+def quietly(options: dict[str, Any]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    fit(Path(options.pop("folder")), **options)
+
+
+class Fits:
+    """Runs fits, one at a time, in processes forked off one that has imported everything."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, folder: Path, **options: Any) -> int:
+        """Run a fit to its end, or to its death; return its status, as subprocess does."""
+        self.start(folder, **options)
+        return self.wait()
+
+    def start(self, folder: Path, **options: Any) -> int:
+        """Start a fit; return its process id."""
+        folder.mkdir(parents=True, exist_ok=True)
+        assert self._server.stdin is not None
+        print(json.dumps({"folder": str(folder), **options}), file=self._server.stdin, flush=True)
+        return self._read()
+
+    def wait(self) -> int:
+        """Wait for the fit that was started."""
+        return self._read()
+
+    def close(self) -> None:
+        """End the process that the others are forked off."""
+        self._server.communicate()
+
+    def _read(self) -> int:
+        assert self._server.stdout is not None
+        return int(self._server.stdout.readline())
+
+
+def serve() -> None:
+    runs.load_namespace("pytorch_lightning")
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    torch.optim.AdamW([weight]).step()  # what it imports on first use; a backward pass could not be forked
+    gc.freeze()  # so that a child's collector does not go through all that was imported
+    for line in sys.stdin:
+        options = json.loads(line)
+        ranks = options.pop("ranks", 1)
+        children = [fork(options, rank, ranks) for rank in range(ranks)]
+        print(children[0], flush=True)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(next((status for status in statuses if status), 0), flush=True)
+
+
+def fork(options: dict[str, Any], rank: int, ranks: int) -> int:
+    child = os.fork()
+    if child == 0:
+        if ranks > 1:  # as torchrun does, so that Lightning starts no processes of its own
+            place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": options.pop("port")}
+            os.environ.update({name: str(value) for name, value in place.items()})
+            options.update(devices=ranks, strategy="ddp", seed=options.get("seed", 1) + rank)
+        log = os.open(Path(options["folder"]) / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        try:
+            quietly(options)
+            sys.stdout.flush()
+            os._exit(0)  # without taking the interpreter down, which takes longer than the fit
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return child
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,151 @@
+"""What is on the disk at every moment of a write."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_stability.checkpointing import last_good_checkpoint, list_checkpoints
+from lightning_stability.checkpointing.snapshot import HostSnapshot
+from lightning_stability.checkpointing.writing import WriteJob, Writer, remove_parts, run, write_file
+
+
+def job(folder: Path, step: int, outdated: list[str] | None = None, **options: Any) -> WriteJob:
+    state = {"state_dict": {"weight": torch.full((1000,), float(step))}, "global_step": step}
+    path = str(folder / f"step={step}.ckpt")
+    last = str(folder / "last.ckpt")
+    return WriteJob(path, lambda part: write_file(state, part), last, outdated=outdated or [], **options)
+
+
+def watch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Note what is listed, and whether all of it loads, before and after every call that changes the disk."""
+    moments: list[tuple[str, ...]] = []
+
+    def note() -> None:
+        infos = list_checkpoints(folder, verify=True)
+        assert all(info.is_good for info in infos), infos
+        moments.append(tuple(sorted(f"{info.path.name}:{info.step}" for info in infos)))
+
+    def spy(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            note()
+            result = original(*args, **kwargs)
+            note()
+            return result
+
+        monkeypatch.setattr(module, name, noted)
+
+    for name in ("replace", "link", "fsync"):
+        spy(os, name)
+    spy(Path, "unlink")
+    return moments
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_at_every_moment_all_that_is_listed_loads_and_the_old_goes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: bool
+) -> None:
+    run(job(tmp_path, 1, link=link))
+    moments = watch(tmp_path, monkeypatch)
+    run(job(tmp_path, 2, [str(tmp_path / "step=1.ckpt")], link=link))
+    assert list(dict.fromkeys(moments)) == [
+        ("last.ckpt:1", "step=1.ckpt:1"),
+        ("last.ckpt:1", "step=1.ckpt:1", "step=2.ckpt:2"),
+        ("last.ckpt:2", "step=1.ckpt:1", "step=2.ckpt:2"),
+        ("last.ckpt:2", "step=2.ckpt:2"),
+    ]
+    assert (tmp_path / "last.ckpt").is_symlink() == link
+
+
+def test_last_takes_no_room(tmp_path: Path) -> None:
+    run(job(tmp_path, 1))
+    assert (tmp_path / "last.ckpt").stat().st_ino == (tmp_path / "step=1.ckpt").stat().st_ino
+
+
+def test_a_file_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(str(Path(f"/proc/self/fd/{fd}").readlink())), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"-> {Path(b).name}"), replace(a, b)))
+    run(job(tmp_path, 1))
+    assert calls[0].endswith(".part")
+    assert calls[1:3] == ["-> step=1.ckpt", str(tmp_path)]
+    assert calls[-2:] == ["-> last.ckpt", str(tmp_path)]
+
+
+def fill_the_disk(folder: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    with pytest.raises((OSError, RuntimeError)):
+        run(job(folder, 2, [str(folder / "step=1.ckpt")]))
+
+
+def test_a_full_disk_leaves_what_there_was_and_nothing_else(tmp_path: Path) -> None:
+    run(job(tmp_path, 1))
+    process = multiprocessing.get_context("fork").Process(target=fill_the_disk, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=1.ckpt"]
+    assert last_good_checkpoint(tmp_path) == tmp_path / "step=1.ckpt"
+
+
+def test_what_a_dead_process_left_is_deleted_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead, host = int(done.stdout), os.uname().nodename.replace(".", "_")
+    keep = [f".a.ckpt.{host}-{os.getpid()}.part", f".a.ckpt.elsewhere-{dead}.part", ".a.part", "a.ckpt"]
+    for name in [*keep, f".a.ckpt.{host}-{dead}.part"]:
+        (tmp_path / name).write_text("x")
+    remove_parts(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(keep)
+
+
+def test_writes_to_any_file_system_that_fsspec_knows() -> None:
+    import fsspec
+
+    folder = "memory://bucket/run"
+    run(WriteJob(f"{folder}/a.ckpt", lambda path: write_file({"a": 1}, path), f"{folder}/last.ckpt"))
+    second = lambda path: write_file({"a": 2}, path)  # noqa: E731
+    run(WriteJob(f"{folder}/b.ckpt", second, f"{folder}/last.ckpt", outdated=[f"{folder}/a.ckpt"]))
+    memory = fsspec.filesystem("memory")
+    assert sorted(name.rsplit("/", 1)[1] for name in memory.ls("/bucket/run", detail=False)) == ["b.ckpt", "last.ckpt"]
+    with memory.open("/bucket/run/last.ckpt") as file:
+        assert torch.load(file, weights_only=True) == {"a": 2}
+
+
+def test_one_checkpoint_at_a_time_and_errors_come_back(tmp_path: Path) -> None:
+    writer = Writer(in_background=True)
+    writer.submit(job(tmp_path, 1))
+    with pytest.raises(AssertionError, match="one checkpoint at a time"):
+        writer.submit(job(tmp_path, 2))
+    assert writer.wait() is None
+    broken = job(tmp_path, 3)
+    broken.write = lambda part: (_ for _ in ()).throw(OSError("No space left on device"))
+    writer.submit(broken)
+    assert isinstance(writer.wait(), OSError)
+    writer.close()
+    assert not (tmp_path / "step=3.ckpt").exists()
+
+
+def test_a_snapshot_keeps_ties_and_strides_and_uses_its_memory_again() -> None:
+    tied = torch.arange(6.0).reshape(2, 3)
+    state = {"a": tied, "b": [tied, tied.t()], "c": (1, {"d": torch.tensor(2)}), "e": torch.zeros(0)}
+    snapshot = HostSnapshot()
+    first, wait = snapshot.take(state)
+    wait()
+    tied.zero_()
+    assert first["a"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert first["a"].data_ptr() == first["b"][0].data_ptr()
+    assert first["b"][1].stride() == (1, 3)
+    again, _ = snapshot.take(state)
+    assert again["a"].data_ptr() == first["a"].data_ptr()
+    assert again["a"].sum() == 0
