@@ -16,7 +16,12 @@ sys.argv = ["own.py", *{words!r}.split()]
 boring = {namespace}.demos.boring_classes
 {namespace}.cli.LightningCLI(boring.BoringModel, boring.BoringDataModule)
 """
-OPTIONS = {"NaNEarlyStop": ("patience", 3), "GradNormMonitor": ("group_depth", 1)}
+OPTIONS = {
+    "NaNEarlyStop": ("patience", 3),
+    "GradNormMonitor": ("group_depth", 1),
+    "FractionalCheckpoint": ("every_n_epochs", 0.5),
+    "PrecisionFallback": ("to", "bf16-mixed"),
+}
 
 
 @pytest.fixture
