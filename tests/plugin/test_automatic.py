@@ -77,6 +77,17 @@ def test_named_ones_replace_the_default(run):
     )
 
 
+def test_all_of_them_join_and_none_of_them_saves_where_no_checkpoints_are_wanted(run, tmp_path):
+    run(
+        "look = Look(); make(callbacks=[look], max_steps=8).fit(BoringModel())\n"
+        "assert {'NaNEarlyStop', 'GradNormMonitor', 'FractionalCheckpoint'} <= set(look.ours()), look.ours()\n"
+        "import shutil; shutil.rmtree('lightning_logs')\n"
+        "make(enable_checkpointing=False, max_steps=8).fit(BoringModel())",
+        automatic="all",
+    )
+    assert list(tmp_path.rglob("*.ckpt")) == []
+
+
 def test_an_unknown_name_is_an_error_when_fit_begins_and_not_before(run):
     done = run("trainer = make(); trainer.validate(BoringModel()); trainer.fit(BoringModel())", "Nonsense", status=1)
     assert "MisconfigurationException: LIGHTNING_STABILITY_CALLBACKS: 'Nonsense' is no callback" in done.stderr
