@@ -51,13 +51,11 @@ SLOW = [
     pytest.param(kind, namespace, marks=pytest.mark.slow)
     for kind in ("ddp", "ddp-clip", "fsdp2", "fsdp2-clip")
     for namespace in runs.NAMESPACES
-    if (kind, namespace) not in (("ddp", "pytorch_lightning"), ("fsdp2-clip", "lightning.pytorch"))
+    if (kind, namespace) != ("ddp", "pytorch_lightning")
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "namespace"), [("ddp", "pytorch_lightning"), ("fsdp2-clip", "lightning.pytorch"), *SLOW]
-)
+@pytest.mark.parametrize(("kind", "namespace"), [("ddp", "pytorch_lightning"), *SLOW])
 def test_two_ranks(tmp_path: Path, kind: str, namespace: str) -> None:
     results = two_ranks(tmp_path, kind, namespace)
     rows, references = results[0]["rows"], results[0]["references"]
