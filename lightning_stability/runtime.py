@@ -382,7 +382,8 @@ class Runtime:
         step.meter = meter
         step.divide_by_scale = scale is not None and unscales_itself(optimizer)
         if self._guard is not None:
-            step.verdict = self._guard.judge(meter.total_norm(), scale if step.divide_by_scale else None, window.loss)
+            scaled_by = scale if step.divide_by_scale else None
+            step.verdict = self._guard.judge(meter.total_norm(), meter.largest_norm, scaled_by, window.loss)
 
     def after_clipping(self, optimizer: Optimizer, module: Any) -> None:
         """A module that clips in its own way may have spoilt its gradients: look at them once more."""
@@ -471,6 +472,7 @@ class Runtime:
             batch_numbers=tuple(self._last_window.numbers),
             learning_rates=step.learning_rates,
             parameter_names=step.meter.parameter_names,
+            largest_norm=step.meter.largest_norm,
             divide_by_scale=step.divide_by_scale,
             skipped_by=None if step.called else NO_LOSS if step.batches == 0 else GRAD_SCALER,
             skipped_by_guard=step.verdict is not None and bool(step.verdict.skipped),
@@ -760,6 +762,7 @@ class _RecordDraft:
     batch_numbers: tuple[int, ...]
     learning_rates: list[float | str]
     parameter_names: tuple[str, ...]
+    largest_norm: float
     divide_by_scale: bool
     skipped_by: str | None
     skipped_by_guard: bool
@@ -779,6 +782,7 @@ class _RecordDraft:
             optimizer=self.optimizer,
             batches=self.batches,
             parameter_names=self.parameter_names,
+            largest_norm=self.largest_norm,
             grad_norms=norms,
             loss=scalars.get("loss"),
             loss_scale=scale,

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_stability.health.late_reads import Array, LateReads, Part
 from lightning_stability.health.pointer_norms import RIDERS, PointerNorms
-from lightning_stability.health.record import Floats
+from lightning_stability.health.record import FP32_LARGEST_NORM, FP64_LARGEST_NORM, Floats
 
 # torch's CPU norm adds squares up in a few fp32 lanes: 7e-4 off on 16 million normal values, 1e-2 on equal
 # ones. Rows of this size are below 4e-5, at next to no cost.
@@ -69,6 +69,8 @@ class GradientMeter:
         self._buckets = _buckets([p for group in self._groups for p in group], drives_clipping)
         in_order = [parameter for bucket in self._buckets for parameter in bucket.parameters]
         self.parameter_names = tuple(names.get(p, f"unnamed_{i}") for i, p in enumerate(in_order))
+        all_double = bool(in_order) and all(p.dtype in (torch.float64, torch.complex128) for p in in_order)
+        self.largest_norm = FP64_LARGEST_NORM if all_double else FP32_LARGEST_NORM
         self._device = in_order[0].device if in_order else torch.device("cpu")
         self._on_host = self._device.type != "cuda"
         self._several_devices = len({bucket.device for bucket in self._buckets}) > 1

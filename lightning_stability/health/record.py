@@ -16,6 +16,9 @@ Outcome = Literal["taken", "ordinary_skip", "bad", "held", "no_loss"]
 FP32_LARGEST_NORM = math.sqrt(float(np.finfo(np.float32).max))
 """Above this norm the sum of squares overflows fp32, and Adam's second moment with it."""
 
+FP64_LARGEST_NORM = math.sqrt(float(np.finfo(np.float64).max))
+"""The same in float64."""
+
 
 @dataclass(slots=True, eq=False)
 class StepRecord:
@@ -47,6 +50,7 @@ class StepRecord:
         culprit: The parameter whose gradient went bad first, if it is known: the last one in forward order, for
             what is behind it was finite.
         buffer_index: Where the guard keeps the non-finite buffer.
+        largest_norm: Above it the sum of squares overflows: in fp32, or in float64 where all gradients are.
         weight_norms: The L2 norm of each parameter before the update, if a policy asked for it.
         update_norms: The L2 norm of each parameter's change, if a policy asked for it.
     """
@@ -73,13 +77,14 @@ class StepRecord:
     bad_loss_ranks: tuple[int, ...] = ()
     culprit: str | None = None
     buffer_index: int | None = None
+    largest_norm: float = FP32_LARGEST_NORM
     total_norm: float = field(init=False)
 
     def __post_init__(self) -> None:
         # hypot-like scaling is not needed: a float64 square of anything below 1e150 is finite.
         self.total_norm = math.sqrt(float(np.dot(self.grad_norms, self.grad_norms)))
         if self.gradients == "finite":
-            self.gradients = _verdict(self.total_norm)
+            self.gradients = _verdict(self.total_norm, self.largest_norm)
 
     @property
     def gradients_finite(self) -> bool:
@@ -137,9 +142,9 @@ def group_name(parameter_name: str, group_depth: int) -> str:
     return ".".join((path[:-1] or path)[:group_depth])
 
 
-def _verdict(total_norm: float) -> Verdict:
+def _verdict(total_norm: float, largest_norm: float) -> Verdict:
     if math.isnan(total_norm):
         return "nan"
     if math.isinf(total_norm):
         return "inf"
-    return "finite" if total_norm <= FP32_LARGEST_NORM else "overflow"
+    return "finite" if total_norm <= largest_norm else "overflow"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_stability.health.record import FP32_LARGEST_NORM
 from lightning_stability.recovery.undo import BufferUndo, MetricUndo, either
 
 
@@ -170,15 +169,16 @@ class Guard:
     # A step.
 
     @torch.no_grad()
-    def judge(self, total_norm: Tensor, scale: Tensor | None, loss: Tensor | None) -> Verdict:
+    def judge(self, total_norm: Tensor, largest: float, scale: Tensor | None, loss: Tensor | None) -> Verdict:
         """Decide on the device whether a step is good.
 
         Args:
             total_norm: Norm of all its gradients, 0-dimensional.
+            largest: Above it their squares overflow.
             scale: What they are multiplied with; None for nothing.
             loss: Sum of the losses of its batches; None if it has none.
         """
-        limit = FP32_LARGEST_NORM if scale is None else FP32_LARGEST_NORM * scale.to(total_norm.dtype)
+        limit = largest if scale is None else largest * scale.to(total_norm.dtype)
         good = total_norm <= limit  # false for nan
         written, self._written = self._written, None
         forward_good = torch.ones_like(good)

@@ -457,6 +457,13 @@ class TestLifeInATrainer:
             assert not poison.nonfinite(run.module.state_dict())
             assert run.trainer.global_step == 12
 
+    def test_float64_has_room_for_what_overflows_fp32(self, one: Any) -> None:
+        def large(optimizer: Any) -> Any:
+            return torch.optim.SGD(optimizer, lr=1e-30)
+
+        assert not Run(one, {2: "overflow"}, precision="64-true", optimizer=large).said
+        assert Run(one, {2: "nan_gradient"}, precision="64-true", optimizer=large).said
+
     def test_fast_dev_run(self, one: Any) -> None:
         assert Run(one, {0: "nan_loss"}, fast_dev_run=3, max_epochs=None).said
 
