@@ -5,6 +5,8 @@ import re
 import time
 from pathlib import Path
 
+import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_stability.tuab import SyntheticCorpus
@@ -87,3 +89,36 @@ def test_artefacts_in_fp16_crash_in_another_way_finite_steps_first_then_nan_in_t
     done = run("fit", *words, "--trainer.max_epochs=1", "--trainer.default_root_dir=fp32", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(map(math.isfinite, scalars(tmp_path / "fp32", "train_loss_step")))
+
+
+def test_the_crash_recipe_with_nan_early_stop_ends_at_its_first_step_and_says_why(corpus, tmp_path):
+    words = ["--config=tuab_crash", f"--data.root={corpus}", "--data.batch_size=4", "--trainer.callbacks+=NaNEarlyStop"]
+    done = run("fit", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "NaNEarlyStop ended the run: the loss was nan." in done.stderr
+    assert "no update was ever good" in done.stderr
+    assert not list(tmp_path.rglob("*.ckpt"))
+    raised = run("fit", *words, "--trainer.callbacks.action=raise", cwd=tmp_path)
+    assert raised.returncode == 1
+    assert "Traceback" not in raised.stderr
+    assert "NaNEarlyStop ended the run: the loss was nan." in raised.stderr
+
+
+@pytest.mark.slow
+def test_artefacts_with_nan_early_stop_name_the_batch_and_keep_what_the_printed_command_resumes_from(tmp_path):
+    SyntheticCorpus(train_subjects=24, eval_subjects=4, seconds=(24, 30), artefacts=2, seed=2).write(
+        tmp_path / "corpus"
+    )
+    words = ["--config=tuab_stable", "--data.root=corpus", "--data.batch_size=4", "--trainer.precision=16-mixed"]
+    words += ["--trainer.accumulate_grad_batches=1", "--trainer.callbacks+=NaNEarlyStop"]
+    stopped = run("fit", *words, cwd=tmp_path)
+    assert stopped.returncode == 0, stopped.stderr
+    batch = int(re.search(r"where: epoch 0, batch (\d+), global step \1", stopped.stderr)[1])
+    kept = re.search(r"last good checkpoint: (\S+)", stopped.stderr)[1]
+    state = torch.load(kept, weights_only=False)
+    assert state["global_step"] == batch + 1
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values() if value.is_floating_point())
+    resumed = run("fit", *words, f"--ckpt_path={kept}", "--trainer.limit_val_batches=0", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "NaNEarlyStop:" in resumed.stderr
