@@ -1,0 +1,95 @@
+"""What a Trainer says of itself, and what it is refused for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from lightning_stability._compat import MisconfigurationException, is_instance_by_name
+from lightning_stability.health.gradients import CPU_PIECE
+
+# Strategies whose gradients are not to be had where we look, and what to use in their place.
+_REFUSED = {
+    "FSDPStrategy": "its parameters are this rank's flat shard; use ModelParallelStrategy (FSDP2)",
+    "DeepSpeedStrategy": "its engine keeps and clips the gradients; use DDP or ModelParallelStrategy",
+    "XLAStrategy": "its tensors have no multi-tensor norm; leave the callback out",
+    "XLAFSDPStrategy": "its tensors have no multi-tensor norm; leave the callback out",
+    "SingleDeviceXLAStrategy": "its tensors have no multi-tensor norm; leave the callback out",
+}
+
+
+def logger_step(trainer: Any) -> int:
+    """The step under which Lightning would log at this point of the training loop."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def log_folder(trainer: Any) -> str | None:
+    """The folder of this run's first logger that has one. All ranks have to ask: Lightning broadcasts.
+
+    A logger with a version gets `save_dir/name/version`, which is where Lightning puts its checkpoints.
+    """
+    folder = None
+    for logger in trainer.loggers:
+        folder = getattr(logger, "log_dir", None)
+        if folder is None and logger.save_dir is not None and logger.version is not None:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            folder = "/".join((str(logger.save_dir), str(logger.name), version))
+        if folder is not None:
+            break
+    answer: str | None = trainer.strategy.broadcast(folder)
+    return answer
+
+
+def refuse_strategy(trainer: Any) -> None:
+    for name, reason in _REFUSED.items():
+        if is_instance_by_name(trainer.strategy, name):
+            raise MisconfigurationException(
+                f"gradients cannot be measured under {type(trainer.strategy).__name__}: {reason}."
+            )
+
+
+def refuse_optimizer(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    if isinstance(optimizer, LBFGS):
+        raise MisconfigurationException(
+            f"{name} cannot be guarded: it evaluates several gradients within one step and keeps each of them. Use"
+            " another optimizer, or leave out the callbacks that skip updates."
+        )
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        half = any(parameter.dtype == torch.float16 for parameter in group["params"])
+        if half and isinstance(eps, float) and eps > 0.0 and float(torch.tensor(eps, dtype=torch.float16)) == 0.0:
+            raise MisconfigurationException(
+                f"{name}(eps={eps:g}) with fp16 weights: eps is 0 in fp16, so the first update divides by zero. Give"
+                " eps=1e-4 or larger, or train in 16-mixed, bf16-true or 32-true."
+            )
+
+
+def is_clipped_to_the_bit(optimizer: Optimizer) -> bool:
+    """Whether clipping with our norm gives the bits that Lightning's own gives: one kind of fp32 tensors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kinds = {(parameter.device, parameter.dtype, type(parameter)) for parameter in parameters}
+    in_pieces = any(p.device.type == "cpu" and p.numel() > CPU_PIECE for p in parameters)
+    return len(kinds) == 1 and parameters[0].dtype == torch.float32 and not _is_sharded(parameters[0]) and not in_pieces
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return hasattr(parameter, "device_mesh")
+
+
+def window_is_open(trainer: Any) -> bool:
+    """Whether gradients of earlier batches wait for more before the optimizer steps.
+
+    Args:
+        trainer: The Trainer.
+    """
+    return bool(trainer.fit_loop._should_accumulate()) and trainer.lightning_module.automatic_optimization
+
+
+def validation_is_due(trainer: Any) -> bool:
+    """Whether Lightning will validate right after this batch."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
