@@ -151,13 +151,13 @@ def fit(
     folder: Path,
     namespace: str = "pytorch_lightning",
     seed: int = 1,
-    data: str = "samples",
+    data: Any = "samples",
     workers: int = 0,
     augment: bool = True,
-    validate: bool = True,
+    validate: Any = True,
     ckpt_path: str | None = None,
     kill_after_batch: int | None = None,
-    module: dict[str, Any] | None = None,
+    module: Any = None,
     checkpoint: dict[str, Any] | None = None,
     callbacks: Callable[[Any], list[Any]] = lambda pl: [],
     logger: Any = None,
@@ -169,13 +169,14 @@ def fit(
         folder: Where `checkpoints` are written, too.
         namespace: The Trainer's.
         seed: Of all generators: a resumed run is given another one.
-        data: "samples", "stream", or "weighted" for a sampler with a global random order.
+        data: "samples", "stream", "weighted" for a sampler with a global random order, or what makes loaders or a data
+            module.
         workers: Processes that load.
         augment: Whether samples are made noisy by the global generators.
-        validate: Whether there is a validation set.
+        validate: Whether there is a validation set, or what makes its loader.
         ckpt_path: Where to go on from.
         kill_after_batch: The process is killed when so many batches of this fit have been trained.
-        module: Options of `make_module`.
+        module: Options of `make_module`, or what makes one of a namespace.
         checkpoint: Options of FractionalCheckpoint.
         callbacks: Others.
         logger: In place of the one that writes to the folder.
@@ -183,7 +184,7 @@ def fit(
     """
     pl = runs.load_namespace(namespace)
     torch.manual_seed(0)
-    model = make_module(pl, **(module or {}))
+    model = module(pl) if callable(module) else make_module(pl, **(module or {}))
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -195,7 +196,12 @@ def fit(
     options = {"max_epochs": 3, "num_sanity_val_steps": 0, "enable_checkpointing": True, **trainer}
     made = runs.trainer(pl, callbacks=[saver, *others], logger=logger or file_logger(pl, folder), **options)
     validation = StatefulDataLoader(Samples(8, augment=False), batch_size=4) if validate else None
-    made.fit(model, loader(data, workers, augment), validation, ckpt_path=ckpt_path)
+    if callable(validate):
+        validation = validate()
+    training = data() if callable(data) else loader(data, workers, augment)
+    if isinstance(training, pl.LightningDataModule):
+        validation = None
+    made.fit(model, training, validation, ckpt_path=ckpt_path)
     state = {
         "module": model.state_dict(),
         "optimizers": [optimizer.state_dict()["state"] for optimizer in made.optimizers],

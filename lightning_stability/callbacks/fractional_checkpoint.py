@@ -15,7 +15,7 @@ from lightning_stability._compat import MisconfigurationException, ModelCheckpoi
 from lightning_stability.checkpointing import writing
 from lightning_stability.checkpointing.finite import nonfinite_names
 from lightning_stability.checkpointing.listing import checked_tensors
-from lightning_stability.checkpointing.loops import SECTION, Place, TrainingPlaces
+from lightning_stability.checkpointing.loops import FORMAT, SECTION, Place, TrainingPlaces
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
 from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.events import EventLog
@@ -92,8 +92,12 @@ class FractionalCheckpoint(ModelCheckpoint):
         **other_trigger: Any,
     ) -> None:
         _refuse_other_triggers(other_trigger)
+        if filename == self.CHECKPOINT_NAME_LAST and save_last:
+            raise MisconfigurationException(
+                f"FractionalCheckpoint(filename={filename!r}): it is save_last's name. Choose another, or leave it out."
+            )
         super().__init__(
-            dirpath=None if dirpath is None else str(dirpath),
+            dirpath=None if dirpath is None else writing.without_protocol(str(dirpath)),
             filename=filename or "{epoch}-{step:06d}",
             monitor=monitor,
             mode=mode,
@@ -116,7 +120,6 @@ class FractionalCheckpoint(ModelCheckpoint):
 
     def _begin_fit(self) -> None:
         self._failures = 0
-        self._section: dict[str, Any] | None = None
         self._ranked: Any = None
         self._missed_monitor = False
         self._pending: _Pending | None = None
@@ -212,15 +215,16 @@ class FractionalCheckpoint(ModelCheckpoint):
         if stage == "fit":
             self._leave(trainer)
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add what an exact resume needs, if it is this callback that saves."""
-        if self._section is not None:
-            checkpoint[SECTION] = self._section
-
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep what is put back when training starts."""
         if SECTION in checkpoint and trainer.state.fn == "fit":
             TrainingPlaces.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
+        states = checkpoint.get("callbacks", {})
+        if self.state_key not in states:  # the interval is part of the key: it is another one now
+            ours = [s for key, s in states.items() if key.startswith(f"{type(self).__qualname__}{{")]
+            ours = [s for s in ours if (s["monitor"], s["dirpath"]) == (self.monitor, self.dirpath)]
+            if len(ours) == 1:
+                self.load_state_dict(ours[0])
 
     def state_dict(self) -> dict[str, Any]:
         """ModelCheckpoint's, and every checkpoint that is kept."""
@@ -316,23 +320,22 @@ class FractionalCheckpoint(ModelCheckpoint):
         return path
 
     def _dump(self, trainer: Any, place: Place, epochs: Fraction) -> dict[str, Any]:
-        if not self.save_weights_only:
+        with trainer.profiler.profile("save_checkpoint"):
+            checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        if not self.save_weights_only:  # after everybody's `on_save_checkpoint`, which may draw random numbers
             places = TrainingPlaces.of(trainer)
-            self._section = {
+            checkpoint[SECTION] = {
+                "format": FORMAT,
                 "inside_epoch": place.batches > 0,
                 "epochs": float(epochs),
                 "saved_at": time.time(),
                 "finite": True,
                 "nonfinite_by_design": list(self._nonfinite_at_start),
                 "reloaded_in_epoch": places.reloaded_in_epoch,
+                "stop_is_due": bool(trainer.should_stop) and not place.ending,
                 "metrics": _scalars(trainer.callback_metrics),
                 "ranks": _gather(trainer, places.capture(place)),
             }
-        try:
-            with trainer.profiler.profile("save_checkpoint"):
-                checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-        finally:
-            self._section = None
         return checkpoint
 
     def _nonfinite(self, trainer: Any, checkpoint: dict[str, Any]) -> list[str]:
@@ -344,7 +347,7 @@ class FractionalCheckpoint(ModelCheckpoint):
         return names or ["what another rank holds"]
 
     def _is_by_design(self, name: str, tensor: Tensor) -> bool:
-        mask = self._nonfinite_at_start.get(name)
+        mask = self._nonfinite_at_start.get(name.removeprefix("current_model_state."))  # averaging puts weights there
         if mask is None or mask.shape != tensor.shape:
             return False
         return not bool((~torch.isfinite(tensor) & ~mask.to(tensor.device)).any())
@@ -404,8 +407,9 @@ class FractionalCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             details = {"path": pending.job.path, "error": failure, "in_a_row": self._failures}
             self._events.write("checkpoint_failed", pending.step, pending.epoch, **details)
+        free = writing.free_space(str(self.dirpath))  # what torch says of a full disk does not mention it
         rank_zero_warn(
-            f"FractionalCheckpoint: {pending.job.path} could not be written ({failure}). Training goes on; the"
+            f"FractionalCheckpoint: {pending.job.path} could not be written ({failure}{free}). Training goes on; the"
             f" checkpoints before it are as they were. {self.max_failures - self._failures} more failures in a row"
             " end it."
         )
@@ -459,7 +463,7 @@ class FractionalCheckpoint(ModelCheckpoint):
     def __getstate__(self) -> dict[str, Any]:
         # A copy, here or in another process, has no fit under way. `log` and `log_dict` belong to the module.
         state = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
-        return {**state, "_writer": None, "_snapshot": None, "_pending": None, "_section": None, "_ranked": None}
+        return {**state, "_writer": None, "_snapshot": None, "_pending": None, "_ranked": None}
 
 
 class _Pending:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning_fabric.utilities.data import _set_sampler_epoch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.checkpointing.random_state import RandomState, capture_random_state, restore_random_state
@@ -57,8 +59,10 @@ class TrainingData:
         ahead = self._ahead if inside_epoch and self._prefetches else None
         return {
             "loaders": self._loader_states() if ahead is None else ahead["loaders"],
+            "begun_again": self._begun_again() if ahead is None else ahead["begun_again"],
             "fetch_random": None if ahead is None else ahead["random"],
             "generators": _generator_states(self.loaders),
+            "validation_generators": _generator_states(self._validation_loaders),
             "order": self._order,
         }
 
@@ -70,20 +74,50 @@ class TrainingData:
             epoch: The epoch that the position is in, or just after.
             inside_epoch: Whether more of that epoch's batches are to come.
         """
-        states = state["loaders"]
-        if states:
-            fetcher = self._trainer.fit_loop._data_fetcher
-            self._set_epoch(epoch)
-            self._keep_order(state["order"])
-            if not inside_epoch:  # stay at the end; Lightning begins the next epoch itself
-                states = [{**s, _FINISHED: False} if isinstance(s, dict) and _FINISHED in s else s for s in states]
-            self._trainer.fit_loop._combined_loader._load_state_dicts(states)
-            self._iterate_without_fetching(fetcher)
-            if inside_epoch and self._prefetches:
-                restore_random_state(state["fetch_random"])
-                self._ahead = {"loaders": states, "random": state["fetch_random"]}
-                fetcher.batches.append(super(type(fetcher), fetcher).__next__())  # type: ignore[misc]
+        made_anew = not inside_epoch and self._trainer.fit_loop._should_reload_train_dl
+        if state["loaders"] and not made_anew:
+            try:
+                self._go_to(state, epoch, inside_epoch)
+            except Exception as error:  # a StopIteration would end the fit without a word
+                self._begin_epoch_again(error)
         _set_generators(self.loaders, state["generators"])
+        if state["validation_generators"]:
+            self._make_validation_loaders()
+            _set_generators(self._validation_loaders, state["validation_generators"])
+
+    def _go_to(self, state: dict[str, Any], epoch: int, inside_epoch: bool) -> None:
+        # What is at its end stays there, until Lightning begins the next epoch itself.
+        states = [{**s, _FINISHED: False} if isinstance(s, dict) and _FINISHED in s else s for s in state["loaders"]]
+        fetcher = self._trainer.fit_loop._data_fetcher
+        for loader in self.loaders:
+            _set_sampler_epoch(loader, epoch)
+        self._keep_order(state["order"])
+        self._trainer.fit_loop._combined_loader._load_state_dicts(states)
+        self._iterate_without_fetching(fetcher)
+        if state["begun_again"] is not None:
+            self._trainer.fit_loop._combined_loader._iterator._consumed = list(state["begun_again"])
+        if inside_epoch and self._prefetches:
+            restore_random_state(state["fetch_random"])
+            self._ahead = {name: state[name] for name in ("loaders", "begun_again")}
+            self._ahead["random"] = state["fetch_random"]
+            fetcher.batches.append(super(type(fetcher), fetcher).__next__())  # type: ignore[misc]
+
+    def _begin_epoch_again(self, error: Exception) -> None:
+        rank_zero_warn(
+            "The position in the training data could not be restored, because the data is not that of the checkpoint"
+            f" ({type(error).__name__}: {error}). It starts from the beginning."
+        )
+        for loader in self.loaders:
+            vars(loader)["next_iter_state"] = None  # a StatefulDataLoader that did not get through it keeps it
+        iter(self._trainer.fit_loop._data_fetcher)
+
+    def _make_validation_loaders(self) -> None:
+        """As Lightning makes them when training starts, unless its first epoch has no validation."""
+        trainer = self._trainer
+        if trainer.val_dataloaders is None:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
 
     def begin_first_epoch(self) -> None:
         """Iterate again where the order that Lightning began with could not be found again, or differs by rank."""
@@ -113,7 +147,11 @@ class TrainingData:
     def before_fetch(self) -> None:
         """Called before each batch is fetched."""
         if self._prefetches:
-            self._ahead = {"loaders": copy.deepcopy(self._loader_states()), "random": capture_random_state()}
+            self._ahead = {
+                "loaders": copy.deepcopy(self._loader_states()),
+                "begun_again": self._begun_again(),
+                "random": capture_random_state(),
+            }
 
     @property
     def _prefetches(self) -> bool:
@@ -128,6 +166,16 @@ class TrainingData:
         states: list[Any] = self._trainer.fit_loop._combined_loader._state_dicts()
         return states
 
+    def _begun_again(self) -> list[bool] | None:
+        """Which of several loaders have been through and began again, waiting for the longest."""
+        consumed = getattr(self._trainer.fit_loop._combined_loader._iterator, "_consumed", None)
+        return None if consumed is None else list(consumed)
+
+    @property
+    def _validation_loaders(self) -> list[Any]:
+        combined = self._trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        return [] if combined is None else list(combined.flattened)
+
     def _iterate_without_fetching(self, fetcher: Any) -> None:
         ahead = getattr(fetcher, "prefetch_batches", 0)
         fetcher.prefetch_batches = 0
@@ -135,13 +183,6 @@ class TrainingData:
             iter(fetcher)
         finally:
             fetcher.prefetch_batches = ahead
-
-    def _set_epoch(self, epoch: int) -> None:
-        for loader in self.loaders:
-            for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-                for candidate in (sampler, getattr(sampler, "sampler", None)):
-                    if callable(set_epoch := getattr(candidate, "set_epoch", None)):
-                        set_epoch(epoch)
 
 
 def _is_stateful(loader: Any) -> bool:

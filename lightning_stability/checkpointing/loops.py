@@ -24,14 +24,22 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_stability._compat import is_instance_by_name
 from lightning_stability.checkpointing.loaders import TrainingData
 from lightning_stability.checkpointing.metrics import capture_metrics, restore_metrics
 from lightning_stability.checkpointing.random_state import capture_random_state, restore_random_state
 
 SECTION = "lightning_stability"
 """The key of what an exact resume needs, beside Lightning's own, in a checkpoint."""
+
+FORMAT = 1
+"""Raised when what is in the section changes, so that no half of it is taken for the whole."""
+
+_SET_AN_EPOCH_UP = ("GradientAccumulationScheduler", "StochasticWeightAveraging")
+"""Lightning's callbacks that set in `on_train_epoch_start` what they keep in no checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ class TrainingPlaces:
             self._begun = False
             self._data = TrainingData(self.trainer)
             self._global_step = self.trainer.global_step
+            self._trained_at_start = self._trained()
             fit, epoch = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop
             self._wrap(fit, "on_advance_start", self._on_epoch_about_to_start)
             self._wrap(epoch, "reset", self._on_epoch_loop_reset)
@@ -132,7 +141,8 @@ class TrainingPlaces:
             "random": capture_random_state(),
             "data": self._data.capture(inside_epoch=place.batches > 0),
             "metrics": capture_metrics(self.trainer),
-            "gradients": self._open_window() if place.batches and not place.stepped else {},
+            "gradients": self._gradients(place),
+            "trained": {name: on for name, on in self._trained().items() if on != self._trained_at_start.get(name)},
         }
 
     @property
@@ -140,10 +150,16 @@ class TrainingPlaces:
         """The training data, from `listen` on."""
         return self._data
 
-    def _open_window(self) -> dict[str, Any]:
-        """The gradients of an accumulation window in which the fit ends."""
-        named = self.trainer.lightning_module.named_parameters()
-        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+    def _gradients(self, place: Place) -> dict[str, Any]:
+        """Those that the next step adds to: Lightning zeroes them first, manual optimization when it likes."""
+        module = self.trainer.lightning_module
+        if module.automatic_optimization and (place.stepped or not place.batches):
+            return {}
+        return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+    def _trained(self) -> dict[str, bool]:
+        """What is frozen and what is not: callbacks change it in the course of a fit."""
+        return {name: p.requires_grad for name, p in self.trainer.lightning_module.named_parameters()}
 
     # Resuming
 
@@ -156,6 +172,12 @@ class TrainingPlaces:
             world_size: How many there are.
         """
         section = checkpoint[SECTION]
+        if section.get("format") != FORMAT:
+            rank_zero_warn(
+                "The checkpoint was written by another version of lightning-stability: Lightning's own resume goes on"
+                " from it, and batches and random numbers will not be those of the run that was interrupted."
+            )
+            return
         if len(section["ranks"]) != world_size:
             rank_zero_warn(
                 f"The checkpoint was written by {len(section['ranks'])} processes and is loaded by {world_size}:"
@@ -168,8 +190,16 @@ class TrainingPlaces:
             "loops": copy.deepcopy(loops),
             "inside_epoch": section["inside_epoch"],
             "reloaded_in_epoch": section["reloaded_in_epoch"],
+            "stop_is_due": section["stop_is_due"],
             "rank": section["ranks"][rank],
+            "rounded": self._rounded(checkpoint.get("current_model_state", checkpoint["state_dict"])),
         }
+
+    def _rounded(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """With `precision="64-true"` Lightning loads into the module before it makes its weights float64."""
+        own = self.trainer.lightning_module.state_dict()
+        wide = {name: tensor for name, tensor in saved.items() if getattr(tensor, "dtype", None) == torch.float64}
+        return {name: tensor for name, tensor in wide.items() if name in own and own[name].dtype == torch.float32}
 
     def _go_on(self, resume: dict[str, Any]) -> None:
         fit, epoch_loop = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop
@@ -182,16 +212,47 @@ class TrainingPlaces:
             fit.reset_restart_stage()
             fit._resuming_from_checkpoint = False  # so that Lightning iterates over the loaders for a new epoch
         if resume["reloaded_in_epoch"] is not None:
-            fit._last_train_dl_reload_epoch = resume["reloaded_in_epoch"]
+            self._load_data_as_in_epoch(resume["reloaded_in_epoch"])
         self._goes_on_inside_epoch = inside
+        self.trainer.should_stop = resume["stop_is_due"]
         epoch = fit.epoch_progress.current.processed - (0 if inside else 1)
         self._data.restore(rank["data"], epoch, inside)
         restore_metrics(self.trainer, rank["metrics"])
+        own = self.trainer.lightning_module.state_dict()
+        for name, tensor in resume["rounded"].items():
+            own[name].copy_(tensor)
         for name, parameter in self.trainer.lightning_module.named_parameters():
+            parameter.requires_grad_(rank["trained"].get(name, parameter.requires_grad))
             if name in rank["gradients"]:
                 parameter.grad = rank["gradients"][name].to(parameter.device)
+        if inside:
+            self._set_epoch_up()
         restore_random_state(rank["random"])
         self._global_step = self.trainer.global_step
+
+    def _load_data_as_in_epoch(self, epoch: int) -> None:
+        """Ask for the loaders as in that epoch; they may be others than those of now."""
+        fit = self.trainer.fit_loop
+        if fit._last_train_dl_reload_epoch == epoch:
+            return
+        fit._last_train_dl_reload_epoch = epoch
+        if fit._should_reload_train_dl:
+            return  # new ones are due in any case
+        progress = fit.epoch_progress.current
+        now, progress.completed = progress.completed, epoch
+        fit._combined_loader = None
+        fit.setup_data()
+        progress.completed = now
+
+    def _set_epoch_up(self) -> None:
+        trainer = self.trainer
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
+        for callback in trainer.callbacks:
+            if is_instance_by_name(callback, *_SET_AN_EPOCH_UP):
+                callback.on_train_epoch_start(trainer, trainer.lightning_module)
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate  # a scheduler that is made sets its first
 
     @property
     def reloaded_in_epoch(self) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 _CONNECTOR = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")
 _META = (
@@ -116,9 +117,22 @@ def _capture_torchmetrics(module: Any) -> dict[str, Any]:
                 state: list(value) if isinstance(value := getattr(metric, state), list) else value
                 for state in metric._defaults
             },
+            "own": _own_numbers(metric),
         }
         for name, metric in module.named_modules()
         if isinstance(metric, Metric)
+    }
+
+
+def _own_numbers(metric: Metric) -> dict[str, Any]:
+    """What torchmetrics' wrappers keep beside their states: the largest value so far, a position in a window."""
+    if not isinstance(metric, WrapperMetric):
+        return {}
+    return {
+        name: value
+        for name, value in vars(metric).items()
+        if name not in metric._defaults
+        and (isinstance(value, Tensor) or (name.startswith("_") and type(value) in (int, float)))
     }
 
 
@@ -132,5 +146,7 @@ def _restore_torchmetrics(module: Any, captured: dict[str, Any]) -> None:
             if key in metric._defaults:
                 moved = [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device)
                 setattr(metric, key, moved)
+        for key, value in state["own"].items():
+            setattr(metric, key, value.to(metric.device) if isinstance(value, Tensor) else value)
         metric._update_count = state["update_count"]
         metric._computed = None

@@ -106,7 +106,20 @@ def is_part(name: str) -> bool:
 
 def is_local(path: str) -> bool:
     """Whether a path is one of this machine's."""
-    return "://" not in path or path.startswith(("file://", "local://"))
+    return "://" not in path
+
+
+def without_protocol(path: str) -> str:
+    """A path of this machine as the operating system knows it; others as they are."""
+    return path.removeprefix("file://").removeprefix("local://")
+
+
+def free_space(folder: str) -> str:
+    """What is left on the disk, in words; nothing where it cannot be known."""
+    try:
+        return f"; {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there" if is_local(folder) else ""
+    except OSError:  # it is gone
+        return ""
 
 
 class Writer:
