@@ -20,7 +20,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_stability.callbacks import NonFiniteError
-from lightning_stability.checkpointing.listing import LAST_GOOD, find_checkpoints, list_checkpoints, newest_good, table
+from lightning_stability.checkpointing.listing import (
+    LAST_GOOD,
+    checkpoint_folders,
+    find_checkpoints,
+    list_checkpoints,
+    newest_good,
+    table,
+)
 from lightning_stability.tuab.configs import config_names, packaged_file
 
 PROG = "lightning-stability"
@@ -244,12 +251,12 @@ def show_checkpoints(words: list[str]) -> int:
     given = parser.parse_args(words[1:])
     if not given.folder.exists():
         raise MisconfigurationException(f"There is no folder {given.folder}.")
-    folders = {info.path.parent: None for info in find_checkpoints(given.folder)}
+    folders = checkpoint_folders(given.folder)
     if not folders:
         raise MisconfigurationException(f"There are no checkpoints (*.ckpt) in {given.folder} or its runs' folders.")
     good = True
     for folder in folders:
-        infos = list_checkpoints(given.folder if given.folder.is_file() else folder, given.verify)
+        infos = list_checkpoints(folder, given.verify)
         print(f"{folder}\n{table(infos)}\n")
         good = good and all(info.complete and info.finite is not False for info in infos)
     return 0 if good else 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_stability._compat import MisconfigurationException, ModelCheckpoint
 from lightning_stability.checkpointing import writing
 from lightning_stability.checkpointing.finite import nonfinite_names
-from lightning_stability.checkpointing.listing import checked_tensors
+from lightning_stability.checkpointing.listing import checked_tensors, own_name
 from lightning_stability.checkpointing.loops import FORMAT, SECTION, Place, TrainingPlaces
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
 from lightning_stability.checkpointing.snapshot import HostSnapshot
@@ -347,7 +347,7 @@ class FractionalCheckpoint(ModelCheckpoint):
         return names or ["what another rank holds"]
 
     def _is_by_design(self, name: str, tensor: Tensor) -> bool:
-        mask = self._nonfinite_at_start.get(name.removeprefix("current_model_state."))  # averaging puts weights there
+        mask = self._nonfinite_at_start.get(own_name(name))
         if mask is None or mask.shape != tensor.shape:
             return False
         return not bool((~torch.isfinite(tensor) & ~mask.to(tensor.device)).any())

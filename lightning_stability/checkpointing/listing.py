@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -108,10 +109,19 @@ def find_checkpoints(root: str | os.PathLike[str]) -> list[CheckpointInfo]:
     Args:
         root: A Trainer's `default_root_dir`, or a folder of checkpoints.
     """
+    return [info for folder in checkpoint_folders(root) for info in list_checkpoints(folder)]
+
+
+def checkpoint_folders(root: str | os.PathLike[str]) -> list[Path]:
+    """Those of `find_checkpoints` that have any, without a look into them.
+
+    Args:
+        root: A Trainer's `default_root_dir`, a folder of checkpoints, or one checkpoint.
+    """
     folders = [Path(root)]
     for pattern in ("checkpoints", "*/checkpoints", "*/*/checkpoints"):
         folders += sorted(Path(root).glob(pattern))
-    return [info for folder in folders for info in list_checkpoints(folder)]
+    return [folder for folder in folders if next(_checkpoint_files(folder), None) is not None]
 
 
 def table(infos: list[CheckpointInfo]) -> str:
@@ -157,33 +167,50 @@ def _inspect(path: Path, verify: bool) -> CheckpointInfo:
     if path.is_dir():
         return _inspect_sharded(path, status.st_mtime)
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is empty, cut short, or no file that torch.save writes")
         if verify and (damaged := _damaged_part(path)):
             raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
             raise ValueError("it holds no state_dict")
         problem = _what_is_not_finite(checkpoint) if verify else None
+    except pickle.UnpicklingError:
+        problem = "it holds Python objects, and does not load with weights_only=True"
+        return CheckpointInfo(path, status.st_size, status.st_mtime, complete=False, problem=problem)
     except Exception as error:  # whatever zip, pickle and torch stumble over
         return CheckpointInfo(path, status.st_size, status.st_mtime, complete=False, problem=_first_line(error))
-    section: dict[str, Any] = checkpoint.get(SECTION, {})
+    section = _section(checkpoint)
+    step, epochs = checkpoint.get("global_step"), section.get("epochs", checkpoint.get("epoch"))
     return CheckpointInfo(
         path=path,
         bytes=status.st_size,
         saved=section.get("saved_at", status.st_mtime),
         complete=True,
         finite=section.get("finite") if problem is None else not problem,
-        step=checkpoint.get("global_step"),
-        epochs=section.get("epochs", checkpoint.get("epoch")),
+        step=step if isinstance(step, int) else None,
+        epochs=epochs if isinstance(epochs, (int, float)) else None,
         metrics=dict(section.get("metrics", {})),
         problem=problem or "",
     )
 
 
 def _what_is_not_finite(checkpoint: dict[str, Any]) -> str:
-    by_design = checkpoint.get(SECTION, {}).get("nonfinite_by_design", [])
+    by_design = _section(checkpoint).get("nonfinite_by_design", [])
     tensors = dict(checked_tensors(checkpoint))
-    names = [name for name in nonfinite_names(tensors.items()) if name not in by_design and not _is_mask(tensors[name])]
+    names = [name for name in nonfinite_names(tensors.items()) if own_name(name) not in by_design]
+    names = [name for name in names if not _is_mask(tensors[name])]
     return f"not finite: {', '.join(names[:3])}" if names else ""
+
+
+def _section(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    section = checkpoint.get(SECTION)
+    return section if isinstance(section, dict) else {}
+
+
+def own_name(name: str) -> str:
+    """The module's name for one of `checked_tensors`: averaging moves its weights to another key."""
+    return name.removeprefix("current_model_state.")
 
 
 def _is_mask(tensor: Tensor) -> bool:

@@ -59,6 +59,35 @@ def test_what_was_found_before_the_write_is_believed_until_asked_to_verify(tmp_p
     assert "loss=0.5" in table([info])
 
 
+def test_whatever_is_called_ckpt_is_listed_and_nothing_ends_the_listing(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.ckpt", 1, finite=True, nonfinite_by_design=["mask"])
+    (tmp_path / "text.ckpt").write_text("hello")
+    (tmp_path / "folder.ckpt").mkdir()
+    (tmp_path / "circle.ckpt").symlink_to(tmp_path / "circle.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    torch.save({"state_dict": {}, "code": print}, tmp_path / "code.ckpt")
+    usable = {
+        "tensor": {"state_dict": torch.ones(2)},
+        "section": {"state_dict": {"w": torch.ones(2)}, "lightning_stability": "mine", "global_step": 3},
+        "step": {"state_dict": {"w": torch.ones(2)}, "global_step": "3", "epoch": "one"},
+        "averaged": {
+            **torch.load(good),
+            "current_model_state": {"mask": torch.tensor([-float("inf"), 0.5])},
+        },
+    }
+    for name, checkpoint in usable.items():
+        torch.save(checkpoint, tmp_path / f"{name}.ckpt")
+    torch.save(usable["step"], tmp_path / "legacy.ckpt", _use_new_zipfile_serialization=False)
+    for verify in (False, True):
+        infos = list_checkpoints(tmp_path, verify)
+        complete = {info.path.stem for info in infos if info.complete}
+        assert complete == {"good", *usable}
+        assert len(infos) == 11
+        assert "Python objects" in table(infos)
+        assert "cut short" in table(infos)
+    assert all(info.finite for info in infos if info.path.stem in {"good", *usable})
+
+
 def test_nothing_there_is_nothing_good(tmp_path: Path) -> None:
     assert last_good_checkpoint(tmp_path) is None
     assert last_good_checkpoint(tmp_path / "nowhere") is None
