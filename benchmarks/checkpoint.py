@@ -1,15 +1,15 @@
 """What a save costs training: FractionalCheckpoint beside Lightning's ModelCheckpoint.
 
 A model of 110 million parameters with AdamW (1.3 GB of state) is trained in blocks of steps; the first step of a block
-saves, the others feel what goes on in the background. The time lost per save is a block with a save less a bare block
-without one before and after it. Each way saves three times in a fit, and the first, which allocates, is left out; ways
-are interleaved, and the median over all saves is given with the range.
+saves, the others feel what goes on in the background. The time lost per save is a block with a save less as many bare
+steps, measured before and after it. Each way saves three times in a fit, and the first, which allocates, is left out;
+ways are interleaved, and the median over all saves is given with the range.
 
 Beside them the limits: the state's bytes over the bandwidth of the disk, written once and flushed, and over that of a
 plain copy to host memory (pinned, on a GPU).
 
-usage: python benchmarks/checkpoint.py [--quick] [--rounds N] [--device cuda] [--folder DIR] [--json FILE]
-                                       [--gpu-tests]
+usage: python benchmarks/checkpoint.py [--quick] [--rounds N] [--minutes M] [--device cuda] [--folder DIR]
+                                       [--json FILE] [--gpu-tests]
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ Way = Callable[[Path, int], tuple[list[pl.Callback], list[Any]]]
 
 def main() -> None:
     options = arguments()
+    options.until = time.monotonic() + 60 * options.minutes
     quiet()
     if options.gpu_tests:
         words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests/test_gpu_checkpoint.py")]
@@ -73,26 +74,29 @@ def measure(device: torch.device, folder: Path, options: argparse.Namespace) -> 
     size = sum(tensor.numel() * tensor.element_size() for tensor in state)
     limits = {"disk": disk_seconds(size, folder), "copy": copy_seconds(state, device)}
     del state
-    bare = block_seconds(module, device, None, folder, steps=5, saves=2)
+    step = bare_step(module, device, folder, steps=5)
     # long enough for a save in the background to end within its block
-    steps = max(3, math.ceil(2.5 * max(limits["disk"]["median"], 0.2) / (statistics.median(bare) / 5)))
+    steps = max(4, math.ceil(2 * max(limits["disk"]["median"], 0.2) / step))
     lost: dict[str, list[float]] = {way: [] for way in WAYS}
-    bare_blocks = []
-    for _ in range(options.rounds):
-        before = statistics.median(block_seconds(module, device, None, folder, steps, saves=2))
+    bare_steps: list[float] = []
+    rounds, longest = 0, 0.0
+    while rounds < options.rounds and (not rounds or time.monotonic() + longest < options.until):
+        started = time.monotonic()
+        before = bare_step(module, device, folder, math.ceil(steps / 4))
         for name, way in WAYS.items():
             blocks = block_seconds(module, device, way, folder, steps, saves=3)[1:]
-            after = statistics.median(block_seconds(module, device, None, folder, steps, saves=2))
-            lost[name] += [block - (before + after) / 2 for block in blocks]
-            bare_blocks.append(before := after)
+            after = bare_step(module, device, folder, math.ceil(steps / 4))
+            lost[name] += [block - steps * (before + after) / 2 for block in blocks]
+            bare_steps.append(before := after)
+        rounds, longest = rounds + 1, max(longest, time.monotonic() - started)
     ours, theirs = spread(lost["FractionalCheckpoint"]), spread(lost["ModelCheckpoint"])
     return {
         "machine": machine(device),
         "parameters": sum(p.numel() for p in module.parameters()),
         "bytes": size,
         "steps_in_a_block": steps,
-        "bare_step_ms": {key: 1e3 * value / steps for key, value in spread(bare_blocks).items()},
-        "rounds": options.rounds,
+        "bare_step_ms": {key: 1e3 * value for key, value in spread(bare_steps).items()},
+        "rounds": rounds,
         "limits_seconds": limits,
         "lost_seconds": {way: spread(values) for way, values in lost.items()},
         "sync_over_lightning": ours["median"] / theirs["median"],
@@ -161,6 +165,11 @@ class Blocks(pl.Callback):
             if self.start is not None:
                 self.seconds.append(now - self.start)
             self.start = now
+
+
+def bare_step(module: Module, device: torch.device, folder: Path, steps: int) -> float:
+    """Seconds of a step without any save: all alike, so that fewer of them do."""
+    return statistics.median(block_seconds(module, device, None, folder, steps, saves=3)) / steps
 
 
 def block_seconds(
@@ -272,10 +281,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a quarter of the parameters: to see that it runs")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of interleaved ways")
+    parser.add_argument("--minutes", type=float, default=4, help="no more rounds than fit; one in any case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, default=None, help="where to write, a folder on the disk to be measured")
     parser.add_argument("--json", type=Path, help="where to write all figures")
-    parser.add_argument("--gpu-tests", action="store_true", help="first run this issue's tests marked gpu")
+    parser.add_argument("--gpu-tests", action="store_true", help="first run the checkpoints' tests marked gpu")
     return parser.parse_args()
 
 
