@@ -3,7 +3,8 @@
 A model of 110 million parameters with AdamW (1.3 GB of state) is trained in blocks of steps; the first step of a block
 saves, the others feel what goes on in the background. The time lost per save is a block with a save less as many bare
 steps, measured before and after it. Each way saves three times in a fit, and the first, which allocates, is left out;
-ways are interleaved, and the median over all saves is given with the range.
+ways are interleaved, and the median over all saves is given with the range. Over hundreds of short steps the difference
+of two sums is noisy; what the step that saves takes longer than a bare one is the part that is sharp.
 
 Beside them the limits: the state's bytes over the bandwidth of the disk, written once and flushed, and over that of a
 plain copy to host memory (pinned, on a GPU).
@@ -78,15 +79,17 @@ def measure(device: torch.device, folder: Path, options: argparse.Namespace) -> 
     # long enough for a save in the background to end within its block
     steps = max(4, math.ceil(2 * max(limits["disk"]["median"], 0.2) / step))
     lost: dict[str, list[float]] = {way: [] for way in WAYS}
+    waited: dict[str, list[float]] = {way: [] for way in WAYS}
     bare_steps: list[float] = []
     rounds, longest = 0, 0.0
     while rounds < options.rounds and (not rounds or time.monotonic() + longest < options.until):
         started = time.monotonic()
         before = bare_step(module, device, folder, math.ceil(steps / 4))
         for name, way in WAYS.items():
-            blocks = block_seconds(module, device, way, folder, steps, saves=3)[1:]
+            blocks = block_seconds(module, device, way, folder, steps, saves=3)
             after = bare_step(module, device, folder, math.ceil(steps / 4))
-            lost[name] += [block - steps * (before + after) / 2 for block in blocks]
+            lost[name] += [block - steps * (before + after) / 2 for block in blocks.seconds[1:]]
+            waited[name] += [step - (before + after) / 2 for step in blocks.first_steps[1:]]
             bare_steps.append(before := after)
         rounds, longest = rounds + 1, max(longest, time.monotonic() - started)
     ours, theirs = spread(lost["FractionalCheckpoint"]), spread(lost["ModelCheckpoint"])
@@ -99,8 +102,10 @@ def measure(device: torch.device, folder: Path, options: argparse.Namespace) -> 
         "rounds": rounds,
         "limits_seconds": limits,
         "lost_seconds": {way: spread(values) for way, values in lost.items()},
+        "waited_seconds": {way: spread(values) for way, values in waited.items()},
         "sync_over_lightning": ours["median"] / theirs["median"],
         "async_over_copy": spread(lost["FractionalCheckpoint, async_save"])["median"] / limits["copy"]["median"],
+        "async_wait_over_copy": spread(waited["FractionalCheckpoint, async_save"])["median"] / limits["copy"]["median"],
     }
 
 
@@ -154,27 +159,33 @@ class Blocks(pl.Callback):
     def __init__(self, device: torch.device, steps: int) -> None:
         self.device, self.steps = device, steps
         self.seconds: list[float] = []
+        self.first_steps: list[float] = []
         self.start: float | None = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # the last step before a multiple of `steps` saves when it is over: a block starts with that step
         if (trainer.global_step + 1) % self.steps == 0:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            now = time.perf_counter()
+            now = self._now()
             if self.start is not None:
                 self.seconds.append(now - self.start)
             self.start = now
+        elif trainer.global_step % self.steps == 0 and self.start is not None:
+            self.first_steps.append(self._now() - self.start)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def bare_step(module: Module, device: torch.device, folder: Path, steps: int) -> float:
     """Seconds of a step without any save: all alike, so that fewer of them do."""
-    return statistics.median(block_seconds(module, device, None, folder, steps, saves=3)) / steps
+    return statistics.median(block_seconds(module, device, None, folder, steps, saves=3).seconds) / steps
 
 
 def block_seconds(
     module: Module, device: torch.device, way: Way | None, folder: Path, steps: int, saves: int
-) -> list[float]:
+) -> Blocks:
     """Train for so many blocks, with a save in each, or without."""
     callbacks, plugins = ([], []) if way is None else way(folder, steps)
     blocks = Blocks(device, steps)
@@ -193,7 +204,7 @@ def block_seconds(
     shutil.rmtree(folder / "lightning", ignore_errors=True)
     shutil.rmtree(folder / "ours", ignore_errors=True)
     os.sync()  # what was written lazily is not left to the next one
-    return blocks.seconds
+    return blocks
 
 
 # Limits
@@ -259,13 +270,15 @@ def print_report(report: dict[str, Any]) -> None:
     print(json.dumps(report["machine"]))
     size, steps = report["bytes"] / 1e9, report["steps_in_a_block"]
     print(f"{report['parameters']:,} parameters, {size:.2f} GB; {steps} steps a block")
-    print(f"{'seconds lost per save':40s} {'median':>8s}   range")
+    print(f"{'seconds lost per save':40s} {'median':>8s}   {'range':20s}   of it in the step that saves")
     for way, lost in report["lost_seconds"].items():
-        print(f"{way:40s} {lost['median']:8.3f}   {lost['min']:.3f} to {lost['max']:.3f}")
+        between = f"{lost['min']:.3f} to {lost['max']:.3f}"
+        print(f"{way:40s} {lost['median']:8.3f}   {between:20s}   {report['waited_seconds'][way]['median']:.3f}")
     for name, limit in report["limits_seconds"].items():
         print(f"{'limit: ' + name:40s} {limit['median']:8.3f}   {limit['min']:.3f} to {limit['max']:.3f}")
     print(f"synchronous over ModelCheckpoint {report['sync_over_lightning']:.3f} (target 1.1)")
     print(f"asynchronous over the copy       {report['async_over_copy']:.3f} (target 1.3, on a GPU)")
+    print(f"... the step that saves alone    {report['async_wait_over_copy']:.3f}")
 
 
 def quiet() -> None:
