@@ -268,7 +268,16 @@ MODULES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*LOADERS, *MODULES])
+SLOW = ("workers", "the shortest counts")  # in parts of their names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if any(part in name for part in SLOW) else ())
+        for name in (*LOADERS, *MODULES)
+    ],
+)
 def test_resumed_from_any_of_its_checkpoints_it_ends_as_if_it_had_not_been_interrupted(
     tmp_path: Path, name: str
 ) -> None:
