@@ -28,6 +28,29 @@ def make_plugin(trainer: Any, precision: Higher) -> Any:
     return plugins.MixedPrecision("bf16-mixed", trainer.strategy.root_device.type)
 
 
+def go_on_in(fallen_from: str, trainer: Any, checkpoint: dict[str, Any]) -> None:
+    """Make a module whose checkpoint has just been loaded what it was in the run that had changed its precision.
+
+    In 16-true Lightning rounds all of a module at the start; what no checkpoint holds (buffers that are not
+    persistent, frozen weights that are left out) stayed rounded after the change. And a Trainer whose flag says 16-true
+    may have made fp16 tensors already, which the checkpoint's fp32 values were rounded into.
+
+    Args:
+        fallen_from: What it had started in.
+        trainer: The Trainer, before its strategy sets the module up.
+        checkpoint: The checkpoint.
+    """
+    module = trainer.lightning_module
+    if fallen_from == "16-true":
+        module.half()
+    elif not hasattr(trainer.precision_plugin, "_desired_input_dtype"):
+        return
+    module.float()
+    # Lightning's WeightAveraging saves the weights themselves under another name
+    weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
+    module.load_state_dict(weights, strict=module.strict_loading)
+
+
 class WiderWeights:
     """fp16 weights, and whatever stands beside them, made fp32; and back, as long as nothing was trained.
 
@@ -41,16 +64,21 @@ class WiderWeights:
         self._trainer = trainer
         self._tensors: list[Tensor] = []
         self._states: list[tuple[Any, str]] = []
+        self._owners: list[Any] = []
 
     def widen(self) -> None:
         """From fp16 to fp32: weights, buffers, optimizer states, and modules that callbacks keep (averages)."""
-        self._tensors, self._states = [], []
+        self._tensors, self._states, self._owners = [], [], []
         for module in self._modules():
             for tensor in [*module.parameters(), *module.buffers()]:
                 if tensor.dtype == torch.float16:
                     tensor.data = tensor.data.float()
                     tensor.grad = None
                     self._tensors.append(tensor)
+            # what `module.dtype` says in Lightning's modules
+            self._owners += [m for m in module.modules() if vars(m).get("_dtype") is torch.float16]
+        for owner in self._owners:
+            owner._dtype = torch.float32
         for optimizer in self._trainer.optimizers:
             for state in optimizer.state.values():
                 for name, value in state.items():
@@ -63,6 +91,8 @@ class WiderWeights:
         for tensor in self._tensors:
             tensor.data = tensor.data.half()
             tensor.grad = None
+        for owner in self._owners:
+            owner._dtype = torch.float16
         for state, name in self._states:
             state[name] = state[name].half()
 
