@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 Higher = Literal["32-true", "bf16-mixed"]
 
@@ -65,20 +66,29 @@ class WiderWeights:
         self._tensors: list[Tensor] = []
         self._states: list[tuple[Any, str]] = []
         self._owners: list[Any] = []
+        self._metrics: list[tuple[Metric, str]] = []
 
     def widen(self) -> None:
-        """From fp16 to fp32: weights, buffers, optimizer states, and modules that callbacks keep (averages)."""
-        self._tensors, self._states, self._owners = [], [], []
+        """From fp16 to fp32: weights, buffers, metrics, optimizer states, modules that callbacks keep (averages)."""
+        self._tensors, self._states, self._owners, self._metrics = [], [], [], []
         for module in self._modules():
             for tensor in [*module.parameters(), *module.buffers()]:
                 if tensor.dtype == torch.float16:
                     tensor.data = tensor.data.float()
                     tensor.grad = None
                     self._tensors.append(tensor)
-            # what `module.dtype` says in Lightning's modules
+            self._metrics += [
+                (metric, name)
+                for metric in module.modules()
+                if isinstance(metric, Metric)
+                for name, default in metric._defaults.items()
+                if isinstance(default, Tensor) and default.dtype == torch.float16
+            ]
+            # what `dtype` says in Lightning's modules and in metrics
             self._owners += [m for m in module.modules() if vars(m).get("_dtype") is torch.float16]
         for owner in self._owners:
             owner._dtype = torch.float32
+        self._convert_metrics(torch.float32)
         for optimizer in self._trainer.optimizers:
             for state in optimizer.state.values():
                 for name, value in state.items():
@@ -93,8 +103,14 @@ class WiderWeights:
             tensor.grad = None
         for owner in self._owners:
             owner._dtype = torch.float16
+        self._convert_metrics(torch.float16)
         for state, name in self._states:
             state[name] = state[name].half()
+
+    def _convert_metrics(self, dtype: torch.dtype) -> None:
+        for metric, name in self._metrics:
+            metric._defaults[name] = metric._defaults[name].to(dtype)  # type: ignore[union-attr]
+            setattr(metric, name, getattr(metric, name).to(dtype))
 
     def _modules(self) -> Iterator[nn.Module]:
         yield self._trainer.lightning_module
