@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class _Batch:
     kwargs: dict[str, Any]
     uncast: UncastBatch | None
     versions: list[int]
+    random: _RandomState
 
     def changed_in_place(self) -> bool:
         return self.versions != [tensor._version for _, tensor in named_tensors(self.kwargs)]
@@ -54,7 +55,7 @@ class OpenWindow:
     """The batches since the last optimizer step and the state before the first of them.
 
     Keeps references to the batches of one accumulation window (they stay in memory until the optimizer steps), the
-    random state, and copies of the buffers and metric states.
+    random state before each (augmentation draws from it in between), and copies of the buffers and metric states.
 
     Args:
         module: The LightningModule.
@@ -67,7 +68,6 @@ class OpenWindow:
         self._metrics = MetricUndo(module, results)
         self._device = device
         self._batches: list[_Batch] = []
-        self._random: _RandomState | None = None
 
     def rescan(self) -> None:
         """An epoch begins: modules, buffers and metrics may be others."""
@@ -83,10 +83,10 @@ class OpenWindow:
             uncast: Where a precision casts batches.
         """
         if not self._batches:
-            self._random = _RandomState.taken(self._device)
             self._buffers.remember()
             self._metrics.remember()
-        self._batches.append(_Batch(closure, kwargs, uncast, [t._version for _, t in named_tensors(kwargs)]))
+        versions = [tensor._version for _, tensor in named_tensors(kwargs)]
+        self._batches.append(_Batch(closure, kwargs, uncast, versions, _RandomState.taken(self._device)))
 
     def close(self) -> None:
         """The optimizer has stepped: let go of the batches."""
@@ -108,8 +108,8 @@ class OpenWindow:
         self._buffers.give_back(always)
         self._metrics.give_back(always)
 
-    def closures(self, convert: Callable[[Any], Any]) -> list[Callable[[], Any]]:
-        """What runs the batches again, in order; random numbers are those of before the first one.
+    def again(self, convert: Callable[[Any], Any]) -> Iterator[Callable[[], Any]]:
+        """What runs the batches again, in order; to be run as it is asked for, since random numbers are put back then.
 
         Args:
             convert: Makes a batch for another precision from one that was not cast.
@@ -117,9 +117,8 @@ class OpenWindow:
         for batch in self._batches:
             if batch.uncast is not None:
                 batch.kwargs["batch"] = batch.uncast.converted(convert)
-        assert self._random is not None
-        self._random.put_back()
-        return [batch.closure for batch in self._batches]
+            batch.random.put_back()
+            yield batch.closure
 
 
 @dataclass(slots=True)

@@ -137,18 +137,19 @@ class Retries:
         self._guard.forget_batch()
         window.restore()
         runtime.forget_window()
-        *closures, last = window.closures(self._converted)
-        for closure in (*closures, last):
-            zero_quietly(
-                closure, lambda: model.optimizer_zero_grad(runtime.trainer.current_epoch, failed.batch_idx, optimizer)
-            )
+
+        def zero_grad() -> None:
+            model.optimizer_zero_grad(runtime.trainer.current_epoch, failed.batch_idx, optimizer)
+
         try:
-            for closure in closures:
+            for number, closure in enumerate(window.again(self._converted), start=1):
                 self._guard.begin_batch()
-                with getattr(strategy, "block_backward_sync", contextlib.nullcontext)():
-                    closure()
-            self._guard.begin_batch()
-            result = runtime.try_step(optimizer, model, last, kwargs)
+                zero_quietly(closure, zero_grad)
+                if number < window.batches:
+                    with getattr(strategy, "block_backward_sync", contextlib.nullcontext)():
+                        closure()
+                else:
+                    result = runtime.try_step(optimizer, model, closure, kwargs)
         except torch.cuda.OutOfMemoryError as error:
             raise retrier.no_memory_for_retry(failed) from error
         again = self._arrived.pop()

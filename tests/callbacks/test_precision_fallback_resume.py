@@ -20,6 +20,11 @@ from tests.callbacks.test_fractional_checkpoint import assert_same, log, ranked,
 one = runs.load_namespace("pytorch_lightning")
 
 
+@pytest.fixture
+def pl(request: pytest.FixtureRequest) -> Any:
+    return runs.load_namespace(request.param)
+
+
 @pytest.fixture(scope="module")
 def processes() -> Iterator[fits.Fits]:
     made = fits.Fits()
@@ -92,7 +97,13 @@ def test_a_run_that_did_not_fall_back_gives_grad_scaler_its_state_back(tmp_path:
 
 
 def fit(
-    folder: Path, callbacks: list[Any], large: int | None = 2, net: Any = None, ckpt_path: Any = None, **options: Any
+    folder: Path,
+    callbacks: list[Any],
+    large: int | None = 2,
+    net: Any = None,
+    ckpt_path: Any = None,
+    pl: Any = one,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """Ten steps; a checkpoint after each."""
 
@@ -101,18 +112,18 @@ def fit(
         return self.net(batch[0] * (1e6 if number == large else 1.0)).float().pow(2).mean()
 
     module = runs.make_module(
-        one,
+        pl,
         net() if net else runs.Net(),
         optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-3),
         training_step=training_step,
         on_before_optimizer_step=lambda self, optimizer: None,
     )
     if "precision" not in options:
-        options["plugins"] = runs.fp16(one, init_scale=256.0)
-    saver = one.callbacks.ModelCheckpoint(
+        options["plugins"] = runs.fp16(pl, init_scale=256.0)
+    saver = pl.callbacks.ModelCheckpoint(
         folder, filename="{step}", save_top_k=-1, every_n_train_steps=1, enable_version_counter=False
     )
-    trainer = runs.trainer(one, callbacks=[*callbacks, saver], enable_checkpointing=True, max_epochs=2, **options)
+    trainer = runs.trainer(pl, callbacks=[*callbacks, saver], enable_checkpointing=True, max_epochs=2, **options)
     trainer.fit(module, runs.data(10), ckpt_path=ckpt_path)
     return trainer, module
 
@@ -122,11 +133,15 @@ def weights(module: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("flag", ["16-true", "bf16-mixed", "bf16-true", "32-true"])
-def test_whatever_the_flag_says_it_goes_on_in_the_precision_it_had_fallen_back_to(tmp_path: Path, flag: str) -> None:
-    whole, trained = fit(tmp_path, [PrecisionFallback()])
+@pytest.mark.parametrize("pl", runs.NAMESPACES, indirect=True)
+def test_whatever_the_flag_says_it_goes_on_in_the_precision_it_had_fallen_back_to(
+    pl: Any, tmp_path: Path, flag: str
+) -> None:
+    whole, trained = fit(tmp_path, [PrecisionFallback()], pl=pl)
     assert whole.precision == "32-true"
     # epochs' borders resume exactly without more ado
-    resumed, again = fit(tmp_path, [PrecisionFallback()], None, ckpt_path=tmp_path / "step=5.ckpt", precision=flag)
+    options = {"ckpt_path": tmp_path / "step=5.ckpt", "precision": flag, "pl": pl}
+    resumed, again = fit(tmp_path, [PrecisionFallback()], None, **options)
     assert resumed.precision == "32-true"
     assert torch.equal(weights(again), weights(trained))
 
