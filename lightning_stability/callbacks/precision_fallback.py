@@ -20,6 +20,7 @@ FP16_MAX = 65504.0
 _LOW = ("16-mixed", "16-true", "bf16-mixed")
 _PLUGINS = ("MixedPrecision", "HalfPrecision", "Precision")
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 class PrecisionFallback(RuntimeCallback):
@@ -302,7 +303,8 @@ class PrecisionFallback(RuntimeCallback):
     def _objection(self, trainer: Any) -> str | None:
         """Why this Trainer's precision cannot be changed; None if it can."""
         strategy, plugin = type(trainer.strategy).__name__, type(trainer.precision_plugin).__name__
-        if not is_instance_by_name(trainer.strategy, *_STRATEGIES):
+        sharded = is_instance_by_name(trainer.strategy, *_SHARDED)
+        if sharded or not is_instance_by_name(trainer.strategy, *_STRATEGIES):
             return (
                 f"PrecisionFallback cannot change the precision under {strategy}, whose parameters carry it from"
                 " set-up. Use DDP or a single device, or train in bf16-mixed or 32-true from the start."
