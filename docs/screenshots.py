@@ -43,10 +43,11 @@ PICTURES = {
     "precision_fallback": Picture(
         (
             "synthetic tuab_artefacts --artefacts 3 --seed 3",
-            "fit --config tuab_stable --trainer.precision=16-mixed --data.root=tuab_artefacts --trainer.max_epochs=3"
-            " --model.learning_rate=2e-3 --trainer.callbacks+=PrecisionFallback",
+            "fit --config tuab_stable --trainer.precision=16-mixed --data.root=tuab_artefacts --data.batch_size=8"
+            " --trainer.max_epochs=1 --trainer.log_every_n_steps=1 --model.learning_rate=2e-3"
+            " --trainer.callbacks+=PrecisionFallback",
         ),
-        "?smoothing=0&tagFilter=precision_bits%7Closs_scale%7Ctrain_loss_step#timeseries",
+        "#scalars&_smoothingWeight=0&tagFilter=precision_bits%7Closs_scale%7Ctrain_loss_step",
         "scalars/tags",
         "1500,640",
     ),

@@ -78,6 +78,7 @@ class PrecisionFallback(RuntimeCallback):
         self._not_the_cause = 0
         self._need: float | None = None
         self._loss_scale: float | None = None
+        self._steps = 0
 
     def is_needed(self, trainer: Any) -> bool:
         """Only in a precision that it can leave."""
@@ -143,7 +144,7 @@ class PrecisionFallback(RuntimeCallback):
             self._loss_scale = None
         elif (logger_step(trainer) + 1) % trainer.log_every_n_steps == 0:
             self._log_precision(trainer)
-        if self._need is None and self._runtime is not None:
+        if self._need is None and self._runtime is not None and self._steps > 1:
             self._look_for_room(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -170,7 +171,8 @@ class PrecisionFallback(RuntimeCallback):
         return runtime is not None and self.is_needed(runtime.trainer) and not self._change_next
 
     def on_record(self, record: StepRecord) -> None:
-        """Keep what is logged of it."""
+        """Count it, and keep what is logged of it."""
+        self._steps += 1
         self._loss_scale = record.loss_scale if record.loss_scale is not None else self._loss_scale
 
     def before_retry(self, record: StepRecord) -> None:
@@ -270,8 +272,15 @@ class PrecisionFallback(RuntimeCallback):
         assert change is not None
         rank_zero_warn(
             f"PrecisionFallback: {change.fallen_from} cannot go on at {change.place}: {change.why}."
-            f" {what_next.format(to=change.to)}"
+            f" {what_next.format(to=change.to)}{self._about_compilation()}"
         )
+
+    def _about_compilation(self) -> str:
+        assert self._runtime is not None
+        module = self._runtime.trainer.lightning_module
+        parts = any(is_instance_by_name(part, "OptimizedModule") for part in module.modules())
+        compiled = parts or getattr(module, "_compiler_ctx", None) is not None
+        return " What is compiled is compiled once more for it." if compiled else ""
 
     def _log_precision(self, trainer: Any) -> None:
         if (self._runtime is None and self._change is None) or not trainer.is_global_zero:
@@ -288,7 +297,7 @@ class PrecisionFallback(RuntimeCallback):
             self._runtime.events.write(event, record.step, record.epoch, batch_idx=record.batch_idx, **details)
 
     def _look_for_room(self, trainer: Any) -> None:
-        """After the first step, when it is known what a step takes: would the change fit?"""
+        """After the second step, when it is known what a step takes beside gradients and states: would more fit?"""
         if not _is_on_cuda(trainer):
             return
         self._need = extra_memory(trainer, self.to)
@@ -350,33 +359,32 @@ class _Change:
 
 
 def extra_memory(trainer: Any, to: Higher) -> float:
-    """About how many bytes a higher precision needs more than the 16-bit one of a step that has just been trained.
+    """About how many bytes a higher precision needs more than the 16-bit one that is being trained in.
 
-    With 16-bit weights, weights, gradients and optimizer states double; in fp32, so do activations.
+    With 16-bit weights, weights, gradients and optimizer states double; in fp32, so do activations, which are what a
+    step took beside what is left after it.
 
     Args:
-        trainer: A Trainer on a CUDA device, after its first step.
+        trainer: A Trainer on a CUDA device, after its second step, in whose forward pass all of these were held.
         to: The higher precision.
     """
     device = trainer.strategy.root_device
     held = list(trainer.lightning_module.parameters())
     held += [p.grad for p in held if p.grad is not None]
     held += [v for o in trainer.optimizers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    held = [tensor for tensor in held if tensor.device == device]
-    at_rest = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    halves = sum(tensor.numel() * 2 for tensor in held if tensor.dtype == torch.float16)
-    activations = max(torch.cuda.max_memory_allocated(device) - at_rest, 0)
+    halves = sum(t.numel() * 2 for t in held if t.dtype == torch.float16 and t.device == device)
+    activations = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
     return float(halves + (activations if to == "32-true" else 0))
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes of a CUDA device that torch could still use.
+    """Bytes of a CUDA device that were free when torch held most of it.
 
     Args:
         device: The device.
     """
     free, _ = torch.cuda.mem_get_info(device)
-    return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return float(free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device))
 
 
 def _is_on_cuda(trainer: Any) -> bool:

@@ -146,9 +146,20 @@ def test_whatever_the_flag_says_it_goes_on_in_the_precision_it_had_fallen_back_t
     assert torch.equal(weights(again), weights(trained))
 
 
-def test_what_it_had_fallen_back_to_is_the_checkpoints_and_not_the_callbacks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_evaluation_of_its_checkpoint_is_in_that_precision_too(tmp_path: Path) -> None:
+    fit(tmp_path, [PrecisionFallback()], precision="16-true")
+    seen: list[torch.dtype] = []
+
+    def test_step(self: Any, batch: Any, batch_idx: int) -> None:
+        seen.append(self.net(batch[0]).dtype)
+
+    module = runs.make_module(one, test_step=test_step)
+    trainer = runs.trainer(one, callbacks=[PrecisionFallback(), NaNEarlyStop()], precision="16-true")
+    trainer.test(module, runs.data(), ckpt_path=tmp_path / "step=5.ckpt", verbose=False)
+    assert set(seen) == {torch.float32}
+
+
+def test_what_it_had_fallen_back_to_is_the_checkpoints_and_not_the_callbacks(tmp_path: Path) -> None:
     fit(tmp_path, [PrecisionFallback("bf16-mixed")])
     callback = PrecisionFallback("32-true")
     resumed, _ = fit(tmp_path, [callback], None, ckpt_path=tmp_path / "step=5.ckpt")
