@@ -424,6 +424,26 @@ class TestTogether:
         assert trainer.precision == "32-true"
 
 
+@pytest.mark.parametrize("callback", [PrecisionFallback, NaNEarlyStop], ids=lambda c: c.__name__)
+def test_a_scripted_part_is_given_back_what_it_wrote(one: Any, callback: Any) -> None:
+    """Its buffers are in no dict, and it calls no hooks."""
+    results = []
+    for scripted in (True, False):
+        torch.manual_seed(0)
+        part = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        net = nn.Sequential(nn.Linear(6, 8), torch.jit.script(part) if scripted else part, nn.Linear(8, 1))
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0] * (1e6 if batch_idx == 2 else 1.0)).float().pow(2).mean()
+
+        module = fp16_module(one, net=net, training_step=training_step)
+        made = callback(**({"patience": 1} if callback is NaNEarlyStop else {}))
+        runs.trainer(one, callbacks=[made], plugins=runs.fp16(one, init_scale=256.0)).fit(module, runs.data(20, 4))
+        results.append(dict(module.state_dict()))
+    assert poison.differences(*results) == []
+    assert poison.nonfinite(results[0]) == []
+
+
 class TestCompiled:
     """Another precision is another graph: it is compiled once more, and nothing else is different."""
 
