@@ -49,7 +49,7 @@ PICTURES = {
         ),
         "#scalars&_smoothingWeight=0&tagFilter=precision_bits%7Closs_scale%7Ctrain_loss_step",
         "scalars/tags",
-        "1500,640",
+        "1500,612",
     ),
 }
 
