@@ -1,8 +1,9 @@
 """Make the pictures in docs/ again: a real fit, a real TensorBoard, a real headless browser.
 
-usage: python docs/screenshots.py [FOLDER OF A RUN'S LOGS]
+usage: python docs/screenshots.py PICTURE [FOLDER OF A RUN'S LOGS]
 
-Without a folder the demo is run, which takes a minute or two. Needs TensorBoard, Chromium with its driver (Debian:
+PICTURE is grad_norm_monitor (the demo's run) or precision_fallback (a run in fp16 on recordings with artefacts).
+Without a folder the run is made, which takes a few minutes. Needs TensorBoard, Chromium with its driver (Debian:
 `apt-get install chromium chromium-driver`) and `pip install selenium`.
 """
 
@@ -14,14 +15,49 @@ import sys
 import tempfile
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A page of TensorBoard."""
+
+    commands: tuple[str, ...]
+    """What makes the run."""
+    page: str
+    """Where to look."""
+    data: str
+    """What TensorBoard answers once it has read the run."""
+    size: str
+    """Of the window."""
+
+
+PICTURES = {
+    "grad_norm_monitor": Picture(
+        ("demo",), "#custom_scalars&_smoothingWeight=0.6", "custom_scalars/layout", "1500,950"
+    ),
+    "precision_fallback": Picture(
+        (
+            "synthetic tuab_artefacts --artefacts 3 --seed 3",
+            "fit --config tuab_stable --trainer.precision=16-mixed --data.root=tuab_artefacts --data.batch_size=8"
+            " --trainer.max_epochs=1 --trainer.log_every_n_steps=1 --model.learning_rate=2e-3"
+            " --trainer.callbacks+=PrecisionFallback",
+        ),
+        "#scalars&_smoothingWeight=0&tagFilter=precision_bits%7Closs_scale%7Ctrain_loss_step",
+        "scalars/tags",
+        "1500,612",
+    ),
+}
+
+
 def main() -> None:
-    logs = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else run_demo(Path(tempfile.mkdtemp()))
+    name = sys.argv[1]
+    picture = PICTURES[name]
+    logs = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else train(picture, Path(tempfile.mkdtemp()))
     port = free_port()
     board = subprocess.Popen(
         [
@@ -40,20 +76,21 @@ def main() -> None:
     )
     try:
         url = f"http://localhost:{port}"
-        wait_for(f"{url}/data/plugin/custom_scalars/layout")
-        photograph(f"{url}/#custom_scalars&_smoothingWeight=0.6", DOCS / "grad_norm_monitor.png")
+        wait_for(f"{url}/data/plugin/{picture.data}")
+        photograph(f"{url}/{picture.page}", DOCS / f"{name}.png", picture.size)
     finally:
         board.terminate()
         board.wait()
 
 
-def run_demo(folder: Path) -> Path:
-    """Run the demo in ``folder`` and return where its logs are."""
-    subprocess.run([sys.executable, "-m", "lightning_stability", "demo"], cwd=folder, check=True)
+def train(picture: Picture, folder: Path) -> Path:
+    """Make a picture's run in ``folder`` and return where its logs are."""
+    for command in picture.commands:
+        subprocess.run([sys.executable, "-m", "lightning_stability", *command.split()], cwd=folder, check=True)
     return folder / "lightning_logs"
 
 
-def photograph(url: str, picture: Path) -> None:
+def photograph(url: str, picture: Path, size: str) -> None:
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -62,7 +99,7 @@ def photograph(url: str, picture: Path) -> None:
         options.add_argument(flag)
     for flag in ("--disable-background-networking", "--disable-component-update", "--disable-sync"):
         options.add_argument(flag)
-    options.add_argument("--window-size=1500,950")
+    options.add_argument(f"--window-size={size}")
     options.binary_location = "/usr/bin/chromium"
     browser = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
     try:

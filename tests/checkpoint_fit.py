@@ -25,7 +25,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
 
-from lightning_stability import FractionalCheckpoint
+from lightning_stability import FractionalCheckpoint, PrecisionFallback
 from tests import runs
 
 ROWS = "rows.jsonl"
@@ -70,8 +70,18 @@ class Stream(IterableDataset):
         self.position = state["position"]
 
 
-def make_module(pl: Any, manual: bool = False, plateau: str | None = None) -> Any:
-    """Batch norm, dropout, metrics of all kinds, and an average that the module's own hook updates."""
+def make_module(
+    pl: Any, manual: bool = False, plateau: str | None = None, large: int | None = None, eps: float = 1e-8
+) -> Any:
+    """Batch norm, dropout, metrics of all kinds, and an average that the module's own hook updates.
+
+    Args:
+        pl: The namespace.
+        manual: Whether it steps by itself.
+        plateau: The interval of a ReduceLROnPlateau, if there shall be one.
+        large: The batch, counted over the run, whose input fp16 cannot hold.
+        eps: The optimizer's.
+    """
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -87,7 +97,8 @@ def make_module(pl: Any, manual: bool = False, plateau: str | None = None) -> An
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x, indices = batch
             self.seen.append(indices.tolist())
-            out, target = self.net(x), x.sum(1, keepdim=True)
+            number = self.trainer.current_epoch * self.trainer.num_training_batches + batch_idx
+            out, target = self.net(x * 1e6 if number == large else x), x.sum(1, keepdim=True)
             loss = (out - target).pow(2).mean()
             self.log("train_loss", loss, on_step=True, on_epoch=True)
             if batch_idx % 3 == 0:
@@ -118,7 +129,7 @@ def make_module(pl: Any, manual: bool = False, plateau: str | None = None) -> An
             self.log("val_loss", self.net(batch[0]).pow(2).mean())
 
         def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, eps=eps)
             if plateau is None:
                 return optimizer
             scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.7)
@@ -160,6 +171,8 @@ def fit(
     module: Any = None,
     checkpoint: dict[str, Any] | None = None,
     callbacks: Callable[[Any], list[Any]] = lambda pl: [],
+    fallback: str | None = None,
+    fp16: bool = False,
     logger: Any = None,
     **trainer: Any,
 ) -> Any:
@@ -179,6 +192,8 @@ def fit(
         module: Options of `make_module`, or what makes one of a namespace.
         checkpoint: Options of FractionalCheckpoint.
         callbacks: Others.
+        fallback: The higher precision of a PrecisionFallback, if there shall be one.
+        fp16: Whether to train in 16-mixed.
         logger: In place of the one that writes to the folder.
         trainer: The Trainer's options.
     """
@@ -190,9 +205,11 @@ def fit(
     torch.manual_seed(seed)
     options = {"dirpath": folder / "checkpoints", "save_top_k": -1, **(checkpoint or {})}
     saver = FractionalCheckpoint(**options)
-    others = callbacks(pl)
+    others = [*callbacks(pl), *([PrecisionFallback(fallback)] if fallback else [])]
     if kill_after_batch is not None:
         others.append(killer(pl, kill_after_batch))
+    if fp16:
+        trainer["plugins"] = runs.fp16(pl, init_scale=256.0)
     options = {"max_epochs": 3, "num_sanity_val_steps": 0, "enable_checkpointing": True, **trainer}
     made = runs.trainer(pl, callbacks=[saver, *others], logger=logger or file_logger(pl, folder), **options)
     validation = StatefulDataLoader(Samples(8, augment=False), batch_size=4) if validate else None
@@ -209,6 +226,7 @@ def fit(
         "seen": model.seen,
         "global_step": made.global_step,
         "epoch": made.current_epoch,
+        "precision": [str(made.precision), made.precision_plugin.state_dict()],
     }
     torch.save(state, folder / RESULT.format(rank=made.global_rank))
     return made

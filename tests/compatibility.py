@@ -27,6 +27,9 @@ is skipped, the run goes on to its end, every weight and buffer is finite, and g
 means: an error before the first step that gives this reason. Automatic callbacks (see
 [Installed and forgotten](installed.md)) refuse nothing; they stand aside with one line that gives the reason.
 
+The lines under *Leaving 16 bits* are runs with `PrecisionFallback()`. There *works* means: a batch that overflows 16
+bits in the middle of the run is followed by fp32 to its end, and every weight and buffer is finite.
+
 """
 
 
@@ -42,6 +45,9 @@ class Case:
     where: str = ""
     """"" for every machine, "slow", "gpu" or "distributed" (two processes)."""
     data: Callable[[], Any] = field(default=lambda: _loader())
+
+    fallback: bool = False
+    """Whether it is a run with PrecisionFallback."""
 
     def refused_because(self) -> str | None:
         """The reason; None if it works."""
@@ -80,6 +86,30 @@ def _fp16(pl: Any) -> dict[str, Any]:
     if torch.cuda.is_available():
         return {"precision": "16-mixed"}
     return {"plugins": [pl.plugins.MixedPrecision("16-mixed", "cpu")]}
+
+
+def _fallback(name: str, *arguments: Any, **options: Any) -> Case:
+    return Case(name, *arguments, **options, fallback=True)
+
+
+def _keeps_precision(name: str) -> Case:
+    strategy = name.strip("`").split("`")[0]
+    return _fallback(
+        name,
+        lambda pl: {**_named(strategy)(pl), "precision": "bf16-mixed"},
+        "refused at setup: whose parameters carry it from set-up. Use DDP or a single device",
+    )
+
+
+def _own_plugin(pl: Any) -> dict[str, Any]:
+    class Own(pl.plugins.MixedPrecision):  # type: ignore[misc, name-defined]
+        pass
+
+    return {"plugins": [Own("bf16-mixed", "cpu")]}
+
+
+def _adamw_for_fp16(parameters: Any) -> Any:
+    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-3)
 
 
 def _shards() -> str:
@@ -171,6 +201,30 @@ CASES: dict[str, list[Case]] = {
         Case("`ModelPruning`", _callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.1)),
         Case("`TQDMProgressBar`", lambda pl: {**_callback("TQDMProgressBar")(pl), "enable_progress_bar": True}),
     ],
+    "Leaving 16 bits": [
+        _fallback("from `16-mixed`", _fp16),
+        _fallback("from `bf16-mixed`", _options(precision="bf16-mixed")),
+        _fallback("from `16-true`", _options(precision="16-true"), optimizer=_adamw_for_fp16),
+        _fallback("from `16-mixed`, accumulation", lambda pl: {**_fp16(pl), "accumulate_grad_batches": 2}),
+        _fallback("from `16-mixed`, `AdamW(fused=True)`", _fp16,
+                  optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True)),
+        _fallback("from `16-mixed`, manual optimization: from the next batch on", _fp16, base="manual"),
+        _fallback("from `16-mixed`, `EMAWeightAveraging`",
+                  lambda pl: {**_fp16(pl), **_callback("EMAWeightAveraging")(pl)}),
+        _fallback("from `16-mixed`, `torch.compile`: another graph is compiled at the change", _fp16, base="compiled",
+                  where="slow"),
+        _fallback("from `16-mixed` on a GPU", _options(precision="16-mixed"), where="gpu"),
+        _fallback("from `16-mixed`, `ddp`", lambda pl: {**_fp16(pl), "strategy": "ddp", "devices": 2},
+                  where="distributed"),
+        _fallback("from `16-true`, `ddp`", _options(precision="16-true", strategy="ddp", devices=2),
+                  "refused at setup: DDP's buckets are made for fp16 gradients. Use 16-mixed, whose weights are fp32",
+                  where="distributed", optimizer=_adamw_for_fp16),
+        _keeps_precision("`FSDPStrategy`"),
+        _keeps_precision("`ModelParallelStrategy` (FSDP2)"),
+        _keeps_precision("`DeepSpeedStrategy`"),
+        _fallback("a precision plugin of your own", _own_plugin,
+                  "refused at setup: expected Lightning's MixedPrecision or HalfPrecision"),
+    ],
 }  # fmt: skip
 
 
@@ -209,19 +263,28 @@ def make_module(pl: Any, case: Case) -> Any:
             )
             self.seen = -1
 
-        def loss(self, batch: Any) -> Tensor:
+        def loss(self, batch: Any, overflows: bool = False) -> Tensor:
             x = batch if isinstance(batch, Tensor) else batch[0]
-            return self.forward_pass(x.reshape(-1, 6).to(self.net[0].weight.dtype)).float().pow(2).mean()
+            out = self.forward_pass(x.reshape(-1, 6).to(self.net[0].weight.dtype))
+            if overflows and out.dtype in (torch.float16, torch.bfloat16):
+                out = out * torch.inf
+            return out.float().pow(2).mean()
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            if case.fallback:
+                overflows = batch_idx == BAD_BATCH and self.trainer.current_epoch == 0
+                return self.train_on(batch, 1.0, overflows)
             tuning = not any(type(c).__name__ == "NaNEarlyStop" for c in self.trainer.callbacks)
             self.seen += not tuning
             factor = float("nan") if self.seen == BAD_BATCH and not tuning else 1.0
+            return self.train_on(batch, factor)
+
+        def train_on(self, batch: Any, factor: float, overflows: bool = False) -> Tensor | None:
             if self.automatic_optimization:
-                return self.loss(batch) * factor
+                return self.loss(batch, overflows) * factor
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
-                self.manual_backward(self.loss(batch) * factor)
+                self.manual_backward(self.loss(batch, overflows) * factor)
                 optimizer.step()
             return None
 

@@ -1,6 +1,6 @@
 """One of two ranks that train with bad batches on rank 1 alone, started by test_distributed.py.
 
-usage: distributed_guard.py ddp|fsdp2 NAMESPACE FOLDER [thorough]
+usage: distributed_guard.py ddp|fsdp2|gpus NAMESPACE FOLDER [thorough]
 """
 
 import json
@@ -48,6 +48,38 @@ def fall_back(pl: Any, rank: int) -> list[str]:
         results.append(fit(pl, module, [callback], 256.0))
     precision = str(results[0]["trainer"].precision)
     return poison.differences(*results) + ([] if precision == "32-true" else [precision])
+
+
+def gpus(pl: Any, rank: int) -> dict[str, Any]:
+    """The same on two GPUs: what differs from a change by hand, and where the change came."""
+    results: dict[str, Any] = {}
+    for fused in (False, True):
+        for accumulate in (1, 4):
+            runs_of_both = []
+            for by_hand in (False, True):
+                kinds = {4: "large_input"} if rank == 1 else {}
+                module = poison.make_module(pl, kinds, FUSED[fused], by_hand=False)
+                callback = change_by_hand(pl) if by_hand else PrecisionFallback()
+                scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
+                plugin = pl.plugins.precision.MixedPrecision("16-mixed", "cuda", scaler)
+                torch.manual_seed(3 + rank)
+                torch.cuda.manual_seed(3 + rank)
+                options = {"accelerator": "gpu", "devices": 2, "strategy": "ddp", "plugins": [plugin]}
+                options["accumulate_grad_batches"] = accumulate
+                result = poison.fit(pl, module, [callback], poison.data(16), **options)
+                if accumulate > 1:  # what a callback did in the window, it did with the first try's buffers
+                    del result["average"]
+                change = None if by_hand else callback.state_dict()
+                runs_of_both.append({**result, "cuda random": torch.cuda.get_rng_state(), "change": change})
+            change = runs_of_both[0].pop("change") or {}
+            runs_of_both[1].pop("change")
+            results[f"fused={fused} accumulate={accumulate}"] = {
+                "differences": poison.differences(*runs_of_both) + poison.nonfinite(runs_of_both[0]["weights"]),
+                "precision": str(runs_of_both[0]["trainer"].precision),
+                "step": change.get("step"),
+                "sum": checksum(module),
+            }
+    return results
 
 
 def change_by_hand(pl: Any) -> Any:
@@ -130,5 +162,5 @@ def shard(module: Any) -> None:
 if __name__ == "__main__":
     kind, namespace, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     rank = int(os.environ["LOCAL_RANK"])
-    results = {"ddp": ddp, "fsdp2": fsdp2}[kind](runs.load_namespace(namespace), rank)
+    results = {"ddp": ddp, "fsdp2": fsdp2, "gpus": gpus}[kind](runs.load_namespace(namespace), rank)
     (folder / f"{rank}.json").write_text(json.dumps(results))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_stability import GradNormMonitor, NaNEarlyStop
+from lightning_stability import GradNormMonitor, NaNEarlyStop, PrecisionFallback
 from lightning_stability._compat import MisconfigurationException
 from tests import compatibility, runs
 from tests.command import run_python
@@ -54,7 +54,7 @@ def prove(case: Case, namespace: str, folder: str) -> None:
     options = case.options(pl)
     logger = runs.memory_logger(pl) if case.where != "distributed" else pl.loggers.CSVLogger(folder)
     stop, monitor = NaNEarlyStop(patience=1), GradNormMonitor()
-    callbacks = [*options.pop("callbacks", []), stop, monitor]
+    callbacks = [*options.pop("callbacks", []), *([PrecisionFallback()] if case.fallback else [stop, monitor])]
     device = {"accelerator": "gpu" if case.where == "gpu" else "cpu"}
     trainer = runs.trainer(
         pl, **{"max_epochs": 2, "logger": logger, "default_root_dir": folder, **device, **options}, callbacks=callbacks
@@ -63,7 +63,10 @@ def prove(case: Case, namespace: str, folder: str) -> None:
     if case.answer == WORKS:
         trainer.fit(module)
         assert [n for n, v in module.state_dict().items() if not torch.isfinite(v.float()).all()] == []
-        if case.where != "distributed":  # a forked process keeps its callbacks for itself
+        if case.fallback:
+            assert trainer.precision == "32-true"
+            assert trainer.global_step > 2
+        elif case.where != "distributed":  # a forked process keeps its callbacks for itself
             assert trainer.global_step > 2
             assert stop._counts.skipped_bad == (2 if case.base == "manual" else 1)
             assert any("grad_norm" in key for _, row in logger.rows for key in row)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import runs
 
@@ -100,6 +101,21 @@ def test_a_bad_batch_on_one_rank_is_skipped_by_both(tmp_path: Path, words: tuple
         assert first["bad"] == second["bad"] == [], name
         assert "epoch 0, batch 4, global step 4, rank 1" in first["said"][0], name
         assert second["said"] == [], name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("namespace", runs.NAMESPACES)
+def test_on_two_gpus_both_ranks_leave_fp16_at_the_step_that_overflows_on_one(tmp_path: Path, namespace: str) -> None:
+    """Bit-equal to a change by hand before the batch (with accumulation, before its window)."""
+    results = two_ranks(tmp_path, "gpus", namespace, launch_both=True, script=GUARD)
+    for name in results[0]:
+        steps = 4 if name.endswith("accumulate=1") else 1
+        for result in results:
+            assert result[name]["differences"] == [], name
+            assert result[name]["precision"] == "32-true", name
+            assert result[name]["step"] == steps, name
+        assert results[0][name]["sum"] == results[1][name]["sum"], name
 
 
 @BRIEF_AND_THOROUGH

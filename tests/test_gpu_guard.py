@@ -1,15 +1,22 @@
 """The guard on a GPU: the device decides, nothing waits for it, and a bad step leaves no trace."""
 
+import os
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_stability import GradNormMonitor, NaNEarlyStop, PrecisionFallback
+from lightning_stability import FractionalCheckpoint, GradNormMonitor, NaNEarlyStop, PrecisionFallback
+from lightning_stability.checkpointing import last_good_checkpoint, list_checkpoints
+from tests import checkpoint_fit as fits
 from tests import runs
+from tests.callbacks.test_fractional_checkpoint import result, resume_from_all, saved
 from tests.recovery import poison
 from tests.test_gpu import CountSynchronisations
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products need
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -158,7 +165,9 @@ class TestPrecisionFallback:
         assert results[0]["trainer"].precision == "32-true"
         assert poison.differences(*results) == []
 
-    def test_no_memory_for_it_is_one_clear_error_and_leaves_the_weights_alone(self) -> None:
+    def test_no_memory_for_it_is_one_clear_error_and_leaves_weights_and_the_last_checkpoint_alone(
+        self, tmp_path: Path
+    ) -> None:
         class Wide(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -182,7 +191,79 @@ class TestPrecisionFallback:
             training_step=lambda self, batch, batch_idx: self.net(batch).float().pow(2).mean(),
             on_before_optimizer_step=lambda self, optimizer: None,
         )
-        trainer = runs.trainer(pl, accelerator="gpu", callbacks=[PrecisionFallback()], precision="16-mixed")
-        with pytest.raises(RuntimeError, match="does not fit into memory in 32-true"):
+        # (NaNEarlyStop and FractionalCheckpoint must not write when the exception passes them)
+        saver = FractionalCheckpoint(1 / 6, dirpath=tmp_path, save_top_k=-1)
+        callbacks = [PrecisionFallback(), NaNEarlyStop(), saver]
+        options = {"accelerator": "gpu", "precision": "16-mixed", "enable_checkpointing": True}
+        trainer = runs.trainer(pl, callbacks=callbacks, **options)
+        with pytest.raises(RuntimeError, match=r"does not fit into memory in 32-true \(about \d+\.\d GiB more"):
             trainer.fit(module, torch.utils.data.DataLoader(Spoil()))
         assert poison.nonfinite(module.state_dict()) == []
+        assert not any(layer._forward_hooks for layer in module.net.modules())
+        newest = last_good_checkpoint(tmp_path)
+        assert all(info.is_good for info in list_checkpoints(tmp_path, verify=True))
+        checkpoint = torch.load(newest, weights_only=True)
+        assert checkpoint["global_step"] == 3
+        for name, value in module.state_dict().items():
+            assert torch.equal(value.cpu(), checkpoint["state_dict"][name].cpu()), name
+
+    @pytest.mark.parametrize(("times", "fits"), [(1.5, False), (3.0, True)])
+    def test_it_warns_early_if_there_would_be_no_room(self, times: float, fits: bool) -> None:
+        """All of the device's memory is really taken, but for so many times what the activations of a step need."""
+        width = 4096
+
+        class Take(pl.Callback):
+            def __init__(self, room: float | None) -> None:
+                self.room, self.taken = room, None
+
+            def on_train_start(self, *args: Any) -> None:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                if self.room is not None:
+                    free, _ = torch.cuda.mem_get_info()
+                    self.taken = torch.empty(int(free - self.room), dtype=torch.uint8, device="cuda")
+
+            def on_train_batch_end(self, *args: Any) -> None:
+                self.rest, self.peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+
+        def fit(room: float | None) -> tuple[float, float, list[str]]:
+            layers = [torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU()) for _ in range(4)]
+            net = torch.nn.Sequential(torch.nn.Linear(6, width), *layers, torch.nn.Linear(width, 1))
+            quiet = {"on_before_optimizer_step": lambda self, optimizer: None}
+            module = runs.make_module(
+                pl, net, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1e-3, foreach=False), **quiet
+            )
+            take = Take(room)
+            options = {"accelerator": "gpu", "precision": "16-mixed", "max_steps": 3}
+            trainer = runs.trainer(pl, callbacks=[take, PrecisionFallback()], **options)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.fit(module, runs.data(3 * 2**15, 2**15))
+            take.taken = None
+            return take.rest, take.peak - take.rest, [str(w.message) for w in caught]
+
+        rest, activations, said = fit(None)
+        assert not any("run out of memory" in text for text in said)
+        *_, said = fit(rest + times * activations)
+        print([text for text in said if "run out of memory" in text])
+        assert any("a fallback would run out of memory" in text for text in said) is not fits
+
+    @pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
+    @pytest.mark.parametrize("accumulate", [1, 3])
+    def test_a_resume_after_the_change_is_exact(self, tmp_path: Path, precision: str, accumulate: int) -> None:
+        options: dict[str, Any] = {
+            "max_epochs": 2,
+            "accelerator": "gpu",
+            "deterministic": True,
+            "precision": precision,
+            "accumulate_grad_batches": accumulate,
+            "fallback": "32-true",
+            "module": {"large": 5, "eps": 1e-3},
+            "checkpoint": {"every_n_epochs": 0.4},
+        }
+        try:
+            fits.fit(tmp_path, **options)
+            assert result(tmp_path)["precision"][0] == "32-true"
+            resume_from_all(saved(tmp_path), tmp_path, options)
+        finally:
+            torch.use_deterministic_algorithms(False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_stability._compat import Callback, MisconfigurationException
+from lightning_stability._compat import Callback, MisconfigurationException, is_instance_by_name
 from lightning_stability.health import StepRecord
 from lightning_stability.runtime import Runtime
 
@@ -23,6 +23,29 @@ def warn_always(message: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         rank_zero_warn(message)
+
+
+def warn_of_forgotten_precision(callback: Any, trainer: Any, checkpoint: dict[str, Any]) -> None:
+    """Warn of a run that had left a precision and is resumed in another one, because PrecisionFallback is not there.
+
+    The first of our callbacks in the Trainer says it. Lightning says only that a callback is missing.
+
+    Args:
+        callback: One of ours.
+        trainer: The Trainer.
+        checkpoint: What is being loaded.
+    """
+    state = (checkpoint.get("callbacks") or {}).get("PrecisionFallback")
+    if not state or state["to"] == str(trainer.precision) or trainer.state.fn != "fit":
+        return
+    names = ("PrecisionFallback", "RuntimeCallback", "FractionalCheckpoint")
+    ours = [other for other in trainer.callbacks if is_instance_by_name(other, *names)]
+    if callback is ours[0] and not any(is_instance_by_name(other, "PrecisionFallback") for other in ours):
+        warn_always(
+            f"This run had fallen back from {state['fallen_from']} to {state['to']} at global step {state['step']}"
+            f" ({state['why']}). Without PrecisionFallback it goes on in {trainer.precision}: add the callback, or give"
+            f" precision={state['to']!r}."
+        )
 
 
 class RuntimeCallback(Callback):
@@ -61,6 +84,10 @@ class RuntimeCallback(Callback):
         self._leave()
         if stage == "fit" and self.is_needed(trainer):
             self._runtime = Runtime.attach(trainer, self)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Warn of a precision that the run has left, if nobody else does."""
+        warn_of_forgotten_precision(self, trainer, checkpoint)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Everything is set up and restored: the runtime takes its places."""

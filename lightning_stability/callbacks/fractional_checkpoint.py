@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_stability._compat import MisconfigurationException, ModelCheckpoint
+from lightning_stability.callbacks.base import warn_of_forgotten_precision
 from lightning_stability.checkpointing import writing
 from lightning_stability.checkpointing.finite import nonfinite_names
 from lightning_stability.checkpointing.listing import checked_tensors, own_name
@@ -217,6 +218,7 @@ class FractionalCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep what is put back when training starts."""
+        warn_of_forgotten_precision(self, trainer, checkpoint)
         if SECTION in checkpoint and trainer.state.fn == "fit":
             TrainingPlaces.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
         states = checkpoint.get("callbacks", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from lightning_stability._compat import MisconfigurationException, is_instance_b
 from lightning_stability.callbacks.base import RuntimeCallback
 from lightning_stability.health import StepRecord
 from lightning_stability.health.ranges import LayerRanges
-from lightning_stability.recovery.precision import BITS, Higher, WiderWeights, make_plugin
+from lightning_stability.recovery.precision import BITS, Higher, WiderWeights, go_on_in, make_plugin
+from lightning_stability.runtime import logger_step, runtime_of, window_is_open
 
 FP16_MAX = 65504.0
 _LOW = ("16-mixed", "16-true", "bf16-mixed")
+_PLUGINS = ("MixedPrecision", "HalfPrecision", "Precision")
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 class PrecisionFallback(RuntimeCallback):
@@ -32,13 +36,15 @@ class PrecisionFallback(RuntimeCallback):
     not finite in the higher precision either, precision was not the cause: the run returns to the precision it had,
     and the step is skipped as `NaNEarlyStop` would.
 
-    While training in 16 bits the host reads one number per step; after the change it costs nothing.
+    While training in 16 bits the host reads one number per step. After the change the callback leaves the run to
+    itself, and costs nothing: what is not finite in the higher precision is `NaNEarlyStop`'s.
 
-    Logged at the start and at each change:
+    Logged every `log_every_n_steps` steps, and at the change:
 
     | key | meaning |
     |---|---|
     | `precision_bits` | 16 or 32 |
+    | `loss_scale` | GradScaler's scale, in 16-mixed; 1 once it is left |
 
     Args:
         to: `"32-true"`, or `"bf16-mixed"` for fp16.
@@ -60,7 +66,7 @@ class PrecisionFallback(RuntimeCallback):
         if to not in ("32-true", "bf16-mixed"):
             raise MisconfigurationException(f'PrecisionFallback(to={to!r}): expected "32-true" or "bf16-mixed".')
         self.to = to
-        self._fallen_from: str | None = None
+        self._change: _Change | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -68,20 +74,25 @@ class PrecisionFallback(RuntimeCallback):
         self._wider: WiderWeights | None = None
         self._ranges: LayerRanges | None = None
         self._change_next = False
+        self._is_done = False
         self._not_the_cause = 0
         self._need: float | None = None
+        self._loss_scale: float | None = None
+        self._steps = 0
 
     def is_needed(self, trainer: Any) -> bool:
-        """Only in a precision that it can leave, or in a run that it has left it in."""
+        """Only in a precision that it can leave."""
         precision = str(trainer.precision)
         return precision in _LOW and precision != self.to
 
     # A fit.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Join the Trainer's runtime."""
+        """Join the Trainer's runtime; what an earlier fit of another Trainer changed was that one's."""
         if stage == "fit":
             self._clear()
+            if self._change is not None and self._change.to != str(trainer.precision):
+                self._change = None
             objection = self._objection(trainer) if self.is_needed(trainer) else None
             if objection is not None:
                 self._refuse(trainer, objection)
@@ -90,67 +101,86 @@ class PrecisionFallback(RuntimeCallback):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on in the precision that the run had fallen back to, before anything is made for another one."""
-        state = (checkpoint.get("callbacks") or {}).get(self.state_key) or {}
-        if self._runtime is None or not state.get("fallen_from"):
+        change = _Change.of((checkpoint.get("callbacks") or {}).get(self.state_key) or {})
+        if change is None or change.to == str(trainer.precision):
             return
-        rank_zero_info(
-            f"PrecisionFallback: resuming in {state['to']}, which this run fell back to from {state['fallen_from']}."
-        )
-        self._runtime.use_plugin(make_plugin(trainer, state["to"]))
+        objection = self._objection(trainer)
+        if objection is not None:
+            rank_zero_warn(f"PrecisionFallback: {change.told()}, but goes on in {trainer.precision} now: {objection}")
+            return
+        rank_zero_info(f"PrecisionFallback: resuming in {change.to}: {change.told()}.")
+        go_on_in(change.fallen_from, trainer, checkpoint)
+        runtime = runtime_of(trainer)
+        if runtime is not None:
+            runtime.use_plugin(make_plugin(trainer, change.to))
+        else:
+            trainer.strategy.precision_plugin = make_plugin(trainer, change.to)
+        if not self.is_needed(trainer):
+            self._leave()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say which precision it is."""
         super().on_train_start(trainer, pl_module)
-        self._log_precision(trainer)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Change here what could not be changed within a step."""
-        if self._change_next:
-            self._change_next = False
-            self._raise_precision(trainer)
-            self._settle(trainer)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._loss_scale = None if scaler is None else scaler.get_scale()
+        if trainer.global_step == 0:
+            self._log_precision(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the first batch, estimate whether the device has room for the change."""
+        """Leave the run to itself if the precision is another one now; make here what change a step did not allow."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._need is None and self.wants_retry() and trainer.strategy.root_device.type == "cuda":
-            self._need = extra_memory(trainer)
-            free = free_memory(trainer.strategy.root_device)
-            if self._need > free:
-                rank_zero_warn(
-                    f"PrecisionFallback: {self.to} would need about {self._need / 2**30:.1f} GiB more than"
-                    f" {trainer.precision}, and {free / 2**30:.1f} GiB are free: a fallback would run out of memory."
-                    " A smaller batch with more accumulation leaves room for it."
-                )
+        if window_is_open(trainer):
+            return
+        if self._change_next:
+            self._change_next, self._is_done = False, True
+            self._raise_precision(trainer)
+        if self._is_done and self._runtime is not None:
+            self._is_done = False
+            self._low_plugin = self._wider = None
+            self._runtime.drain()
+            self._leave()
+            self._loss_scale = None if self._loss_scale is None else 1.0
+            self._log_precision(trainer)
+            self._loss_scale = None
+        elif (logger_step(trainer) + 1) % trainer.log_every_n_steps == 0:
+            self._log_precision(trainer)
+        if self._need is None and self._runtime is not None and self._steps > 1:
+            self._look_for_room(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what became of the precision."""
         super().on_train_end(trainer, pl_module)
-        if self._runtime is not None:
-            changed = f"fell back from {self._fallen_from} to {self.to}" if self._fallen_from else "no change"
+        if self._runtime is not None or self._change is not None:
+            changed = self._change.told() if self._change is not None else "no change"
             tried = f"; tried {self._not_the_cause} times in vain" if self._not_the_cause else ""
             rank_zero_info(f"PrecisionFallback: {changed}{tried}.")
 
     def state_dict(self) -> dict[str, Any]:
-        """The precision that the run has fallen back to."""
-        return {"fallen_from": self._fallen_from, "to": self.to}
+        """The precision that the run has fallen back to, and why."""
+        return {} if self._change is None else asdict(self._change)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember that it has."""
-        self._fallen_from = state_dict["fallen_from"]
+        self._change = _Change.of(state_dict)
 
     # A bad step.
 
     def wants_retry(self) -> bool:
         """As long as the run is in 16 bits."""
         runtime = self._runtime
-        return runtime is not None and str(runtime.trainer.precision) in _LOW and not self._change_next
+        return runtime is not None and self.is_needed(runtime.trainer) and not self._change_next
+
+    def on_record(self, record: StepRecord) -> None:
+        """Count it, and keep what is logged of it."""
+        self._steps += 1
+        self._loss_scale = record.loss_scale if record.loss_scale is not None else self._loss_scale
 
     def before_retry(self, record: StepRecord) -> None:
         """Change the precision, and watch what flows through the layers."""
         assert self._runtime is not None
         trainer = self._runtime.trainer
+        if self._need is None and _is_on_cuda(trainer):
+            self._need = extra_memory(trainer, self.to)
         self._raise_precision(trainer)
         self._ranges = LayerRanges(trainer.lightning_module)
         self._ranges.__enter__()
@@ -158,38 +188,30 @@ class PrecisionFallback(RuntimeCallback):
     def after_retry(self, failed: StepRecord, again: StepRecord) -> StepRecord:
         """Stay if that helped; else return to where the run was."""
         assert self._runtime is not None
-        assert self._ranges is not None
-        trainer = self._runtime.trainer
-        self._ranges.__exit__(None, None, None)
-        ranges, self._ranges = self._ranges, None
+        ranges = self._stop_watching()
         low = self._low_plugin.precision
         if again.outcome != "taken":
             self._not_the_cause += 1
-            self._lower_precision(trainer)
+            self._lower_precision()
             why = f"not finite in {self.to} either: {low} was not the cause"
             self._write("precision_kept", failed, precision=low, why=why)
             rank_zero_warn(f"PrecisionFallback: epoch {failed.epoch}, batch {failed.batch_idx} is {why}.")
             return again
         why = self._reason(failed)
-        beyond = ranges.first_beyond(FP16_MAX) if low.startswith("16") else None
+        beyond = ranges.first_beyond(FP16_MAX) if ranges is not None and low.startswith("16") else None
         if beyond is not None:
             layer, side, least, largest = beyond
             why += f"; the {side} of `{layer}` ranges from {least:.4g} to {largest:.4g}, and fp16 ends at 65,504"
-        self._fallen_from = low
-        self._write("precision_changed", failed, precision_from=low, precision_to=self.to, why=why)
-        rank_zero_warn(
-            f"PrecisionFallback: {low} cannot go on at epoch {failed.epoch}, batch {failed.batch_idx}, global step"
-            f" {failed.step}: {why}. The batch has been trained in {self.to}, and so will be the rest."
-        )
-        self._settle(trainer)
+        self._note_change(failed, low, why)
+        self._say_change("The batch has been trained in {to}, and so will be the rest.")
+        self._is_done = True
         return again
 
     def no_memory_for_retry(self, record: StepRecord) -> RuntimeError:
         """The device has no room for the batches in the higher precision."""
-        if self._ranges is not None:
-            self._ranges.__exit__(None, None, None)
-        self._write("precision_out_of_memory", record, precision_to=self.to)
+        self._stop_watching()
         need = f" (about {self._need / 2**30:.1f} GiB more than before)" if self._need is not None else ""
+        self._write("precision_out_of_memory", record, precision_to=self.to, extra_bytes=self._need)
         return RuntimeError(
             f"PrecisionFallback: epoch {record.epoch}, batch {record.batch_idx} is not finite in 16 bits and does not"
             f" fit into memory in {self.to}{need}. No weight has been changed by it and the last checkpoint"
@@ -197,23 +219,17 @@ class PrecisionFallback(RuntimeCallback):
         )
 
     def cannot_retry(self, record: StepRecord, why: str) -> None:
-        """Change from the next step on."""
+        """Change once the batch is over."""
         assert self._runtime is not None
-        low = str(self._runtime.trainer.precision)
         self._change_next = True
-        self._fallen_from = low
-        why_changed = self._reason(record)
-        self._write(
-            "precision_changed", record, precision_from=low, precision_to=self.to, why=why_changed, retried=False
-        )
-        rank_zero_warn(
-            f"PrecisionFallback: {low} cannot go on at epoch {record.epoch}, batch {record.batch_idx}, global step"
-            f" {record.step}: {why_changed}. Training goes on in {self.to}, but this batch is not trained again: {why}."
-        )
+        self._note_change(record, str(self._runtime.trainer.precision), self._reason(record), retried=False)
+        self._say_change(f"Training goes on in {{to}}, but this batch is not trained again: {why}.")
 
     def _reason(self, record: StepRecord) -> str:
-        if not record.loss_finite or record.bad_loss_ranks:
-            return f"the loss was {record.loss if record.loss is not None else 'not finite'}"
+        if not record.loss_finite:
+            return f"the loss was {record.loss}"
+        if record.bad_loss_ranks:
+            return f"the loss was not finite on rank {record.bad_loss_ranks[0]}"
         if record.skipped_by == "GradScaler":
             return f"gradients overflow at every loss scale, which has fallen to {record.loss_scale:g}"
         return f"a gradient was {record.gradients} while the loss was finite"
@@ -228,39 +244,81 @@ class PrecisionFallback(RuntimeCallback):
             self._wider.widen()
         self._runtime.use_plugin(make_plugin(trainer, self.to))
 
-    def _lower_precision(self, trainer: Any) -> None:
+    def _lower_precision(self) -> None:
         assert self._runtime is not None
         if self._wider is not None:
             self._wider.narrow()
         self._runtime.use_plugin(self._low_plugin)
-
-    def _settle(self, trainer: Any) -> None:
-        """The change stays."""
-        assert self._runtime is not None
         self._low_plugin = self._wider = None
-        self._runtime.retries_are_over()
-        self._log_precision(trainer)
+
+    def _stop_watching(self) -> LayerRanges | None:
+        ranges, self._ranges = self._ranges, None
+        if ranges is not None:
+            ranges.__exit__(None, None, None)
+        return ranges
+
+    def _leave(self) -> None:
+        self._stop_watching()
+        super()._leave()
+
+    # What is said of it.
+
+    def _note_change(self, record: StepRecord, low: str, why: str, **details: Any) -> None:
+        self._change = _Change(low, self.to, record.step, record.epoch, record.batch_idx, why)
+        self._write("precision_changed", record, precision_from=low, precision_to=self.to, why=why, **details)
+
+    def _say_change(self, what_next: str) -> None:
+        change = self._change
+        assert change is not None
+        rank_zero_warn(
+            f"PrecisionFallback: {change.fallen_from} cannot go on at {change.place}: {change.why}."
+            f" {what_next.format(to=change.to)}{self._about_compilation()}"
+        )
+
+    def _about_compilation(self) -> str:
+        assert self._runtime is not None
+        module = self._runtime.trainer.lightning_module
+        parts = any(is_instance_by_name(part, "OptimizedModule") for part in module.modules())
+        compiled = parts or getattr(module, "_compiler_ctx", None) is not None
+        return " What is compiled is compiled once more for it." if compiled else ""
 
     def _log_precision(self, trainer: Any) -> None:
-        if self._runtime is not None and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                bits = float(BITS[str(trainer.precision)])
-                logger.log_metrics({"precision_bits": bits}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if (self._runtime is None and self._change is None) or not trainer.is_global_zero:
+            return
+        metrics = {"precision_bits": float(BITS[str(trainer.precision)])}
+        if self._loss_scale is not None:
+            metrics["loss_scale"] = self._loss_scale
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=logger_step(trainer))
 
     def _write(self, event: str, record: StepRecord, **details: Any) -> None:
         assert self._runtime is not None
         if self._runtime.trainer.is_global_zero:
             self._runtime.events.write(event, record.step, record.epoch, batch_idx=record.batch_idx, **details)
 
+    def _look_for_room(self, trainer: Any) -> None:
+        """After the second step, when it is known what a step takes beside gradients and states: would more fit?"""
+        if not _is_on_cuda(trainer):
+            return
+        self._need = extra_memory(trainer, self.to)
+        free = free_memory(trainer.strategy.root_device)
+        if self._need > free:
+            rank_zero_warn(
+                f"PrecisionFallback: {self.to} would need about {self._need / 2**30:.1f} GiB more than"
+                f" {trainer.precision}, and {free / 2**30:.1f} GiB are free: a fallback would run out of memory."
+                " A smaller batch with more accumulation leaves room for it."
+            )
+
     def _objection(self, trainer: Any) -> str | None:
         """Why this Trainer's precision cannot be changed; None if it can."""
         strategy, plugin = type(trainer.strategy).__name__, type(trainer.precision_plugin).__name__
-        if not is_instance_by_name(trainer.strategy, *_STRATEGIES):
+        sharded = is_instance_by_name(trainer.strategy, *_SHARDED)
+        if sharded or not is_instance_by_name(trainer.strategy, *_STRATEGIES):
             return (
                 f"PrecisionFallback cannot change the precision under {strategy}, whose parameters carry it from"
                 " set-up. Use DDP or a single device, or train in bf16-mixed or 32-true from the start."
             )
-        if plugin not in ("MixedPrecision", "HalfPrecision"):
+        if plugin not in _PLUGINS:
             return (
                 f"PrecisionFallback does not know how to leave {plugin}; expected Lightning's MixedPrecision or"
                 " HalfPrecision."
@@ -277,28 +335,57 @@ class PrecisionFallback(RuntimeCallback):
         return {**super().__getstate__(), **gone}
 
 
-def extra_memory(trainer: Any) -> float:
-    """About how many bytes fp32 needs more than the 16-bit precision of a step that has just been trained.
+@dataclass(frozen=True)
+class _Change:
+    """A change of precision, as checkpoints keep it."""
 
-    Activations double; with 16-bit weights, so do weights, gradients and optimizer states.
+    fallen_from: str
+    to: Higher
+    step: int
+    epoch: int
+    batch_idx: int
+    why: str
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> _Change | None:
+        return cls(**state) if state else None
+
+    @property
+    def place(self) -> str:
+        return f"epoch {self.epoch}, batch {self.batch_idx}, global step {self.step}"
+
+    def told(self) -> str:
+        return f"fell back from {self.fallen_from} to {self.to} at {self.place} ({self.why})"
+
+
+def extra_memory(trainer: Any, to: Higher) -> float:
+    """About how many bytes a higher precision needs more than the 16-bit one that is being trained in.
+
+    With 16-bit weights, weights, gradients and optimizer states double; in fp32, so do activations, which are what a
+    step took beside what is left after it.
 
     Args:
-        trainer: A Trainer on a CUDA device, after its first step.
+        trainer: A Trainer on a CUDA device, after its second step, in whose forward pass all of these were held.
+        to: The higher precision.
     """
     device = trainer.strategy.root_device
     held = list(trainer.lightning_module.parameters())
     held += [p.grad for p in held if p.grad is not None]
     held += [v for o in trainer.optimizers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    at_rest = sum(tensor.numel() * tensor.element_size() for tensor in held if tensor.device == device)
-    halves = sum(tensor.numel() * 2 for tensor in held if tensor.device == device and tensor.element_size() == 2)
-    return float(max(torch.cuda.max_memory_allocated(device) - at_rest, 0) + halves)
+    halves = sum(t.numel() * 2 for t in held if t.dtype == torch.float16 and t.device == device)
+    activations = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    return float(halves + (activations if to == "32-true" else 0))
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes of a CUDA device that torch could still use.
+    """Bytes of a CUDA device that were free when torch held most of it.
 
     Args:
         device: The device.
     """
     free, _ = torch.cuda.mem_get_info(device)
-    return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return float(free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device))
+
+
+def _is_on_cuda(trainer: Any) -> bool:
+    return bool(trainer.strategy.root_device.type == "cuda")

@@ -14,7 +14,8 @@ from lightning_stability.health.values import named_tensors
 class LayerRanges:
     """Within a `with` block, the least and the largest value that enters and leaves each leaf module.
 
-    Nothing waits for the device until `widest` is asked for. Modules inside a compiled one are not seen.
+    What is not finite does not count: masks are made of it. Nothing waits for the device until `first_beyond` is
+    asked. Scripted modules, which call no hooks, are not seen.
 
     Args:
         module: Whose leaf modules to watch.
@@ -34,7 +35,7 @@ class LayerRanges:
 
     def __enter__(self) -> LayerRanges:
         for name, layer in self._module.named_modules():
-            if not any(layer.children()):
+            if not any(True for _ in layer.children()) and not isinstance(layer, torch.jit.ScriptModule):
                 self._handles.append(layer.register_forward_pre_hook(self._hook(name, "input")))
                 self._handles.append(layer.register_forward_hook(self._output_hook(name)))
         return self
@@ -72,5 +73,6 @@ class LayerRanges:
     @torch.no_grad()
     def _look(self, name: str, side: str, values: Any) -> None:
         for _, tensor in named_tensors(values):
-            if tensor.is_floating_point() and tensor.numel():
-                self._seen.append((name, side, torch.stack(tensor.detach().aminmax()).double()))
+            if tensor.is_floating_point() and tensor.numel() and tensor.layout == torch.strided:
+                finite = torch.nan_to_num(tensor.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+                self._seen.append((name, side, torch.stack(finite.aminmax()).double()))

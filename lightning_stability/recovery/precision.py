@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 Higher = Literal["32-true", "bf16-mixed"]
 
@@ -28,6 +29,29 @@ def make_plugin(trainer: Any, precision: Higher) -> Any:
     return plugins.MixedPrecision("bf16-mixed", trainer.strategy.root_device.type)
 
 
+def go_on_in(fallen_from: str, trainer: Any, checkpoint: dict[str, Any]) -> None:
+    """Make a module whose checkpoint has just been loaded what it was in the run that had changed its precision.
+
+    In 16-true Lightning rounds all of a module at the start; what no checkpoint holds (buffers that are not
+    persistent, frozen weights that are left out) stayed rounded after the change. And a Trainer whose flag says 16-true
+    may have made fp16 tensors already, which the checkpoint's fp32 values were rounded into.
+
+    Args:
+        fallen_from: What it had started in.
+        trainer: The Trainer, before its strategy sets the module up.
+        checkpoint: The checkpoint.
+    """
+    module = trainer.lightning_module
+    if fallen_from == "16-true":
+        module.half()
+    elif not hasattr(trainer.precision_plugin, "_desired_input_dtype"):
+        return
+    module.float()
+    # Lightning's WeightAveraging saves the weights themselves under another name
+    weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
+    module.load_state_dict(weights, strict=module.strict_loading)
+
+
 class WiderWeights:
     """fp16 weights, and whatever stands beside them, made fp32; and back, as long as nothing was trained.
 
@@ -41,16 +65,30 @@ class WiderWeights:
         self._trainer = trainer
         self._tensors: list[Tensor] = []
         self._states: list[tuple[Any, str]] = []
+        self._owners: list[Any] = []
+        self._metrics: list[tuple[Metric, str]] = []
 
     def widen(self) -> None:
-        """From fp16 to fp32: weights, buffers, optimizer states, and modules that callbacks keep (averages)."""
-        self._tensors, self._states = [], []
+        """From fp16 to fp32: weights, buffers, metrics, optimizer states, modules that callbacks keep (averages)."""
+        self._tensors, self._states, self._owners, self._metrics = [], [], [], []
         for module in self._modules():
             for tensor in [*module.parameters(), *module.buffers()]:
                 if tensor.dtype == torch.float16:
                     tensor.data = tensor.data.float()
                     tensor.grad = None
                     self._tensors.append(tensor)
+            self._metrics += [
+                (metric, name)
+                for metric in module.modules()
+                if isinstance(metric, Metric)
+                for name, default in metric._defaults.items()
+                if isinstance(default, Tensor) and default.dtype == torch.float16
+            ]
+            # what `dtype` says in Lightning's modules and in metrics
+            self._owners += [m for m in module.modules() if vars(m).get("_dtype") is torch.float16]
+        for owner in self._owners:
+            owner._dtype = torch.float32
+        self._convert_metrics(torch.float32)
         for optimizer in self._trainer.optimizers:
             for state in optimizer.state.values():
                 for name, value in state.items():
@@ -63,8 +101,16 @@ class WiderWeights:
         for tensor in self._tensors:
             tensor.data = tensor.data.half()
             tensor.grad = None
+        for owner in self._owners:
+            owner._dtype = torch.float16
+        self._convert_metrics(torch.float16)
         for state, name in self._states:
             state[name] = state[name].half()
+
+    def _convert_metrics(self, dtype: torch.dtype) -> None:
+        for metric, name in self._metrics:
+            metric._defaults[name] = metric._defaults[name].to(dtype)  # type: ignore[union-attr]
+            setattr(metric, name, getattr(metric, name).to(dtype))
 
     def _modules(self) -> Iterator[nn.Module]:
         yield self._trainer.lightning_module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,37 @@ from lightning_stability.health.values import named_tensors
 from lightning_stability.recovery.undo import BufferUndo, MetricUndo
 
 
+class UncastBatch:
+    """A batch before a 16-true precision converts it, and the random state that the module's transfer hooks start from.
+
+    Args:
+        batch: As the loader gave it.
+        device: Where the module is trained.
+    """
+
+    def __init__(self, batch: Any, device: torch.device) -> None:
+        self._batch = batch
+        self._random = _RandomState.taken(device)
+
+    def converted(self, convert: Callable[[Any], Any]) -> Any:
+        """Made for another precision, with the same augmentation.
+
+        Args:
+            convert: Casts it and runs the transfer hooks.
+        """
+        self._random.put_back()
+        return convert(self._batch)
+
+
 @dataclass(slots=True)
 class _Batch:
     """One batch of the open window, with what runs it."""
 
     closure: Callable[[], Any]
     kwargs: dict[str, Any]
-    uncast: Any
+    uncast: UncastBatch | None
     versions: list[int]
+    random: _RandomState
 
     def changed_in_place(self) -> bool:
         return self.versions != [tensor._version for _, tensor in named_tensors(self.kwargs)]
@@ -32,7 +55,7 @@ class OpenWindow:
     """The batches since the last optimizer step and the state before the first of them.
 
     Keeps references to the batches of one accumulation window (they stay in memory until the optimizer steps), the
-    random state, and copies of the buffers and metric states.
+    random state before each (augmentation draws from it in between), and copies of the buffers and metric states.
 
     Args:
         module: The LightningModule.
@@ -45,26 +68,25 @@ class OpenWindow:
         self._metrics = MetricUndo(module, results)
         self._device = device
         self._batches: list[_Batch] = []
-        self._random: _RandomState | None = None
 
     def rescan(self) -> None:
         """An epoch begins: modules, buffers and metrics may be others."""
         self._buffers.rescan()
         self._metrics.rescan()
 
-    def add(self, closure: Callable[[], Any], kwargs: dict[str, Any], uncast: Any) -> None:
+    def add(self, closure: Callable[[], Any], kwargs: dict[str, Any], uncast: UncastBatch | None) -> None:
         """A batch is about to be trained.
 
         Args:
             closure: Runs the forward and the backward pass.
             kwargs: What `training_step` will be called with; the closure reads it when it runs.
-            uncast: The batch before a 16-true precision converted it.
+            uncast: Where a precision casts batches.
         """
         if not self._batches:
-            self._random = _RandomState.taken(self._device)
             self._buffers.remember()
             self._metrics.remember()
-        self._batches.append(_Batch(closure, kwargs, uncast, [t._version for _, t in named_tensors(kwargs)]))
+        versions = [tensor._version for _, tensor in named_tensors(kwargs)]
+        self._batches.append(_Batch(closure, kwargs, uncast, versions, _RandomState.taken(self._device)))
 
     def close(self) -> None:
         """The optimizer has stepped: let go of the batches."""
@@ -80,24 +102,23 @@ class OpenWindow:
         return any(batch.changed_in_place() for batch in self._batches)
 
     def restore(self) -> None:
-        """Put buffers, metric states and random numbers back to before the first batch."""
+        """Put buffers and metric states back to before the first batch."""
         always = torch.tensor(True)
         self._buffers.nonfinite()
         self._buffers.give_back(always)
         self._metrics.give_back(always)
-        assert self._random is not None
-        self._random.put_back()
 
-    def closures(self, converted: Callable[[Any], Any] | None) -> list[Callable[[], Any]]:
-        """What runs the batches again, in order.
+    def again(self, convert: Callable[[Any], Any]) -> Iterator[Callable[[], Any]]:
+        """What runs the batches again, in order; to be run as it is asked for, since random numbers are put back then.
 
         Args:
-            converted: Makes a batch for another precision from the uncast one; None where precisions do not cast.
+            convert: Makes a batch for another precision from one that was not cast.
         """
-        if converted is not None:
-            for batch in self._batches:
-                batch.kwargs["batch"] = converted(batch.uncast)
-        return [batch.closure for batch in self._batches]
+        for batch in self._batches:
+            if batch.uncast is not None:
+                batch.kwargs["batch"] = batch.uncast.converted(convert)
+            batch.random.put_back()
+            yield batch.closure
 
 
 @dataclass(slots=True)

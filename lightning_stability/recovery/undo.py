@@ -48,7 +48,9 @@ class BufferUndo:
             if isinstance(owner, Metric):
                 continue
             written = [name for name, p in owner._parameters.items() if id(p) in self._found]
-            places = [(owner._buffers, name) for name in owner._buffers]
+            # a scripted module's are no dict; it writes in place only
+            buffers = dict(owner._buffers.items()) if isinstance(owner, torch.jit.ScriptModule) else owner._buffers
+            places = [(buffers, name) for name in buffers]
             places += [(owner._parameters, name) for name in written]  # type: ignore[misc]
             self._slots += [_Slot(tensors, name, f"{prefix}.{name}" if prefix else name) for tensors, name in places]
         self._held, self._kept, self._layouts, self._old = [], [], [], []

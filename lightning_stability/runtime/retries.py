@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_stability.health import StepRecord
 from lightning_stability.recovery import Guard, OpenWindow
-from lightning_stability.runtime.taps import ClosureTap
+from lightning_stability.recovery.retry import UncastBatch
+from lightning_stability.runtime.taps import ClosureTap, zero_quietly
 
 if TYPE_CHECKING:
     from lightning_stability.runtime.runtime import Runtime
@@ -48,11 +49,11 @@ class Retries:
 
     def __init__(self, runtime: Runtime, retrier: Retrier, guard: Guard, module: Any) -> None:
         self._runtime = runtime
-        self._retrier = retrier
+        self.retrier = retrier
         self._guard = guard
         self._window: OpenWindow | None = None
         self._closures: ClosureTap | None = None
-        self._uncast: Any = None
+        self._uncast: UncastBatch | None = None
         self._arrived: list[StepRecord] = []
         trainer = runtime.trainer
         if module.automatic_optimization:
@@ -71,13 +72,14 @@ class Retries:
             self._window.rescan()
 
     def note_input(self, batch: Any) -> None:
-        """A batch is about to be cast to the precision's own type.
+        """A batch is about to be cast to the precision's own type, where that casts.
 
         Args:
             batch: As the loader gave it.
         """
-        if self._window is not None:
-            self._uncast = batch
+        strategy = self._runtime.trainer.strategy
+        if self._window is not None and hasattr(strategy.precision_plugin, "_desired_input_dtype"):
+            self._uncast = UncastBatch(batch, strategy.root_device)
 
     def note_closure(self, closure: Callable[[], Any], kwargs: dict[str, Any]) -> None:
         """A batch is about to be trained.
@@ -113,7 +115,7 @@ class Retries:
             kwargs: What else it was called with.
         """
         arrived = self.take_arrived()
-        if arrived and arrived[-1].outcome == "bad" and self._retrier.wants_retry():
+        if arrived and arrived[-1].outcome == "bad" and self.retrier.wants_retry():
             failed = arrived.pop()
             self._runtime.tell(*arrived)
             result = self._retry(failed, optimizer, model, result, kwargs)
@@ -124,26 +126,30 @@ class Retries:
         return result
 
     def _retry(self, failed: StepRecord, optimizer: Optimizer, model: Any, result: Any, kwargs: Any) -> Any:
-        retrier, runtime, window = self._retrier, self._runtime, self._window
+        retrier, runtime, window = self.retrier, self._runtime, self._window
         if window is None or window.changed_in_place():
             why = "manual optimization does not say which batches an update comes from"
             retrier.cannot_retry(failed, why if window is None else "`training_step` changes its batch in place")
             runtime.tell(failed)
             return result
         strategy = runtime.trainer.strategy
-        casts = hasattr(strategy.precision_plugin, "_desired_input_dtype")
         retrier.before_retry(failed)
         self._guard.forget_batch()
         window.restore()
         runtime.forget_window()
-        *closures, last = window.closures(self._converted if casts else None)
+
+        def zero_grad() -> None:
+            model.optimizer_zero_grad(runtime.trainer.current_epoch, failed.batch_idx, optimizer)
+
         try:
-            for closure in closures:
+            for number, closure in enumerate(window.again(self._converted), start=1):
                 self._guard.begin_batch()
-                with getattr(strategy, "block_backward_sync", contextlib.nullcontext)():
-                    closure()
-            self._guard.begin_batch()
-            result = runtime.try_step(optimizer, model, last, kwargs)
+                zero_quietly(closure, zero_grad)
+                if number < window.batches:
+                    with getattr(strategy, "block_backward_sync", contextlib.nullcontext)():
+                        closure()
+                else:
+                    result = runtime.try_step(optimizer, model, closure, kwargs)
         except torch.cuda.OutOfMemoryError as error:
             raise retrier.no_memory_for_retry(failed) from error
         again = self._arrived.pop()

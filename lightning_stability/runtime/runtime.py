@@ -159,14 +159,6 @@ class Runtime:
         patience = min(policy.patience for policy in self._policies)
         self._guard.patience = math.inf if self._retries is not None else patience
 
-    def retries_are_over(self) -> None:
-        """The retrier has done what it could: steps are read late again and batches are not kept."""
-        if self._retries is not None:
-            self.tell(*self._retries.take_arrived())
-            self._retries.remove()
-            self._retries = None
-        self._hold_only_without_retries()
-
     def use_plugin(self, plugin: Any) -> None:
         """Train with another precision plugin from now on.
 
@@ -230,11 +222,22 @@ class Runtime:
         return next((batch for number, batch in self._recent if number == record.batch_number), None)
 
     def detach(self, policy: Policy) -> None:
-        """Take a policy out; with the last one the Trainer is as it was before."""
+        """Take a policy out, and what was done for it alone; with the last one the Trainer is as it was before."""
         if policy in self._policies:
             self._policies.remove(policy)
         if not self._policies:
             self.close()
+            return
+        self._reads.every = min(policy.read_every for policy in self._policies)
+        retrier: Any = None if self._retries is None else self._retries.retrier
+        if self._retries is not None and retrier is policy:
+            self.tell(*self._retries.take_arrived())
+            self._retries.remove()
+            self._retries = None
+        if self._guard is not None and not any(policy.guards for policy in self._policies):
+            self._guard = None
+        elif self._guard is not None:
+            self._hold_only_without_retries()
 
     def drain(self) -> None:
         """Wait for the records of all steps taken so far and hand them to the policies."""

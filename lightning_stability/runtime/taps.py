@@ -94,6 +94,19 @@ class ClosureTap:
         vars(self._loop).pop("_make_closure", None)
 
 
+def zero_quietly(closure: Any, zero_grad: Callable[[], None]) -> None:
+    """Have a closure's next run zero the gradients without Lightning's hooks and counters around it.
+
+    Args:
+        closure: One that has been run: `on_before_zero_grad`, where some update averages, has been called.
+        zero_grad: Zeroes the gradients.
+    """
+    original = closure._zero_grad_fn
+    if original is not None:  # it is the first batch of a window
+        first = iter([zero_grad])
+        closure._zero_grad_fn = lambda: next(first, original)()
+
+
 class StepStandIn:
     """Stands in for one optimizer's `step`, as learning-rate schedulers do, until it is removed."""
 

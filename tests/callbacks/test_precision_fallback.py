@@ -1,8 +1,8 @@
 """PrecisionFallback: from the retried batch on, the run is the one whose precision was changed by hand before it."""
 
 import copy
-import itertools
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from lightning_stability import GradNormMonitor, NaNEarlyStop, PrecisionFallback
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.events import read_events
+from lightning_stability.runtime import runtime_of
 from tests import runs
 from tests.recovery import poison
 
@@ -34,17 +35,36 @@ OPTIMIZERS = {
 }
 
 
+class Plain(nn.Module):
+    """What fp16 weights can do on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.first(x))).squeeze(1)
+
+
+def fp16_module(pl: Any, **overrides: Any) -> Any:
+    quiet = {"on_before_optimizer_step": lambda self, optimizer: None}
+    optimizer = lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-3)  # noqa: E731
+    return runs.make_module(pl, optimizer=optimizer, **quiet, **overrides)
+
+
 def change_by_hand(pl: Any, batch: int, to: str = "32-true") -> Any:
     """Changes the precision before the given batch of the run."""
 
     class Change(pl.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
             if module.batch + 1 == batch:
-                trainer.strategy.precision_plugin = (
-                    pl.plugins.precision.Precision()
-                    if to == "32-true"
-                    else pl.plugins.precision.MixedPrecision("bf16-mixed", "cpu")
-                )
+                precision = pl.plugins.precision
+                plugin = precision.Precision() if to == "32-true" else precision.MixedPrecision("bf16-mixed", "cpu")
+                runtime = runtime_of(trainer)
+                if runtime is None:
+                    trainer.strategy.precision_plugin = plugin
+                else:
+                    runtime.use_plugin(plugin)
 
     return Change()
 
@@ -136,6 +156,92 @@ class TestTheSameBatchAgain:
         assert module.net.seen[3][1] == pytest.approx(float(x[4].abs().max()))
         assert trainer.global_step == 4
 
+    @pytest.mark.parametrize("kind", ["manual", "in place"])
+    def test_from_fp16_weights_without_another_try(self, one: Any, kind: str) -> None:
+        """The next batch is cast before its step begins: the change has to come before that."""
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+            x = batch[0].mul_(1e6) if batch_idx == 1 and kind == "in place" else batch[0]
+            loss = self.net(x * (1e6 if batch_idx == 1 else 1.0)).float().pow(2).mean()
+            if kind == "in place":
+                return loss
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            return optimizer.step()
+
+        module = fp16_module(one, training_step=training_step)
+        module.automatic_optimization = kind == "in place"
+        trainer = runs.trainer(one, callbacks=[PrecisionFallback()], precision="16-true")
+        trainer.fit(module, runs.data())
+        assert trainer.precision == "32-true"
+        assert {value.dtype for value in module.state_dict().values()} == {torch.float32}
+        assert not poison.nonfinite(module.state_dict())
+
+    @pytest.mark.parametrize("precision", ["16-true", "16-mixed"])
+    def test_each_batch_of_a_window_has_its_random_numbers_again(self, one: Any, precision: str) -> None:
+        """Augmentation draws some between two batches; where a batch is cast anew, its hooks run again."""
+        seen: list[Any] = []
+
+        def on_after_batch_transfer(self: Any, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] + torch.rand(batch[0].shape).to(batch[0].dtype)]
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+            seen.append((batch_idx, batch[0].double(), torch.rand(1, dtype=torch.float32)))
+            return self.net(batch[0] * (1e6 if batch_idx in (1, 2) else 1.0)).float().pow(2).mean()
+
+        hooks = {"training_step": training_step, "on_after_batch_transfer": on_after_batch_transfer}
+        options = {"plugins": runs.fp16(one)} if precision == "16-mixed" else {"precision": precision}
+        trainer = runs.trainer(one, callbacks=[PrecisionFallback()], accumulate_grad_batches=3, **options)
+        trainer.fit(fp16_module(one, **hooks), runs.data())
+        assert trainer.precision == "32-true"
+        assert [index for index, *_ in seen] == [0, 1, 2, 0, 1, 2, 3]
+        for (_, first, drawn), (_, second, again) in zip(seen[:3], seen[3:6], strict=True):
+            torch.testing.assert_close(second, first, rtol=0, atol=4e-3 if precision == "16-true" else 0)
+            assert drawn == again
+
+    @pytest.mark.parametrize("accumulate", [1, 4])
+    def test_with_augmentation_in_the_main_process(self, one: Any, accumulate: int) -> None:
+        class Noisy(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return 24
+
+            def __getitem__(self, index: int) -> list[torch.Tensor]:
+                return [torch.randn(6)]
+
+        loader = torch.utils.data.DataLoader(Noisy(), batch_size=4, shuffle=True)
+        options = {"accumulate_grad_batches": accumulate, "loader": loader}
+        assert_same(fallback_and_reference(one, {2: "large_input"}, 2 if accumulate == 1 else 0, **options), accumulate)
+
+    def test_the_module_says_which_type_it_has(self, one: Any) -> None:
+        said: list[Any] = []
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+            said.append(self.dtype)
+            x = batch[0] * (1e6 if batch_idx == 2 else 1.0)
+            return self.net(x + torch.ones(6, dtype=self.dtype)).float().mean()
+
+        module = fp16_module(one, training_step=training_step)
+        runs.trainer(one, callbacks=[PrecisionFallback()], precision="16-true").fit(module, runs.data())
+        assert said == [torch.float16] * 3 + [torch.float32] * 2
+
+    def test_metrics_of_fp16_become_fp32(self, one: Any) -> None:
+        """Sums of an epoch go beyond what fp16 holds long before anything is wrong."""
+        module = poison.make_module(one, {2: "large_input"}, OPTIMIZERS["eps for fp16"], by_hand=False, net=Plain)
+        poison.fit(one, module, [PrecisionFallback()], precision="16-true")
+        module.mean.update(torch.tensor(1e9))
+        assert float(module.mean.compute()) == 1e9
+
+    def test_if_that_does_not_help_fp16_is_what_it_was(self, one: Any) -> None:
+        """Weights, averages, metrics and the optimizer's state are the fp16 ones to the last bit."""
+        results = []
+        for callbacks in ([NaNEarlyStop(9)], [PrecisionFallback(), NaNEarlyStop(9)]):
+            module = poison.make_module(one, {2: "nan_input", 7: "inf_loss"}, OPTIMIZERS["eps for fp16"], False, Plain)
+            results.append(poison.fit(one, module, callbacks, precision="16-true"))
+            assert module.dtype == torch.float16
+        assert poison.differences(*results) == []
+        assert {value.dtype for value in results[1]["weights"].values()} == {torch.float16}
+
     def test_a_loss_scale_that_collapses(self, one: Any) -> None:
         """Gradients that overflow at every scale in fp16, and do not in fp32."""
 
@@ -159,6 +265,79 @@ class TestTheSameBatchAgain:
         assert result["trainer"].precision == "32-true"
         assert result["step"] == 12
         assert not poison.nonfinite(result["weights"])
+
+
+class TestHooks:
+    @pytest.mark.parametrize("accumulate", [1, 4])
+    def test_what_surrounds_the_step_sees_one(self, one: Any, accumulate: int) -> None:
+        """Also Lightning's own counters, and averages that are updated in `on_before_zero_grad`."""
+        results = []
+        for by_hand in (False, True):
+            calls: list[str] = []
+
+            class Note(one.callbacks.Callback):
+                def __getattribute__(self, name: str, calls: Any = calls) -> Any:
+                    hooks = ("on_train_batch_start", "on_train_batch_end", "on_before_zero_grad")
+                    return (lambda *args: calls.append(name)) if name in hooks else super().__getattribute__(name)
+
+            module = poison.make_module(one, {2: "large_input"}, OPTIMIZERS["foreach"], by_hand=False)
+            callback = change_by_hand(one, 2 if accumulate == 1 else 0) if by_hand else PrecisionFallback()
+            options = {"plugins": runs.fp16(one, init_scale=256.0), "accumulate_grad_batches": accumulate}
+            result = poison.fit(one, module, [callback, Note()], **options)
+            results.append([calls, result["trainer"].fit_loop.state_dict()])
+        assert results[0][0].count("on_before_zero_grad") == (12 if accumulate == 1 else 4)
+        assert poison.differences(*results) == []
+
+    def test_the_gradient_norm_is_logged_once_and_is_the_retried_steps(self, one: Any) -> None:
+        rows = []
+        for callback in (PrecisionFallback(), change_by_hand(one, 2)):
+            logger = runs.memory_logger(one)
+            module = poison.make_module(one, {2: "large_input"}, OPTIMIZERS["foreach"], by_hand=False)
+            plugins = runs.fp16(one, init_scale=256.0)
+            poison.fit(one, module, [callback, GradNormMonitor()], plugins=plugins, logger=logger)
+            rows.append([(step, row) for step, row in logger.rows if "grad_norm/total" in row])
+        assert rows[0] == rows[1]
+        assert [step for step, _ in rows[0]] == list(range(12))
+        assert rows[0][-1][1]["grad_norm/nonfinite_steps"] == 0.0
+
+
+class TestAfterTheChange:
+    def test_the_run_is_its_own(self, one: Any) -> None:
+        """As a run in fp32 from the start: no hook is left, and what is not finite lands as it would."""
+
+        class Look(one.callbacks.Callback):
+            seen: list[bool] = []  # noqa: RUF012
+
+            def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+                self.seen.append(runtime_of(trainer) is not None)
+
+        module = poison.make_module(one, {2: "large_input", 9: "nan_input"}, OPTIMIZERS["foreach"], by_hand=False)
+        result = poison.fit(one, module, [PrecisionFallback(), Look()], plugins=runs.fp16(one, init_scale=256.0))
+        assert Look.seen == [True] * 3 + [False] * 9
+        assert "optimizer_step" not in vars(result["trainer"].precision_plugin)
+        assert poison.nonfinite(result["weights"])
+
+    def test_others_stay_and_the_guard_with_those_that_want_it(self, one: Any) -> None:
+        for others, landed in (([GradNormMonitor()], True), ([NaNEarlyStop(9)], False)):
+            module = poison.make_module(one, {2: "large_input", 9: "nan_input"}, OPTIMIZERS["foreach"], by_hand=False)
+            logger = runs.memory_logger(one)
+            callbacks = [*others, PrecisionFallback()]
+            result = poison.fit(one, module, callbacks, plugins=runs.fp16(one, init_scale=256.0), logger=logger)
+            assert bool(poison.nonfinite(result["weights"])) is landed
+            key = "grad_norm/nonfinite_steps" if landed else "skipped_updates"
+            assert [row[key] for _, row in logger.rows if key in row][-1] >= 1
+
+    def test_an_error_in_the_second_try_leaves_no_hook_in_the_module(self, one: Any) -> None:
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 2 and not torch.is_autocast_enabled("cpu"):
+                raise ArithmeticError("of the model's own")
+            return self.net(batch[0] * (1e6 if batch_idx == 2 else 1.0)).float().pow(2).mean()
+
+        module = fp16_module(one, training_step=training_step)
+        trainer = runs.trainer(one, callbacks=[PrecisionFallback()], plugins=runs.fp16(one))
+        with pytest.raises(ArithmeticError, match="of the model's own"):
+            trainer.fit(module, runs.data())
+        assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.net.modules())
 
 
 class TestWhenPrecisionIsNotTheCause:
@@ -215,19 +394,6 @@ class TestTogether:
             results.append(poison.fit(one, module, callbacks, plugins=runs.fp16(one, init_scale=256.0)))
         assert poison.differences(*results) == []
 
-    @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
-    def test_in_any_order(self, one: Any, order: tuple[int, ...]) -> None:
-        results = []
-        for places in ((0, 1, 2), order):
-            callbacks = [PrecisionFallback(), NaNEarlyStop(1), GradNormMonitor()]
-            module = poison.make_module(one, {2: "large_input", 4: "nan_input"}, OPTIMIZERS["fused"], by_hand=False)
-            logger = runs.memory_logger(one)
-            listed = [callbacks[place] for place in places]
-            result = poison.fit(one, module, listed, plugins=runs.fp16(one, init_scale=256.0), logger=logger)
-            rows = sorted(str(sorted(row.items())) + str(step) for step, row in logger.rows)
-            results.append({**result, "rows": rows, "states": [callback.state_dict() for callback in callbacks]})
-        assert poison.differences(*results) == []
-
     def test_manual_optimization_changes_from_the_next_step_on(self, one: Any) -> None:
         def training_step(self: Any, batch: Any, batch_idx: int) -> None:
             optimizer = self.optimizers()
@@ -258,32 +424,102 @@ class TestTogether:
         assert trainer.precision == "32-true"
 
 
-class TestCheckpoints:
-    def test_a_resumed_run_goes_on_in_the_precision_it_had_fallen_back_to(self, pl: Any, tmp_path: Path) -> None:
-        def fit(kinds: dict[int, str], **options: Any) -> Any:
-            module = poison.make_module(pl, kinds, OPTIMIZERS["foreach"], by_hand=False)
-            saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-            trainer = runs.trainer(
-                pl,
-                callbacks=[PrecisionFallback(), saver],
-                plugins=runs.fp16(pl),
-                enable_checkpointing=True,
-                max_epochs=2,
-            )
-            torch.manual_seed(2)
-            trainer.fit(module, poison.data(), **options)
-            return trainer, module
+@pytest.mark.parametrize("callback", [PrecisionFallback, NaNEarlyStop], ids=lambda c: c.__name__)
+def test_a_scripted_part_is_given_back_what_it_wrote(one: Any, callback: Any) -> None:
+    """Its buffers are in no dict, and it calls no hooks."""
+    results = []
+    for scripted in (True, False):
+        torch.manual_seed(0)
+        part = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        net = nn.Sequential(nn.Linear(6, 8), torch.jit.script(part) if scripted else part, nn.Linear(8, 1))
 
-        whole, trained = fit({2: "large_input"})
-        state = torch.get_rng_state()
-        del state
-        resumed, _ = fit({}, ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=False)
-        assert whole.precision == resumed.precision == "32-true"
-        assert resumed.global_step == 12
-        assert not poison.nonfinite(trained.state_dict())
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0] * (1e6 if batch_idx == 2 else 1.0)).float().pow(2).mean()
+
+        module = fp16_module(one, net=net, training_step=training_step)
+        made = callback(**({"patience": 1} if callback is NaNEarlyStop else {}))
+        runs.trainer(one, callbacks=[made], plugins=runs.fp16(one, init_scale=256.0)).fit(module, runs.data(20, 4))
+        results.append(dict(module.state_dict()))
+    assert poison.differences(*results) == []
+    assert poison.nonfinite(results[0]) == []
+
+
+class TestCompiled:
+    """Another precision is another graph: it is compiled once more, and nothing else is different."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("backend", "whole"), [("eager", True), ("eager", False), ("inductor", False)])
+    def test_it_is_the_run_whose_precision_was_changed_by_hand(self, one: Any, backend: str, whole: bool) -> None:
+        if backend == "inductor" and not shutil.which("g++"):
+            pytest.skip("inductor needs a compiler")
+        results = []
+        for by_hand in (False, True):
+            torch._dynamo.reset()
+
+            def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+                net = self.net if whole else self.fast
+                return net(batch[0] * (1e6 if batch_idx == 2 else 1.0)).float().pow(2).mean()
+
+            class Change(one.callbacks.Callback):
+                def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+                    if batch_idx == 2:
+                        trainer.strategy.precision_plugin = one.plugins.precision.Precision()
+
+            module = fp16_module(one, training_step=training_step)
+            object.__setattr__(module, "fast", torch.compile(module.net, backend=backend))
+            callbacks = [Change() if by_hand else PrecisionFallback()]
+            trainer = runs.trainer(one, callbacks=callbacks, plugins=runs.fp16(one, init_scale=256.0))
+            fitted = torch.compile(module, backend=backend) if whole else module
+            said = r"16-mixed cannot go on .* compiled once more" if whole and not by_hand else ""
+            with pytest.warns(UserWarning, match=said):
+                trainer.fit(fitted, runs.data(20))
+            assert trainer.precision == "32-true"
+            results.append(dict(module.state_dict()))
+        assert poison.differences(*results) == []
 
 
 class TestWhatItSays:
+    def test_the_logger_shows_the_change_and_the_end_of_fit_says_where_and_why(
+        self, one: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        logger = runs.memory_logger(one)
+        module = poison.make_module(one, {5: "large_input"}, OPTIMIZERS["foreach"], by_hand=False)
+        options = {"plugins": runs.fp16(one, init_scale=256.0), "logger": logger, "log_every_n_steps": 2}
+        with caplog.at_level("INFO", "pytorch_lightning.utilities.rank_zero"):
+            result = poison.fit(one, module, [PrecisionFallback()], **options)
+        assert result["trainer"].precision == "32-true"
+        kept = [(step, row) for step, row in logger.rows if "precision_bits" in row]
+        rows = [(step, row["precision_bits"], row.get("loss_scale")) for step, row in kept]
+        assert rows == [
+            (0, 16.0, 256.0), (1, 16.0, 256.0), (3, 16.0, 256.0),
+            (5, 32.0, 1.0), (7, 32.0, None), (9, 32.0, None), (11, 32.0, None),
+        ]  # fmt: skip
+        said = [record.message for record in caplog.records]
+        assert said[-1].startswith(
+            "PrecisionFallback: fell back from 16-mixed to 32-true at epoch 0, batch 5, global step 5 (the loss was"
+            " nan; the input of `net.encoder.0` ranges from"
+        )
+
+    def test_nothing_else_is_called_the_cause(self, one: Any) -> None:
+        """Masks are made of -inf, which fp16 holds."""
+
+        class Masked(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.mask, self.first, self.last = nn.Identity(), nn.Linear(6, 8), nn.Linear(8, 1)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                mask = self.mask(torch.full((1, 8), -torch.inf).triu(1))
+                return self.last(torch.softmax(self.first(x) + mask[:, :1], -1))
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0] * (1e6 if batch_idx == 2 else 1.0)).float().pow(2).mean()
+
+        module = runs.make_module(one, Masked(), training_step=training_step)
+        trainer = runs.trainer(one, callbacks=[PrecisionFallback()], plugins=runs.fp16(one))
+        with pytest.warns(UserWarning, match="input of `net.first` ranges from"):
+            trainer.fit(module, runs.data())
+
     def test_the_layer_and_the_range_that_fp16_cannot_hold(self, one: Any, tmp_path: Path) -> None:
         logger = one.loggers.CSVLogger(tmp_path)
         module = poison.make_module(one, {2: "large_input"}, OPTIMIZERS["foreach"], by_hand=False)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_stability.events import read_events
 from lightning_stability.tuab import SyntheticCorpus
 from tests.command import run
 
@@ -122,3 +123,48 @@ def test_artefacts_with_nan_early_stop_name_the_batch_and_keep_what_the_printed_
     resumed = run("fit", *words, f"--ckpt_path={kept}", "--trainer.limit_val_batches=0", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "NaNEarlyStop:" in resumed.stderr
+
+
+@pytest.mark.slow
+def test_the_crash_recipe_with_precision_fallback_goes_on_in_fp32_and_names_the_range_of_the_input(corpus, tmp_path):
+    words = ["--config=tuab_crash", f"--data.root={corpus}", "--data.batch_size=4", "--trainer.limit_train_batches=8"]
+    words += ["--trainer.limit_val_batches=2", "--trainer.callbacks+=PrecisionFallback"]
+    done = run("fit", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if "cannot go on" in line]
+    assert re.search(
+        r"16-mixed cannot go on at epoch 0, batch 0, global step 0: the loss was nan; the output of"
+        r" `input_stats` ranges from -\d\.\d+e\+05 to \d\.\d+e\+05, and fp16 ends at 65,504\.",
+        line,
+    )
+    losses = scalars(tmp_path, "train_loss_step")
+    assert math.isfinite(losses[-1])
+    later = scalars(tmp_path, "val_loss") + scalars(tmp_path, "train_loss_epoch")
+    assert later
+    assert all(map(math.isfinite, later))
+    assert scalars(tmp_path, "precision_bits")[0] == 16.0
+    assert scalars(tmp_path, "precision_bits")[-1] == 32.0
+
+
+@pytest.mark.slow
+def test_artefacts_with_precision_fallback_cost_no_auroc(tmp_path):
+    """At the demo's learning rate, where the small encoder learns something in five epochs."""
+    assert run("synthetic", "corpus", "--artefacts=3", "--seed=3", cwd=tmp_path).returncode == 0
+    words = ["--config=tuab_stable", "--data.root=corpus", "--model.learning_rate=2e-3"]
+    fp16 = ["--trainer.precision=16-mixed", "--trainer.callbacks+=PrecisionFallback"]
+    best = []
+    for name, more in (("fp32", []), ("fp16", fp16)):
+        done = run("fit", *words, *more, f"--trainer.default_root_dir={name}", cwd=tmp_path, timeout=1200)
+        assert done.returncode == 0, done.stderr
+        metrics = [scalars(tmp_path / name, tag) for tag in ("val_auroc", "val_loss", "train_loss_epoch")]
+        assert all(math.isfinite(value) for values in metrics for value in values)
+        best.append(max(metrics[0]))
+    print(f"AUROC: fp32 {best[0]:.4f}, fp16 with PrecisionFallback {best[1]:.4f}")
+    assert best[0] > 0.85
+    assert abs(best[1] - best[0]) <= 0.01
+    bits = scalars(tmp_path / "fp16", "precision_bits")
+    assert bits[0] == 16.0
+    assert bits[-1] == 32.0
+    [event] = read_events(next((tmp_path / "fp16").rglob("events.jsonl")).parent)
+    assert event["event"] == "precision_changed"
+    assert event["step"] > 0, "it is an artefact, not the first batch"
