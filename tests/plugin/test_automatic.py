@@ -78,13 +78,14 @@ def test_named_ones_replace_the_default(run):
 
 
 def test_all_of_them_join_and_none_of_them_saves_where_no_checkpoints_are_wanted(run, tmp_path):
-    run(
+    done = run(
         "look = Look(); make(callbacks=[look], max_steps=8).fit(BoringModel())\n"
         "assert {'NaNEarlyStop', 'GradNormMonitor', 'FractionalCheckpoint'} <= set(look.ours()), look.ours()\n"
         "import shutil; shutil.rmtree('lightning_logs')\n"
         "make(enable_checkpointing=False, max_steps=8).fit(BoringModel())",
         automatic="all",
     )
+    assert "lightning-stability: NaNEarlyStop, GradNormMonitor and FractionalCheckpoint are active" in done.stderr
     assert list(tmp_path.rglob("*.ckpt")) == []
 
 
