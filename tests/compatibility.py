@@ -245,14 +245,15 @@ SAVED: dict[str, list[Case]] = {
         _saves("`async_save=True`", arguments={"async_save": True}),
     ],
     "Precisions": [
-        *(_saves(f"`{name}`", _options(precision=name)) for name in ("32-true", "bf16-mixed", "bf16-true")),
+        *(_saves(f"`{name}`", _options(precision=name), where=where) for name, where in
+          {"32-true": "slow", "bf16-mixed": "slow", "bf16-true": ""}.items()),
         _saves("`64-true`", _options(precision="64-true"),
                "works, but for the last bits: when Lightning loads a checkpoint it rounds the weights to fp32"),
         _saves("`16-mixed`", _fp16),
         _saves("`16-true`", _options(precision="16-true"), optimizer=_adamw_for_fp16),
     ],
     "Data": [
-        _saves("torchdata's `StatefulDataLoader`"),
+        _saves("torchdata's `StatefulDataLoader`", where="slow"),
         _saves("torch's `DataLoader`", answer="works at epochs' borders; inside an epoch its data starts again, and a"
                " warning at the start says so", data=lambda: _loader()),
         _saves("an iterable dataset of unknown length",
@@ -262,25 +263,26 @@ SAVED: dict[str, list[Case]] = {
     ],
     "Loops": [
         _saves("gradient accumulation", _options(accumulate_grad_batches=2)),
-        _saves("clipping by norm", _options(gradient_clip_val=0.1)),
+        _saves("clipping by norm", _options(gradient_clip_val=0.1), where="slow"),
         _saves("manual optimization, two optimizers", base="manual"),
         _saves("validation inside of the epoch", _options(val_check_interval=2)),
         _saves("`max_steps`", _options(max_steps=9, max_epochs=-1)),
-        _saves("`limit_train_batches`", _options(limit_train_batches=4)),
+        _saves("`limit_train_batches`", _options(limit_train_batches=4), where="slow"),
         _saves("`fast_dev_run`", _options(fast_dev_run=2), "saves nothing, as ModelCheckpoint does"),
         _saves("`torch.compile`", base="compiled", where="slow"),
     ],
     "Callbacks": [
         _saves("a `ModelCheckpoint` beside it", _callback("ModelCheckpoint", monitor="val_loss")),
-        _saves("`EarlyStopping`", _callback("EarlyStopping", monitor="val_loss", patience=9)),
+        _saves("`EarlyStopping`", _callback("EarlyStopping", monitor="val_loss", patience=9), where="slow"),
         _saves("`EMAWeightAveraging`", _callback("EMAWeightAveraging")),
-        _saves("`GradientAccumulationScheduler`", _callback("GradientAccumulationScheduler", scheduling={1: 2})),
+        _saves("`GradientAccumulationScheduler`", _callback("GradientAccumulationScheduler", scheduling={1: 2}),
+               where="slow"),
     ],
 }  # fmt: skip
 
 FALLEN_BACK: dict[str, list[Case]] = {
     "Strategies": [
-        Case("one device", _fp16),
+        Case("one device", _fp16, where="slow"),
         Case("`ddp`", _fp16_and(strategy="ddp", devices=2), where="distributed"),
         Case("FSDP2 (`ModelParallelStrategy`)", _fsdp2_in_16_bits, _carries("ModelParallelStrategy"), base="fsdp2",
              where="distributed"),

@@ -155,6 +155,6 @@ class Once:
         """
         if not self._asked:
             raise MisconfigurationException(
-                f"{type(self._optimizer).__name__}.step did not run the closure that it was given, which makes the"
-                " gradients. Call it in `step`, or hand it on to `super().step(closure)`."
+                f"The closure hasn't been executed: {type(self._optimizer).__name__}.step was given one, which makes"
+                " the gradients, and did not run it. Call it in `step`, or hand it on to `super().step(closure)`."
             )

@@ -283,7 +283,8 @@ class TestWhatElseHappens:
             def step(self, closure: Any = None) -> Any:
                 return super().step()
 
-        for callbacks, said in ([], "hasn't been executed"), ([NaNEarlyStop()], "Forgets.step did not run the closure"):
+        executed = "The closure hasn't been executed"
+        for callbacks, said in ([], executed), ([NaNEarlyStop()], f"{executed}: Forgets.step was given one"):
             module = runs.make_module(pl, optimizer=lambda module: Forgets(module.parameters(), lr=0.1))
             trainer = runs.trainer(pl, callbacks=callbacks)
             with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=said):
