@@ -287,10 +287,11 @@ FALLEN_BACK: dict[str, list[Case]] = {
         Case("FSDP2 (`ModelParallelStrategy`)", _fsdp2_in_16_bits, _carries("ModelParallelStrategy"), base="fsdp2",
              where="distributed"),
         *(Case(f"`{name}`", _named_in_16_bits(strategy), _carries(strategy)) for name, strategy in
-          {"fsdp": "FSDPStrategy", "deepspeed": "DeepSpeedStrategy", "xla": "XLAStrategy"}.items()),
+          {"fsdp": "FSDPStrategy", "deepspeed": "DeepSpeedStrategy"}.items()),
     ],
     "Precisions": [
         Case("`16-mixed`", _fp16),
+        Case("`16-mixed` on a GPU", _options(precision="16-mixed"), where="gpu"),
         Case('`16-mixed`, `to="bf16-mixed"`', _fp16, arguments={"to": "bf16-mixed"}),
         Case("`bf16-mixed`", _options(precision="bf16-mixed")),
         Case("`16-true`", _options(precision="16-true"), optimizer=_adamw_for_fp16),
@@ -354,7 +355,7 @@ def page() -> str:
 
 def _beyond(layer: nn.Linear, bf16_too: bool) -> Tensor:
     """1 in fp32; infinite where a linear layer computes in fp16, which ends at 65,504, or in bf16, where 257 is 256."""
-    one = torch.ones(1, 1, dtype=layer.weight.dtype)
+    one = torch.ones_like(layer.weight[:1, :1])
     large, odd = (nn.functional.linear(one * number, one).float() for number in (65536.0 * 2, 257.0))
     return (large / 65536.0 / 2 / (odd - 256.0 if bf16_too else 1.0)).squeeze()
 

@@ -17,11 +17,7 @@ from lightning_stability.recovery.precision import BITS, Higher, WiderWeights, m
 FP16_MAX = 65504.0
 _LOW = ("16-mixed", "16-true", "bf16-mixed")
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
-# some of these derive from one of those
-_WITH_A_PRECISION_OF_THEIR_OWN = (
-    *("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"),
-    *("XLAStrategy", "XLAFSDPStrategy", "SingleDeviceXLAStrategy"),
-)
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 class PrecisionFallback(RuntimeCallback):
@@ -260,8 +256,8 @@ class PrecisionFallback(RuntimeCallback):
     def _objection(self, trainer: Any) -> str | None:
         """Why this Trainer's precision cannot be changed; None if it can."""
         strategy, plugin = type(trainer.strategy).__name__, type(trainer.precision_plugin).__name__
-        carries = is_instance_by_name(trainer.strategy, *_WITH_A_PRECISION_OF_THEIR_OWN)
-        if carries or not is_instance_by_name(trainer.strategy, *_STRATEGIES):
+        sharded = is_instance_by_name(trainer.strategy, *_SHARDED)
+        if sharded or not is_instance_by_name(trainer.strategy, *_STRATEGIES):
             return (
                 f"PrecisionFallback cannot change the precision under {strategy}, whose parameters carry it from"
                 " set-up. Use DDP or a single device, or train in bf16-mixed or 32-true from the start."
@@ -269,7 +265,7 @@ class PrecisionFallback(RuntimeCallback):
         if plugin not in ("MixedPrecision", "HalfPrecision"):
             return (
                 f"PrecisionFallback does not know how to leave {plugin}; expected Lightning's MixedPrecision or"
-                " HalfPrecision. Use one of these, or leave the callback out and train in bf16-mixed or 32-true."
+                " HalfPrecision."
             )
         if plugin == "HalfPrecision" and trainer.world_size > 1:
             return (
