@@ -7,11 +7,38 @@ both are installed. The second import costs about 0.2 s; `lightning` may be abse
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
-from lightning_fabric.utilities.exceptions import MisconfigurationException as _PlMisconfiguration
-from pytorch_lightning.callbacks import ModelCheckpoint as _PlModelCheckpoint
+from lightning_utilities.core import rank_zero
+
+
+@contextlib.contextmanager
+def _as_if_alone(other: str) -> Iterator[None]:
+    """Import one of the two so that the process of a user of the other is as if it had not been.
+
+    Each copy, when it is imported, makes its own logger that of all `rank_zero_info`, its own category that of all
+    deprecations, and itself the one that formats warnings: a user who has silenced `pytorch_lightning` would hear it
+    again as `lightning.pytorch`.
+    """
+    if other not in sys.modules:
+        yield
+        return
+    log, category, format_warning = rank_zero.log, rank_zero.rank_zero_deprecation_category, warnings.formatwarning
+    try:
+        yield
+    finally:
+        rank_zero.log, rank_zero.rank_zero_deprecation_category = log, category
+        warnings.formatwarning = format_warning
+
+
+with _as_if_alone("lightning.pytorch"):
+    import pytorch_lightning as pl
+    from lightning_fabric.utilities.exceptions import MisconfigurationException as _PlMisconfiguration
+    from pytorch_lightning.callbacks import ModelCheckpoint as _PlModelCheckpoint
 
 if TYPE_CHECKING:
     _CALLBACKS: tuple[type[pl.Callback], ...]
@@ -27,11 +54,12 @@ if TYPE_CHECKING:
 
 else:
     try:
-        from lightning.pytorch import Callback as _LightningCallback
-        from lightning.pytorch.callbacks import ModelCheckpoint as _LightningModelCheckpoint
-        from lightning.pytorch.utilities.exceptions import (
-            MisconfigurationException as _LightningMisconfiguration,
-        )
+        with _as_if_alone("pytorch_lightning"):
+            from lightning.pytorch import Callback as _LightningCallback
+            from lightning.pytorch.callbacks import ModelCheckpoint as _LightningModelCheckpoint
+            from lightning.pytorch.utilities.exceptions import (
+                MisconfigurationException as _LightningMisconfiguration,
+            )
     except ImportError:
         _CallbackBase, _MisconfigurationBase = pl.Callback, _PlMisconfiguration
         _ModelCheckpointBase = _PlModelCheckpoint

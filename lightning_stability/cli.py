@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,6 +76,11 @@ def main(args: Sequence[str] | None = None) -> int:
         "checkpoints": show_checkpoints,
     }
     command = commands.get(words[0] if words else "", train)
+    ours = {*commands, *StabilityCLI.subcommands()}
+    if args is None and words and words[0] not in ours and not words[0].startswith("-"):
+        theirs = _command_of_lightning_sdk()
+        if theirs is not None:
+            return int(theirs() or 0)
     try:
         status = command(words)
     except NonFiniteError as error:
@@ -87,6 +93,18 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: {message}", file=sys.stderr)
         return 2
     return status if isinstance(status, int) else 0
+
+
+def _command_of_lightning_sdk() -> Callable[[], Any] | None:
+    """What `lightning` would be without this package, if it is under that name that we were called.
+
+    Both packages install a command of that name, and the one that is installed last has it.
+    """
+    if Path(sys.argv[0]).stem != "lightning":
+        return None
+    found = entry_points(group="console_scripts", name="lightning")
+    theirs = next((entry for entry in found if entry.module.split(".")[0] == "lightning_sdk"), None)
+    return None if theirs is None else theirs.load()  # type: ignore[no-any-return]
 
 
 def _misconfiguration(error: BaseException | None) -> str | None:

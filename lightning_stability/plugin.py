@@ -72,7 +72,7 @@ class Guests:
         names = [type(callback).__name__ for callback in self.callbacks if callback in trainer.callbacks]
         if names:
             rank_zero_info(
-                f"lightning-stability: {' and '.join(names)} {'is' if len(names) == 1 else 'are'} active, as in every"
+                f"lightning-stability: {_listed(names)} {'is' if len(names) == 1 else 'are'} active, as in every"
                 f" Trainer here; {VARIABLE}=none switches this off."
             )
 
@@ -107,6 +107,8 @@ def chosen(value: str) -> list[Any]:
         callbacks = [cls() for cls in (CALLBACKS if value else DEFAULT)]
     else:
         callbacks = [_parse(entry) for entry in _split(value)]
+    if not callbacks:
+        raise MisconfigurationException(f"{VARIABLE}={value!r} names no callback; `none` switches them off.")
     names = [type(callback).__name__ for callback in callbacks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -139,6 +141,8 @@ def _parse(entry: str) -> Any:
     """Make `Name` or `Name(option=value,...)`."""
     known = {cls.__name__: cls for cls in CALLBACKS}
     match = re.fullmatch(r"(\w+)\s*(?:\((.*)\))?", entry, re.DOTALL)
+    if match is not None and match[2] and not _closes_what_it_opens(match[2]):
+        match = None  # two of them without a comma between
     if match is None or match[1] not in known:
         what = "is not of the form Name(option=value)" if match is None else "is no callback of lightning-stability"
         raise MisconfigurationException(
@@ -152,7 +156,7 @@ def _parse(entry: str) -> Any:
 def _options(cls: type[Any], text: str) -> dict[str, Any]:
     from jsonargparse import ArgumentParser  # slow to import, and needed for options only
 
-    known = [name for name in inspect.signature(cls).parameters if name != "self"]
+    known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is not p.VAR_KEYWORD]
     words = []
     for option in _split(text):
         name, equals, value = (part.strip() for part in option.partition("="))
@@ -173,6 +177,19 @@ def _options(cls: type[Any], text: str) -> dict[str, Any]:
 
 def _plain(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if names[:-1] else []), names[-1]])
+
+
+def _closes_what_it_opens(text: str) -> bool:
+    depth = 0
+    for letter in re.sub(r"'[^']*'|\"[^\"]*\"", "", text):
+        depth += (letter == "(") - (letter == ")")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def _split(text: str) -> list[str]:

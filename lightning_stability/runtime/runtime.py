@@ -374,11 +374,12 @@ class Runtime:
     ) -> Any:
         arguments = {**dict(zip(("closure",), args, strict=False)), **kwargs}
         closure, result = arguments.get("closure"), None
+        once: Once | None = None
         if closure is not None:
             # The closure makes the gradients, so it has to run before anything can be said of them.
             with torch.enable_grad():
                 result = closure()
-            arguments["closure"] = Once(result, closure, optimizer)
+            once = arguments["closure"] = Once(result, closure, optimizer)
         step = self._step
         assert step is not None
         if step.meter is None:
@@ -389,6 +390,8 @@ class Runtime:
         with guard.decide(optimizer, step.verdict) as goes_ahead:
             if goes_ahead:
                 result = original(**arguments)
+        if goes_ahead and once is not None and self.trainer.lightning_module.automatic_optimization:
+            once.check()
         step.found_inf = step.verdict.found_inf
         guard.after_step()
         return result

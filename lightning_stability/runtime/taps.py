@@ -12,6 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stability._compat import MisconfigurationException
+
 if TYPE_CHECKING:
     from lightning_stability.runtime.retries import Retries
     from lightning_stability.runtime.runtime import Runtime
@@ -157,3 +159,15 @@ class Once:
                 " gradients of each step are checked, later ones can still be non-finite."
             )
         return self._closure()
+
+    def check(self) -> None:
+        """Refuse an optimizer that has not asked: Lightning does, and would not notice any more.
+
+        Raises:
+            MisconfigurationException: If it has not.
+        """
+        if not self._asked:
+            raise MisconfigurationException(
+                f"The closure hasn't been executed: {type(self._optimizer).__name__}.step was given one, which makes"
+                " the gradients, and did not run it. Call it in `step`, or hand it on to `super().step(closure)`."
+            )

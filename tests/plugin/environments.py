@@ -54,9 +54,13 @@ class Environment:
             if not entry.name.startswith(HIDDEN) and entry.name not in left_out:
                 (theirs / entry.name).symlink_to(entry)
         if wheel is not None:
-            pip = [sys.executable, "-m", "pip", "--python", self.python, "install", "--quiet"]
-            subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
+            self.install(wheel)
         self._server: subprocess.Popen[str] | None = None
+
+    def install(self, wheel: Path) -> None:
+        """Install it, and nothing that it needs."""
+        pip = [sys.executable, "-m", "pip", "--python", self.python, "install", "--quiet"]
+        subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
 
     def run(self, *words: str, cwd: Path, automatic: str | None = None, timeout: float = 300) -> Done:
         """Run a program of the environment in a process of its own."""

@@ -120,6 +120,23 @@ class Spoilt(Model):
         self.unused = nn.Parameter(torch.tensor([torch.nan]))
 
 
+HOOKS = []
+"""Names of a callback's hooks in the order in which Lightning called them."""
+
+
+def record(name):
+    return lambda self, trainer, *args, **kwargs: HOOKS.append(f"{name} {trainer.global_step}")
+
+
+class Recorder(pl.Callback):
+    """Notes every hook."""
+
+
+for hook in vars(pl.Callback):
+    if hook.startswith("on_") or hook in ("setup", "teardown"):
+        setattr(Recorder, hook, record(hook))
+
+
 class LogsNothing(Model):
     """Neither metrics nor hyperparameters."""
 
@@ -184,6 +201,8 @@ CASES = {
             ]
         },
     ),
+    "every hook": (Model, {"callbacks": lambda: [Recorder()], "accumulate_grad_batches": 2, "gradient_clip_val": 0.01}),
+    "every hook, by hand": (Manual, {"callbacks": lambda: [Recorder()]}),
     "overfit_batches": (Model, {"overfit_batches": 2}),
     "detect_anomaly, value": (Model, {"detect_anomaly": True}),
 }
@@ -217,6 +236,7 @@ def train(name, make, options):
     options = {key: value() if callable(value) else value for key, value in options.items()}
     if options.get("barebones"):
         defaults = {"max_epochs": 2, "accelerator": "cpu"}
+    HOOKS.clear()
     torch.manual_seed(2)
     model = make()
     trainer = pl.Trainer(**{**defaults, **options})
@@ -230,6 +250,7 @@ def train(name, make, options):
         "random": digest(torch.get_rng_state()),
         "step": trainer.global_step,
         "batch size": data.batch_size,
+        "hooks": list(HOOKS),
     }
     if not options.get("barebones"):
         result["test"] = digest(trainer.test(model, data, verbose=False))

@@ -78,13 +78,14 @@ def test_named_ones_replace_the_default(run):
 
 
 def test_all_of_them_join_and_none_of_them_saves_where_no_checkpoints_are_wanted(run, tmp_path):
-    run(
+    done = run(
         "look = Look(); make(callbacks=[look], max_steps=8).fit(BoringModel())\n"
         "assert {'NaNEarlyStop', 'GradNormMonitor', 'FractionalCheckpoint'} <= set(look.ours()), look.ours()\n"
         "import shutil; shutil.rmtree('lightning_logs')\n"
         "make(enable_checkpointing=False, max_steps=8).fit(BoringModel())",
         automatic="all",
     )
+    assert "lightning-stability: NaNEarlyStop, GradNormMonitor and FractionalCheckpoint are active" in done.stderr
     assert list(tmp_path.rglob("*.ckpt")) == []
 
 
@@ -279,14 +280,44 @@ if __name__ == "__main__":
     assert done.stderr.count("are active") == 1
 
 
+@pytest.mark.parametrize("namespace", [NAMESPACES[0], pytest.param(NAMESPACES[1], marks=pytest.mark.slow)])
+def test_a_process_that_uses_one_namespace_is_as_if_the_other_had_not_been_imported(installed, tmp_path, namespace):
+    done = installed.run(
+        "python",
+        "-c",
+        f"""
+import logging, sys, warnings
+import {namespace} as pl
+from {namespace}.demos.boring_classes import BoringModel
+from lightning_utilities.core import rank_zero
+def process_wide(): return rank_zero.log, rank_zero.rank_zero_deprecation_category, warnings.formatwarning
+logging.getLogger({namespace!r}).setLevel(logging.ERROR)
+warnings.formatwarning = lambda message, *_: f"MINE {{message}}\\n"
+before = process_wide()
+pl.Trainer(max_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu").fit(BoringModel())
+assert {set(NAMESPACES).difference([namespace])!r} <= sys.modules.keys()
+assert process_wide() == before
+""",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "stopped" not in done.stderr  # what Lightning says at the end of fit was silenced
+    assert "MINE" in done.stderr
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["pl, L", "L, pl", "pl, ours, L", "L, ours, pl", "ours, L, pl"])
-def test_the_order_of_imports_does_not_matter(installed, tmp_path, order):
+@pytest.mark.parametrize(
+    ("order", "logs"),
+    [("pl, L", "L"), ("L, pl", "pl"), ("pl, ours, L", "pl"), ("L, ours, pl", "L"), ("ours, L, pl", "pl")],
+)
+def test_the_order_of_imports_does_not_matter(installed, tmp_path, order, logs):
     modules = {"pl": "pytorch_lightning", "L": "lightning.pytorch", "ours": "lightning_stability"}
     imports = "\n".join(f"import {modules[name]}" for name in order.split(", "))
-    done = installed.run("python", "-c", f"{imports}\n{BOTH}", cwd=tmp_path)
+    last = "from lightning_utilities.core import rank_zero; print(rank_zero.log.name)"
+    done = installed.run("python", "-c", f"{imports}\n{BOTH}\n{last}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("are active") == 4
+    assert done.stdout.strip().endswith(f"{modules[logs]}.utilities.rank_zero")
 
 
 BOTH = """

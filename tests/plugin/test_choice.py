@@ -55,6 +55,9 @@ def test_options_are_spelled_and_typed_as_on_the_command_line():
         ("NaNEarlyStop(patience=two)", "NaNEarlyStop(patience=two)"),
         ("NaNEarlyStop(patience=-1)", "expected a whole number of at least 0"),
         ("GradNormMonitor(every_n_steps=0)", "expected a whole number of at least 1"),
+        ("NaNEarlyStop(patience=2) GradNormMonitor(group_depth=1)", "is not of the form"),
+        ("FractionalCheckpoint(every_n_train_steps=2)", "auto_insert_metric_name, enable_version_counter."),
+        (",", "names no callback; `none` switches them off"),
         ("NaNEarlyStop,NaNEarlyStop(patience=2)", "names NaNEarlyStop twice"),
     ],
 )

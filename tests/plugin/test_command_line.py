@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from lightning_stability.plugin import CALLBACKS
+from tests.plugin.environments import Environment
 from tests.runs import NAMESPACES
 
 pytestmark = pytest.mark.xdist_group("installed")
@@ -84,6 +85,26 @@ def test_a_configuration_file_names_callbacks_and_what_was_run_can_be_run_again(
     ]
     done = own(f"fit --config {written} --trainer.logger=false --print_config")
     assert yaml.safe_load(done.stdout)["trainer"]["callbacks"] == first
+
+
+@pytest.mark.slow
+def test_a_word_that_is_not_ours_goes_to_lightning_sdk_whose_command_has_the_same_name(wheel, tmp_path):
+    environment = Environment(tmp_path / "env")
+    packages = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
+    for name, text in {
+        "lightning_sdk/__init__.py": "import sys\ndef main_cli(): print('SDK', *sys.argv[1:]); sys.exit(3)",
+        "lightning_sdk-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: lightning-sdk\nVersion: 1.0\n",
+        "lightning_sdk-1.0.dist-info/entry_points.txt": "[console_scripts]\nlightning = lightning_sdk:main_cli\n",
+    }.items():
+        (packages / name).parent.mkdir(exist_ok=True)
+        (packages / name).write_text(text)
+    environment.install(wheel)
+    done = environment.run("lightning", "login", "--now", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "SDK login --now\n"), done.stderr
+    assert "SDK" not in environment.run("lightning", "fit", "--help", cwd=tmp_path).stdout
+    done = environment.run("lightning-stability", "login", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "login" in done.stderr
 
 
 @pytest.mark.slow

@@ -278,6 +278,18 @@ class TestWhatElseHappens:
             results.append(poison.fit(one, module, [] if by_hand else [NaNEarlyStop(patience=1)]))
         assert poison.differences(*results) == []
 
+    def test_an_optimizer_that_forgets_its_closure_is_refused_as_without_the_guard(self, pl: Any) -> None:
+        class Forgets(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                return super().step()
+
+        executed = "The closure hasn't been executed"
+        for callbacks, said in ([], executed), ([NaNEarlyStop()], f"{executed}: Forgets.step was given one"):
+            module = runs.make_module(pl, optimizer=lambda module: Forgets(module.parameters(), lr=0.1))
+            trainer = runs.trainer(pl, callbacks=callbacks)
+            with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=said):
+                trainer.fit(module, runs.data())
+
     def test_a_validation_inside_a_window_sees_no_bad_buffer(self, one: Any) -> None:
         module = poison.make_module(one, {0: "nan_input"}, OPTIMIZERS["AdamW foreach"], by_hand=False)
         options = {"accumulate_grad_batches": 4, "val_check_interval": 2, "num_sanity_val_steps": 0}
