@@ -247,8 +247,7 @@ SAVED: dict[str, list[Case]] = {
     "Precisions": [
         *(_saves(f"`{name}`", _options(precision=name), where=where) for name, where in
           {"32-true": "slow", "bf16-mixed": "slow", "bf16-true": ""}.items()),
-        _saves("`64-true`", _options(precision="64-true"),
-               "works, but for the last bits: when Lightning loads a checkpoint it rounds the weights to fp32"),
+        _saves("`64-true`", _options(precision="64-true")),
         _saves("`16-mixed`", _fp16),
         _saves("`16-true`", _options(precision="16-true"), optimizer=_adamw_for_fp16),
     ],
