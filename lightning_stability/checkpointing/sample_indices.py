@@ -54,9 +54,11 @@ class SampleIndices:
             Positions in the dataset; None if they are not known.
         """
         asked = _ASKED.get(iterator) if iterator is not None else None
-        if not asked or not asked.indices:
+        if asked is None or not asked.indices:
             return None
         batch = asked.indices.popleft()
+        if asked.lost or not getattr(iterator, "_in_order", True):
+            return None
         if isinstance(batch, (list, tuple)) and all(isinstance(i, int) for i in batch):
             return list(batch)
         return None  # an IterableDataset's has none, and a loader without batches of its own one for the whole batch
@@ -67,7 +69,8 @@ class _Asked:
 
     def __init__(self) -> None:
         self.sampler: Any = None
-        self.indices: deque[Any] = deque(maxlen=4096)
+        self.indices: deque[Any] = deque(maxlen=4096)  # nobody takes those of a validation
+        self.lost = False
 
 
 _ORIGINAL = _BaseDataLoaderIter._next_index
@@ -76,10 +79,12 @@ _ASKED: weakref.WeakKeyDictionary[Any, _Asked] = weakref.WeakKeyDictionary()
 
 
 def _next_index(iterator: Any) -> Any:
-    index = _ORIGINAL(iterator)
+    index = _ORIGINAL(iterator)  # type: ignore[no-untyped-call]
     asked = _ASKED.setdefault(iterator, _Asked())
     if asked.sampler is not iterator._sampler_iter:  # an epoch begins: what was asked ahead is not delivered any more
         asked.sampler = iterator._sampler_iter
         asked.indices.clear()
+        asked.lost = False
+    asked.lost |= len(asked.indices) == asked.indices.maxlen
     asked.indices.append(index)
     return index

@@ -7,11 +7,20 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def pivot_of(values, scale):
+    """What differences are taken from, so that squares do not cancel: the usual mean; at first, the first value."""
+    first = tl.load(values).to(tl.float64)
+    first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
+    return tl.where(tl.load(scale) > 0.0, tl.load(scale + 2), first)
+
+
 @triton.jit(do_not_specialize=["stamp", "channels", "positions", "pieces", "piece", "items"])
 def read_values(
     values,
     partials,
     stamps,
+    scale,
     channels,
     positions,
     sample_stride,
@@ -27,15 +36,14 @@ def read_values(
 ):
     """One program's share of one sample: the largest magnitude, how many are finite, and two sums of the finite ones.
 
-    The sums are those of the differences from the tensor's first value and of their squares, in float64. A channel
-    that varies gets this batch's stamp: whoever sees it writes the same number.
+    The sums are those of the differences from the usual mean and of their squares, in float64. A channel that varies
+    gets this batch's stamp: whoever sees it writes the same number.
     """
     sample = tl.program_id(0)
     program = tl.program_id(1)
     programs = tl.num_programs(1)
     base = values + sample.to(tl.int64) * sample_stride
-    first = tl.load(values).to(tl.float64)
-    pivot = tl.where(tl.abs(first) < float("inf"), first, 0.0)
+    pivot = pivot_of(values, scale)
     peak = tl.zeros((CHANNELS, POSITIONS), tl.float32)
     count = tl.zeros((CHANNELS, POSITIONS), tl.int32)
     sums = tl.zeros((CHANNELS, POSITIONS), tl.float64)
@@ -96,6 +104,7 @@ def judge_values(
     PADDED: tl.constexpr,
     SAMPLES: tl.constexpr,
     WIDTH: tl.constexpr,
+    ADOPTED: tl.constexpr,
 ):
     """Add up, judge and remember; a single program, since the verdict needs all of it."""
     stride = samples * PROGRAMS
@@ -111,9 +120,10 @@ def judge_values(
         sums += tl.sum(tl.load(partials + 2 * stride + place, mask=inside, other=0.0), axis=1)
         start += SAMPLES
     total = tl.sum(counts, axis=0)
-    first = tl.load(values).to(tl.float64)
-    pivot = tl.where(tl.abs(first) < float("inf"), first, 0.0)
+    pivot = pivot_of(values, scale)
     shift = tl.sum(sums, axis=0) / tl.maximum(total, 1.0)  # from the pivot to the mean
+    batches = tl.load(scale)
+    center = tl.where(batches > 0.0, 0.0, shift)  # the usual mean is the pivot
 
     peaks = tl.zeros((SAMPLES,), tl.float64)
     spreads = tl.zeros((SAMPLES,), tl.float64)
@@ -127,10 +137,11 @@ def judge_values(
         total_distance = tl.sum(tl.load(partials + 2 * stride + place, mask=inside, other=0.0), axis=1)
         square = tl.sum(tl.load(partials + 3 * stride + place, mask=inside, other=0.0), axis=1)
         spread = tl.maximum(square - 2.0 * shift * total_distance + count * shift * shift, 0.0)
+        distance = tl.maximum(square - 2.0 * center * total_distance + count * center * center, 0.0)
         of_these = result + WIDTH + 3 * sample
         tl.store(of_these, peak, mask=sample < samples)
         tl.store(of_these + 1, of_sample - count, mask=sample < samples)
-        tl.store(of_these + 2, tl.sqrt(spread / tl.maximum(count, 1.0)), mask=sample < samples)
+        tl.store(of_these + 2, tl.sqrt(distance / tl.maximum(count, 1.0)), mask=sample < samples)
         peaks = tl.maximum(peaks, peak)
         spreads += spread
         start += SAMPLES
@@ -153,8 +164,8 @@ def judge_values(
             tl.store(remembered + channel, tl.zeros((1024,), tl.int8) + 1, mask=fresh)
             start += 1024
 
-    batches = tl.load(scale)
     log_mean = tl.load(scale + 1)
+    usual_mean = tl.load(scale + 2)
     log_std = tl.log(tl.where(std > 0.0, std, 1.0))
     is_nonfinite = nonfinite > 0.0
     is_beyond = largest > max_abs
@@ -162,13 +173,19 @@ def judge_values(
     is_drifted = (batches > 0.0) & (std > 0.0) & (tl.abs(log_std - log_mean) > log_ratio)
     flagged = is_nonfinite | is_beyond | is_constant | is_drifted
     usual = tl.where(batches > 0.0, tl.exp(log_mean), float("nan"))
+    mean = pivot + shift
+    row = tl.load(scale + 3) + is_drifted.to(tl.float64)
     counted = (std > 0.0) & (flagged == 0)
-    tl.store(scale, tl.where(counted, batches + 1.0, batches))
-    tl.store(scale + 1, tl.where(counted, log_mean + (log_std - log_mean) / (batches + 1.0), log_mean))
+    adopted = (counted == 0) & (row >= ADOPTED)
+    weight = tl.where(adopted, 1.0, tl.where(counted, 1.0 / (batches + 1.0), 0.0))
+    tl.store(scale, tl.where(adopted, 1.0, tl.where(counted, batches + 1.0, batches)))
+    tl.store(scale + 1, log_mean + weight * (log_std - log_mean))
+    tl.store(scale + 2, usual_mean + weight * (mean - usual_mean))
+    tl.store(scale + 3, tl.where(counted | adopted, 0.0, row))
 
     tl.store(result, largest)
     tl.store(result + 1, std)
-    tl.store(result + 2, pivot + shift)
+    tl.store(result + 2, mean)
     tl.store(result + 3, nonfinite)
     tl.store(result + 4, usual)
     tl.store(result + 5, is_nonfinite.to(tl.float64))

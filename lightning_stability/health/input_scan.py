@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 WIDTH = 12  # of a row: `inputs.FIELDS`
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64's squares need torch's way
+ADOPTED = 8
+"""After so many batches in a row of another scale, theirs is the usual."""
 _TILE = 2048
 """Values that a program has in hand at a time."""
 _PROGRAMS = 2048
@@ -94,7 +96,9 @@ def scan_with_torch(values: Tensor, state: TensorState, limits: Limits) -> tuple
     mean = (means * counts).sum() / total.clamp(min=1)
     of_samples = counts.sum(dim=1)
     spreads = (squares + counts * (means - mean).square()).sum(dim=1)
-    deviations = (spreads / of_samples.clamp(min=1)).sqrt() * unit
+    usual_mean = torch.where(state.scale[0] > 0, state.scale[2] / unit, mean)
+    distances = (squares + counts * (means - usual_mean).square()).sum(dim=1)
+    deviations = (distances / of_samples.clamp(min=1)).sqrt() * unit
     std = (spreads.sum() / total.clamp(min=1)).sqrt() * unit
     nonfinite = values.shape[1] * values.shape[2] - of_samples
     samples = torch.stack([peak.amax(dim=1), nonfinite, deviations], dim=1)
@@ -105,7 +109,7 @@ def scan_with_torch(values: Tensor, state: TensorState, limits: Limits) -> tuple
 def _judge(
     peak: Tensor, std: Tensor, mean: Tensor, nonfinite: Tensor, constant: Tensor | None, state: TensorState, limits: Any
 ) -> Tensor:
-    count, log_mean = state.scale
+    count, log_mean, usual_mean, row = state.scale
     zero = torch.zeros_like(peak)
     new, first = zero, zero - 1
     if constant is not None and state.channels is not None:
@@ -121,9 +125,10 @@ def _judge(
     flagged = is_nonfinite | is_beyond | is_constant | is_drifted
     usual = torch.where(count > 0, log_mean.exp(), math.nan)
     counted = count + 1.0
-    state.scale = torch.where(
-        (std > 0) & ~flagged, torch.stack([counted, log_mean + (log_std - log_mean) / counted]), state.scale
-    )
+    scale = [counted, log_mean + (log_std - log_mean) / counted, usual_mean + (mean - usual_mean) / counted, zero]
+    kept = torch.stack([count, log_mean, usual_mean, row + is_drifted.to(row.dtype)])
+    adopted = torch.stack([zero + 1.0, log_std, mean, zero])
+    state.scale = torch.where((std > 0) & ~flagged, torch.stack(scale), torch.where(kept[3] < ADOPTED, kept, adopted))
     flags = [flag.to(peak.dtype) for flag in (is_nonfinite, is_beyond, is_constant, is_drifted)]
     return torch.stack([peak, std, mean, nonfinite, usual, *flags, new, first, flagged.to(peak.dtype)])
 
@@ -173,6 +178,7 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         values,
         partials,
         stamps,
+        state.scale,
         channels,
         positions,
         *values.stride(),
@@ -204,6 +210,7 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         PADDED=_power_of_two(plan.programs),
         SAMPLES=max(1024 // _power_of_two(plan.programs), 1),
         WIDTH=WIDTH,
+        ADOPTED=ADOPTED,
         num_warps=8,
     )
     return result[:WIDTH], result[WIDTH:].view(samples, 3)

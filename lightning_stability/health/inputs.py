@@ -45,7 +45,8 @@ class TensorLook:
         shape: Its shape.
         row: Float64, one number for each of `FIELDS`.
         samples: Float64, (samples, 3): for each position in dimension 0 the largest magnitude, the number of values
-            that are not finite, and the root mean square of the distance to the batch's mean.
+            that are not finite, and the root mean square of the distance to the usual mean. (The batch's own would let
+            one outlier make all the others look like some; it serves where there is no earlier batch.)
         constant: Which channels are constant, int8, if it is the first look at this tensor; else None.
     """
 
@@ -71,7 +72,8 @@ class TensorState:
     """What is remembered of a tensor's earlier batches, on its device.
 
     Attributes:
-        scale: Float64, how many batches were counted in, and the mean of the logarithm of their deviations.
+        scale: Float64, how many batches were counted in, the mean of the logarithms of their deviations, the mean of
+            their means, and how many in a row have differed from it since.
         channels: Int8, 1 for each channel that was constant in a batch before; None if dimension 1 does not number
             channels, since its size changes.
         batches: How many batches were looked at.
@@ -91,15 +93,16 @@ class InputMeter:
     each sample (position in dimension 0); and which channels (dimension 1) are constant over all samples and positions.
     Integers, bool, complex, sparse and empty tensors are passed over.
 
-    Deviations are exact wherever a tensor's own values are finite: sums run in float64, of differences from one of the
-    values, so that 1e30 does not overflow and a large mean does not cancel.
+    Deviations neither overflow, at 1e30, nor cancel beside a large mean: sums run in float64, of differences from a
+    value near the mean.
 
-    On an NVIDIA GPU with Triton each tensor is read once, by two kernels (`input_scan`); elsewhere by torch, in about four
-    passes.
+    On an NVIDIA GPU with Triton each tensor is read once, by two kernels (`input_scan`); elsewhere by torch, in about
+    four passes.
 
     A tensor is flagged if a value is not finite; if a magnitude exceeds `max_abs`; if a channel is constant that
     varied in every batch before; if its deviation differs from the geometric mean of those of earlier batches by more
-    than `max_scale_ratio`. Flagged batches do not enter that mean.
+    than `max_scale_ratio`. Flagged batches do not enter that mean; but once `input_scan.ADOPTED` in a row have differed
+    from it, the last of them is the usual from then on: an outlier in the first batch must not condemn all others.
 
     Args:
         max_abs: The largest magnitude that is fine; None for any.
@@ -155,7 +158,7 @@ class InputMeter:
         state = self._states.get(name)
         if state is None:
             no_channels = torch.zeros(channels, dtype=torch.int8, device=device)
-            state = TensorState(torch.zeros(2, dtype=input_scan.wide(device), device=device), no_channels)
+            state = TensorState(torch.zeros(4, dtype=input_scan.wide(device), device=device), no_channels)
             self._states[name] = state
         if state.scale.device != device:
             state.scale = state.scale.to(device, input_scan.wide(device))
