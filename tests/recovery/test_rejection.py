@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_stability import InputCheck, NaNEarlyStop, PrecisionFallback
 from tests import runs
 from tests.recovery import poison
-from tests.recovery.test_guard import OPTIMIZERS, _unscaled_before
+from tests.recovery.test_guard import OPTIMIZERS, _ReadLate, _unscaled_before
 
 pl = runs.load_namespace("pytorch_lightning")
 SPOILT = {"too large": 1e6, "nan": torch.nan}
@@ -39,7 +39,8 @@ def compare(
             module.configure_optimizers = _unscaled_before(module.configure_optimizers)
         kept = {name: value for name, value in options.items() if name != "fp16"}
         with pytest.warns(UserWarning):
-            results.append(poison.fit(namespace, module, callbacks, data(bad, how), plugins=plugins, **kept))
+            loader = data(bad, how)
+            results.append(poison.fit(namespace, module, callbacks, loader, plugins=plugins, **kept))
     assert poison.differences(*results) == []
     assert poison.nonfinite(results[0]["weights"]) == []
     return results[0]
@@ -128,6 +129,18 @@ def test_a_clean_run_is_the_same_with_and_without_the_check(action: str, fp16: b
         plugins = runs.fp16(pl, init_scale=256.0) if fp16 else None
         results.append(poison.fit(pl, module, callbacks, plugins=plugins, accumulate_grad_batches=2))
     assert poison.differences(*results) == []
+
+
+@pytest.mark.parametrize(("first", "how", "held"), [(None, "nan", False), (1, "too large", True)])
+def test_the_count_on_the_device_passes_over_it_too(first: int | None, how: str, held: bool) -> None:
+    """Batch 3 is bad; with patience 1 updates are held only if batch 1 was bad too, whatever batch 2 was."""
+    kinds = dict.fromkeys({3} if first is None else {first, 3}, "inf_loss")
+    module = poison.make_module(pl, kinds, OPTIMIZERS["AdamW fused"], by_hand=False)
+    stop = NaNEarlyStop(patience=1)
+    callbacks = [InputCheck(action="skip"), stop, _ReadLate(pl)]
+    with pytest.warns(UserWarning, match="InputCheck"):
+        poison.fit(pl, module, callbacks, data({2}, how, batches=9), max_epochs=1)
+    assert (stop.state_dict()["held"] > 0) == held
 
 
 @pytest.mark.parametrize(("use_pl_optimizer", "fused"), [(True, True), (False, False)])
