@@ -20,7 +20,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_stability.callbacks import NonFiniteError
+from lightning_stability.callbacks import InputError, NonFiniteError
 from lightning_stability.checkpointing.listing import (
     LAST_GOOD,
     checkpoint_folders,
@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
     Misconfigurations are reported in one message, without a traceback, and give the status 2; a run that
-    `NaNEarlyStop(action="raise")` ended gives 1.
+    `NaNEarlyStop(action="raise")` or `InputCheck(action="raise")` ended gives 1.
 
     Args:
         args: Words of the command line; those of the process by default.
@@ -83,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return int(theirs() or 0)
     try:
         status = command(words)
-    except NonFiniteError as error:
+    except (InputError, NonFiniteError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
