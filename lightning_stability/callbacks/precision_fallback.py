@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import RuntimeCallback
 from lightning_stability.health import StepRecord
-from lightning_stability.health.ranges import LayerRanges
+from lightning_stability.health.layer_scales import LayerScales
 from lightning_stability.recovery.precision import BITS, Higher, WiderWeights, make_plugin
 
 FP16_MAX = 65504.0
@@ -66,7 +66,7 @@ class PrecisionFallback(RuntimeCallback):
     def _clear(self) -> None:
         self._low_plugin: Any = None
         self._wider: WiderWeights | None = None
-        self._ranges: LayerRanges | None = None
+        self._ranges: LayerScales | None = None
         self._change_next = False
         self._not_the_cause = 0
         self._need: float | None = None
@@ -152,7 +152,7 @@ class PrecisionFallback(RuntimeCallback):
         assert self._runtime is not None
         trainer = self._runtime.trainer
         self._raise_precision(trainer)
-        self._ranges = LayerRanges(trainer.lightning_module)
+        self._ranges = LayerScales(trainer.lightning_module)
         self._ranges.__enter__()
 
     def after_retry(self, failed: StepRecord, again: StepRecord) -> StepRecord:

@@ -45,7 +45,7 @@ class OpenWindow:
         self._metrics = MetricUndo(module, results)
         self._device = device
         self._batches: list[_Batch] = []
-        self._random: _RandomState | None = None
+        self._random: RandomState | None = None
 
     def rescan(self) -> None:
         """An epoch begins: modules, buffers and metrics may be others."""
@@ -61,7 +61,7 @@ class OpenWindow:
             uncast: The batch before a 16-true precision converted it.
         """
         if not self._batches:
-            self._random = _RandomState.taken(self._device)
+            self._random = RandomState.taken(self._device)
             self._buffers.remember()
             self._metrics.remember()
         self._batches.append(_Batch(closure, kwargs, uncast, [t._version for _, t in named_tensors(kwargs)]))
@@ -101,7 +101,7 @@ class OpenWindow:
 
 
 @dataclass(slots=True)
-class _RandomState:
+class RandomState:
     """The random state of Python, numpy and torch in this process."""
 
     python: Any
@@ -111,11 +111,17 @@ class _RandomState:
     device: torch.device
 
     @classmethod
-    def taken(cls, device: torch.device) -> _RandomState:
+    def taken(cls, device: torch.device) -> RandomState:
+        """The state of now.
+
+        Args:
+            device: The device whose generator is meant besides the CPU's.
+        """
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, device)
 
     def put_back(self) -> None:
+        """Set the generators to this state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
