@@ -19,7 +19,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_stability.callbacks import NonFiniteError
+from lightning_stability.callbacks import InputError, NonFiniteError
 from lightning_stability.checkpointing.listing import LAST_GOOD, find_checkpoints, list_checkpoints, newest_good, table
 from lightning_stability.tuab.configs import config_names, packaged_file
 
@@ -54,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
     Misconfigurations are reported in one message, without a traceback, and give the status 2; a run that
-    `NaNEarlyStop(action="raise")` ended gives 1.
+    `NaNEarlyStop(action="raise")` or `InputCheck(action="raise")` ended gives 1.
 
     Args:
         args: Words of the command line; those of the process by default.
@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
     command = commands.get(words[0] if words else "", train)
     try:
         status = command(words)
-    except NonFiniteError as error:
+    except (InputError, NonFiniteError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
