@@ -85,7 +85,7 @@ def make_module(pl: Any, **overrides: Any) -> Any:
             self.meter.count += 1
             self.meter.seen.append(float(loss.detach()))
             self.recent[self.steps % 3] = loss.detach()
-            self.table[self.steps % 4] = self.steps
+            self.table[self.steps % 4] += self.steps
             if self.steps == 1:
                 self.first = label
                 self.logger.log_metrics({"by_hand": float(loss.detach())}, step=0)
@@ -127,7 +127,8 @@ def fit(pl: Any, module: Any, callbacks: list[Any], **options: Any) -> dict[str,
         "gradients": {name: p.grad for name, p in module.named_parameters()},
         "optimizer": optimizer.state_dict(),
         "precision": trainer.precision_plugin.state_dict(),
-        "rows": logger.rows,
+        "rows": [row for row in logger.rows if not any(key.startswith("input/") for key in row[1])],
+        "logged": sorted(trainer.fit_loop.epoch_loop._results),
         "callback_metrics": dict(trainer.callback_metrics),
         "random": [random.getstate(), *np.random.get_state(), torch.get_rng_state()],
         "own random": [module.own_noise.get_state(), module.own_numpy.bit_generator.state],

@@ -110,7 +110,7 @@ class ScaleReport:
         sentences = [self._sentence(finding) for finding in self._findings[:MOST_WARNINGS]]
         more = len(self._findings) - MOST_WARNINGS
         if more > 0:
-            sentences.append(f"and {more} more, of the same kinds")
+            sentences.append(f"{more} more layer{'s are' if more > 1 else ' is'} like these")
         return sentences
 
     def event(self) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _wide_weights(module: nn.Module, narrow: torch.dtype) -> Iterator[None]:
                     is_weight = isinstance(tensor, nn.Parameter)
                     wide[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_weight else copied
                 places.append((owner, name, tensor))
-                setattr(owner, name, wide[id(tensor)])  # by name: an LSTM keeps a list of its weights up to date
+                setattr(owner, name, wide[id(tensor)])
         yield
     finally:
         for owner, name, tensor in places:
