@@ -173,7 +173,7 @@ def judge_values(
     is_drifted = (batches > 0.0) & (std > 0.0) & (tl.abs(log_std - log_mean) > log_ratio)
     flagged = is_nonfinite | is_beyond | is_constant | is_drifted
     usual = tl.where(batches > 0.0, tl.exp(log_mean), float("nan"))
-    mean = pivot + shift
+    mean = tl.where(total > 0.0, pivot + shift, 0.0)
     row = tl.load(scale + 3) + is_drifted.to(tl.float64)
     counted = (std > 0.0) & (flagged == 0)
     adopted = (counted == 0) & (row >= ADOPTED)
