@@ -125,3 +125,22 @@ def test_two_ranks_with_the_look_at_the_layers_are_those_without_and_the_first_r
     [event] = first["events"]
     assert (event["step"], event["rank"]) == (0, 0)
     assert event["far_from_unit_scale"][0]["cause"] == "net.0"
+
+
+def test_an_input_flagged_on_one_rank_is_skipped_or_raised_by_both(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("distributed_inputs.py")
+    first, second = two_ranks(tmp_path, "ddp", "pytorch_lightning", launch_both=True, script=script)
+    for name in first:
+        if name.startswith("skip"):
+            assert first[name] == second[name] == [], name
+    said, *where = first["raise"]
+    assert where == [4, 4, 1, -1]
+    assert "the batch of rank 1 was flagged" in said
+    said, *where = second["raise"]
+    assert where == [4, 4, 1, 2]
+    assert (
+        "epoch 0, batch 4, rank 1: `batch[0]` holds 6 values that are not finite; sample 2 (dataset index 37)" in said
+    )
+    assert first["write"]["rows"] == [["0", "4", "1", "37"], ["1", "4", "1", "37"]]
+    assert first["write"]["said"] == []
+    assert "rank 1" in second["write"]["said"][0]

@@ -87,6 +87,13 @@ class InputCheck(RuntimeCallback):
     16-true it is the batch before the cast to fp16, where its data loader left it; in every other precision the one
     that `training_step` gets, after `on_after_batch_transfer`.
 
+    Once, before the first training step of a fit, it runs the first batch through `training_step` and states mean,
+    deviation and range of the input of every layer, in the precision that is trained in and in fp32: the first and the
+    worst ones on screen, all in `input_scales.csv` in the log folder. It warns of layers whose input's deviation
+    is above `max_scale_ratio` or below one over it, and in 16 bits of those near the format's limit, and names the
+    module that multiplies. The run is left as it was; where that is impossible (manual optimization), the first step
+    itself is watched instead.
+
     What a flagged batch is named by: its index, its rank, the samples' positions in it, their index in the dataset
     where the sampler tells it, and what a method `describe_sample(batch, index) -> str` of the LightningDataModule or
     the LightningModule says. When that is called the batch is gone: it gets the batch's nesting with the labels, ids
@@ -109,7 +116,7 @@ class InputCheck(RuntimeCallback):
 
     Args:
         max_abs: The largest magnitude that is fine; None for any.
-        max_scale_ratio: The largest ratio, either way, of a batch's deviation to the usual one.
+        max_scale_ratio: The largest ratio, either way, of a batch's deviation to the usual one, and of a layer's to 1.
         action: What becomes of a flagged batch: `"warn"` trains on it, `"skip"` discards its update, `"raise"` raises
             `InputError` before it is trained on.
         every_n_steps: Look at every n-th batch. (Batches, not optimizer steps: with accumulation one of these takes

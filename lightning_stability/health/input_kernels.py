@@ -7,20 +7,11 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def pivot_of(values, scale):
-    """What differences are taken from, so that squares do not cancel: the usual mean; at first, the first value."""
-    first = tl.load(values).to(tl.float64)
-    first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
-    return tl.where(tl.load(scale) > 0.0, tl.load(scale + 2), first)
-
-
 @triton.jit(do_not_specialize=["stamp", "channels", "positions", "pieces", "piece", "items"])
 def read_values(
     values,
     partials,
     stamps,
-    scale,
     channels,
     positions,
     sample_stride,
@@ -34,16 +25,18 @@ def read_values(
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """One program's share of one sample: the largest magnitude, how many are finite, and two sums of the finite ones.
+    """One program's share of one sample: its largest magnitude, how many are finite, their mean and squares around it.
 
-    The sums are those of the differences from the usual mean and of their squares, in float64. A channel that varies
-    gets this batch's stamp: whoever sees it writes the same number.
+    Sums run in float64, of differences from one of the values: equal values then have a deviation of exactly 0. A
+    channel that varies gets this batch's stamp: whoever sees it writes the same number.
     """
     sample = tl.program_id(0)
     program = tl.program_id(1)
     programs = tl.num_programs(1)
     base = values + sample.to(tl.int64) * sample_stride
-    pivot = pivot_of(values, scale)
+    own = (program // pieces).to(tl.int64) * CHANNELS * channel_stride + (program % pieces) * piece * position_stride
+    pivot = tl.load(base + own).to(tl.float64)
+    pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     peak = tl.zeros((CHANNELS, POSITIONS), tl.float32)
     count = tl.zeros((CHANNELS, POSITIONS), tl.int32)
     sums = tl.zeros((CHANNELS, POSITIONS), tl.float64)
@@ -79,14 +72,16 @@ def read_values(
     row = sample * programs + program
     stride = tl.num_programs(0) * programs
     tl.store(partials + row, tl.max(tl.max(peak, axis=1), axis=0).to(tl.float64))
-    tl.store(partials + stride + row, tl.sum(tl.sum(count, axis=1), axis=0).to(tl.float64))
-    tl.store(partials + 2 * stride + row, tl.sum(tl.sum(sums, axis=1), axis=0))
-    tl.store(partials + 3 * stride + row, tl.sum(tl.sum(squares, axis=1), axis=0))
+    total = tl.sum(tl.sum(count, axis=1), axis=0).to(tl.float64)
+    shift = tl.sum(tl.sum(sums, axis=1), axis=0) / tl.maximum(total, 1.0)
+    spread = tl.sum(tl.sum(squares, axis=1), axis=0) - total * shift * shift
+    tl.store(partials + stride + row, total)
+    tl.store(partials + 2 * stride + row, pivot + shift)
+    tl.store(partials + 3 * stride + row, tl.maximum(spread, 0.0))
 
 
 @triton.jit(do_not_specialize=["samples", "channels", "of_sample", "stamp"])
 def judge_values(
-    values,
     partials,
     stamps,
     remembered,
@@ -109,21 +104,24 @@ def judge_values(
     """Add up, judge and remember; a single program, since the verdict needs all of it."""
     stride = samples * PROGRAMS
     programs = tl.arange(0, PADDED)
-    counts = tl.zeros((SAMPLES,), tl.float64)
+    pivot = tl.load(partials + 2 * stride)  # so that equal means have a spread of exactly 0
+    totals = tl.zeros((SAMPLES,), tl.float64)
     sums = tl.zeros((SAMPLES,), tl.float64)
     start = 0
     while start < samples:
         sample = start + tl.arange(0, SAMPLES)
         place = sample[:, None] * PROGRAMS + programs[None, :]
         inside = (sample < samples)[:, None] & (programs < PROGRAMS)[None, :]
-        counts += tl.sum(tl.load(partials + stride + place, mask=inside, other=0.0), axis=1)
-        sums += tl.sum(tl.load(partials + 2 * stride + place, mask=inside, other=0.0), axis=1)
+        of_program = tl.load(partials + stride + place, mask=inside, other=0.0)
+        totals += tl.sum(of_program, axis=1)
+        sums += tl.sum(of_program * (tl.load(partials + 2 * stride + place, mask=inside, other=0.0) - pivot), axis=1)
         start += SAMPLES
-    total = tl.sum(counts, axis=0)
-    pivot = pivot_of(values, scale)
-    shift = tl.sum(sums, axis=0) / tl.maximum(total, 1.0)  # from the pivot to the mean
+    total = tl.sum(totals, axis=0)
+    shift = tl.sum(sums, axis=0) / tl.maximum(total, 1.0)
+    mean = tl.where(total > 0.0, pivot + shift, 0.0)
     batches = tl.load(scale)
-    center = tl.where(batches > 0.0, 0.0, shift)  # the usual mean is the pivot
+    usual_mean = tl.load(scale + 2)
+    center = tl.where(batches > 0.0, usual_mean, mean)
 
     peaks = tl.zeros((SAMPLES,), tl.float64)
     spreads = tl.zeros((SAMPLES,), tl.float64)
@@ -133,11 +131,14 @@ def judge_values(
         place = sample[:, None] * PROGRAMS + programs[None, :]
         inside = (sample < samples)[:, None] & (programs < PROGRAMS)[None, :]
         peak = tl.max(tl.load(partials + place, mask=inside, other=0.0), axis=1)
-        count = tl.sum(tl.load(partials + stride + place, mask=inside, other=0.0), axis=1)
-        total_distance = tl.sum(tl.load(partials + 2 * stride + place, mask=inside, other=0.0), axis=1)
-        square = tl.sum(tl.load(partials + 3 * stride + place, mask=inside, other=0.0), axis=1)
-        spread = tl.maximum(square - 2.0 * shift * total_distance + count * shift * shift, 0.0)
-        distance = tl.maximum(square - 2.0 * center * total_distance + count * center * center, 0.0)
+        counts = tl.load(partials + stride + place, mask=inside, other=0.0)
+        means = tl.load(partials + 2 * stride + place, mask=inside, other=0.0)
+        squares = tl.load(partials + 3 * stride + place, mask=inside, other=0.0)
+        off = (means - pivot) - shift
+        spread = tl.sum(squares + counts * off * off, axis=1)
+        far = means - center
+        distance = tl.sum(squares + counts * far * far, axis=1)
+        count = tl.sum(counts, axis=1)
         of_these = result + WIDTH + 3 * sample
         tl.store(of_these, peak, mask=sample < samples)
         tl.store(of_these + 1, of_sample - count, mask=sample < samples)
@@ -165,7 +166,6 @@ def judge_values(
             start += 1024
 
     log_mean = tl.load(scale + 1)
-    usual_mean = tl.load(scale + 2)
     log_std = tl.log(tl.where(std > 0.0, std, 1.0))
     is_nonfinite = nonfinite > 0.0
     is_beyond = largest > max_abs
@@ -173,7 +173,6 @@ def judge_values(
     is_drifted = (batches > 0.0) & (std > 0.0) & (tl.abs(log_std - log_mean) > log_ratio)
     flagged = is_nonfinite | is_beyond | is_constant | is_drifted
     usual = tl.where(batches > 0.0, tl.exp(log_mean), float("nan"))
-    mean = tl.where(total > 0.0, pivot + shift, 0.0)
     row = tl.load(scale + 3) + is_drifted.to(tl.float64)
     counted = (std > 0.0) & (flagged == 0)
     adopted = (counted == 0) & (row >= ADOPTED)

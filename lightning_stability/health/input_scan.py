@@ -93,9 +93,11 @@ def scan_with_torch(values: Tensor, state: TensorState, limits: Limits) -> tuple
     # From here on in units of the largest magnitude, whose square may be beyond the range.
     means, squares = means * (scale / unit), squares * (scale / unit).square()
     total = counts.sum()
-    mean = (means * counts).sum() / total.clamp(min=1)
+    pivot = means[0, 0]  # so that equal means have a spread of exactly 0
+    shift = ((means - pivot) * counts).sum() / total.clamp(min=1)
+    mean = torch.where(total > 0, pivot + shift, 0.0)
     of_samples = counts.sum(dim=1)
-    spreads = (squares + counts * (means - mean).square()).sum(dim=1)
+    spreads = (squares + counts * (means - pivot - shift).square()).sum(dim=1)
     usual_mean = torch.where(state.scale[0] > 0, state.scale[2] / unit, mean)
     distances = (squares + counts * (means - usual_mean).square()).sum(dim=1)
     deviations = (distances / of_samples.clamp(min=1)).sqrt() * unit
@@ -178,7 +180,6 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         values,
         partials,
         stamps,
-        state.scale,
         channels,
         positions,
         *values.stride(),
@@ -192,7 +193,6 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         num_warps=4,
     )
     module.judge_values[(1,)](
-        values,
         partials,
         stamps,
         remembered,
