@@ -98,7 +98,8 @@ class ScaleReport:
         self._batch = max(batch.items(), key=lambda item: item[1].abs_max, default=None)
         self._many = len(batch) > 1
         self.rows = list(_paired(trained, exact))
-        self._findings = list(self._find())
+        # of a batch that is not finite itself the layers tell nothing more
+        self._findings = list(self._find()) if all(scale.is_finite for scale in batch.values()) else []
 
     @property
     def format(self) -> str:

@@ -213,6 +213,11 @@ class TestWhatItSays:
             r"InputCheck: the input of `net\.0` has deviation [\d.e-]+; the batch itself has deviation [\d.e-]+\.", said
         )
 
+    def test_a_batch_that_is_not_finite_is_left_to_the_look_at_batches(self, one: Any, tmp_path: Path) -> None:
+        said = fit_net(one, nn.Sequential(nn.Linear(6, 8)), tmp_path, scale=float("inf"), max_steps=1)
+        assert len(said) == 1
+        assert "values that are not finite" in said[0]
+
     def test_what_happens_before_the_first_layer(self, one: Any, tmp_path: Path) -> None:
         class Scales(nn.Module):
             def __init__(self) -> None:
