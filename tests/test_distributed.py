@@ -125,6 +125,24 @@ def test_a_bad_batch_on_one_rank_is_skipped_by_all_shards(tmp_path: Path, words:
             assert ours == reference, name
 
 
+LOOK = Path(__file__).with_name("distributed_look.py")
+
+
+@BRIEF_AND_THOROUGH
+def test_two_ranks_with_the_look_at_the_layers_are_those_without_and_the_first_reports(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    results = two_ranks(tmp_path, "ddp", "pytorch_lightning", *words, launch_both=True, script=LOOK)
+    for name in results[0].keys() - {"report"}:
+        assert [result[name] for result in results] == [[], []], name
+    first, second = (result["report"] for result in results)
+    assert second["said"] == []
+    assert "the input of `net.1` has deviation" in first["said"][0]
+    [event] = first["events"]
+    assert (event["step"], event["rank"]) == (0, 0)
+    assert event["far_from_unit_scale"][0]["cause"] == "net.0"
+
+
 def test_an_input_flagged_on_one_rank_is_skipped_or_raised_by_both(tmp_path: Path) -> None:
     script = Path(__file__).with_name("distributed_inputs.py")
     first, second = two_ranks(tmp_path, "ddp", "pytorch_lightning", launch_both=True, script=script)

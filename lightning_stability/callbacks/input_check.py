@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import RuntimeCallback, warn_always
+from lightning_stability.callbacks.layer_look import LayerLook
 from lightning_stability.checkpointing.loaders import training_iterator
 from lightning_stability.checkpointing.sample_indices import SampleIndices
 from lightning_stability.flagged_inputs import FILE_NAME, FlaggedInput, append_flagged
@@ -86,6 +87,13 @@ class InputCheck(RuntimeCallback):
     16-true it is the batch before the cast to fp16, where its data loader left it; in every other precision the one
     that `training_step` gets, after `on_after_batch_transfer`.
 
+    Once, before the first training step of a fit, it runs the first batch through `training_step` and states mean,
+    deviation and range of the input of every layer, in the precision that is trained in and in fp32: the first and the
+    worst ones on screen, all in `input_scales.csv` in the log folder. It warns of layers whose input's deviation
+    is above `max_scale_ratio` or below one over it, and in 16 bits of those near the format's limit, and names the
+    module that multiplies. The run is left as it was; where that is impossible (manual optimization), the first step
+    itself is watched instead.
+
     What a flagged batch is named by: its index, its rank, the samples' positions in it, their index in the dataset
     where the sampler tells it, and what a method `describe_sample(batch, index) -> str` of the LightningDataModule or
     the LightningModule says. When that is called the batch is gone: it gets the batch's nesting with the labels, ids
@@ -108,7 +116,7 @@ class InputCheck(RuntimeCallback):
 
     Args:
         max_abs: The largest magnitude that is fine; None for any.
-        max_scale_ratio: The largest ratio, either way, of a batch's deviation to the usual one.
+        max_scale_ratio: The largest ratio, either way, of a batch's deviation to the usual one, and of a layer's to 1.
         action: What becomes of a flagged batch: `"warn"` trains on it, `"skip"` discards its update, `"raise"` raises
             `InputError` before it is trained on.
         every_n_steps: Look at every n-th batch. (Batches, not optimizer steps: with accumulation one of these takes
@@ -157,6 +165,7 @@ class InputCheck(RuntimeCallback):
         self._reads = LateReads()
         self._indices = SampleIndices()
         self._first_batch = True
+        self._layers: LayerLook | None = None
         self._indices_known = False
         self._epoch_begins = True
         self._logged = 0  # log intervals begun so far
@@ -200,6 +209,9 @@ class InputCheck(RuntimeCallback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hand over what has arrived."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._layers is not None and self._runtime is not None:
+            self._layers.after_step(trainer, self._runtime.events)
+            self._layers = None
         self._reads.poll()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -256,10 +268,10 @@ class InputCheck(RuntimeCallback):
     # The look at the layers, once, at the start of the fit.
 
     def _look_at_layers(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """CALL SITE of `health.layer_scales.look(trainer, pl_module, batch, batch_idx, uncast, max_scale_ratio)`.
-
-        `uncast` is `self._runtime.uncast`: the batch before a 16-true precision cast it; None in the others.
-        """
+        """What the first batch is when it reaches each of them, before it is trained on."""
+        assert self._runtime is not None
+        self._layers = LayerLook(self.max_scale_ratio, only_warnings=self.automatic)
+        self._layers.before_step(trainer, batch, batch_idx, self._runtime.uncast, self._runtime.events)
 
     # The look at a batch.
 
@@ -456,10 +468,13 @@ class InputCheck(RuntimeCallback):
     def _leave(self) -> None:
         super()._leave()
         self._indices.stop()
+        if self._layers is not None:
+            self._layers.close()
+            self._layers = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What is on its way, and who listens to samplers, belongs to this process's fit.
-        gone = {"_reads": LateReads(), "_indices": SampleIndices(), "_newest": None}
+        gone = {"_reads": LateReads(), "_indices": SampleIndices(), "_newest": None, "_layers": None}
         return {**super().__getstate__(), **gone}
 
 

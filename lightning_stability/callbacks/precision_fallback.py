@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import RuntimeCallback
 from lightning_stability.health import StepRecord
-from lightning_stability.health.ranges import LayerRanges
+from lightning_stability.health.layer_scales import LayerScales
 from lightning_stability.recovery.precision import BITS, Higher, WiderWeights, go_on_in, make_plugin
 from lightning_stability.runtime import logger_step, runtime_of, window_is_open
 
@@ -72,7 +72,7 @@ class PrecisionFallback(RuntimeCallback):
     def _clear(self) -> None:
         self._low_plugin: Any = None
         self._wider: WiderWeights | None = None
-        self._ranges: LayerRanges | None = None
+        self._ranges: LayerScales | None = None
         self._change_next = False
         self._is_done = False
         self._not_the_cause = 0
@@ -182,7 +182,7 @@ class PrecisionFallback(RuntimeCallback):
         if self._need is None and _is_on_cuda(trainer):
             self._need = extra_memory(trainer, self.to)
         self._raise_precision(trainer)
-        self._ranges = LayerRanges(trainer.lightning_module)
+        self._ranges = LayerScales(trainer.lightning_module)
         self._ranges.__enter__()
 
     def after_retry(self, failed: StepRecord, again: StepRecord) -> StepRecord:
@@ -251,7 +251,7 @@ class PrecisionFallback(RuntimeCallback):
         self._runtime.use_plugin(self._low_plugin)
         self._low_plugin = self._wider = None
 
-    def _stop_watching(self) -> LayerRanges | None:
+    def _stop_watching(self) -> LayerScales | None:
         ranges, self._ranges = self._ranges, None
         if ranges is not None:
             ranges.__exit__(None, None, None)

@@ -22,8 +22,7 @@ def make_plugin(trainer: Any, precision: Higher) -> Any:
         trainer: A Trainer of either namespace.
         precision: What it shall train in.
     """
-    namespace = next(c.__module__ for c in type(trainer).__mro__ if c.__name__ == "Trainer").split(".trainer")[0]
-    plugins = importlib.import_module(f"{namespace}.plugins.precision")
+    plugins = importlib.import_module(f"{namespace_of(trainer)}.plugins.precision")
     if precision == "32-true":
         return plugins.Precision()
     return plugins.MixedPrecision("bf16-mixed", trainer.strategy.root_device.type)
@@ -50,6 +49,16 @@ def go_on_in(fallen_from: str, trainer: Any, checkpoint: dict[str, Any]) -> None
     # Lightning's WeightAveraging saves the weights themselves under another name
     weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
     module.load_state_dict(weights, strict=module.strict_loading)
+
+
+def namespace_of(trainer: Any) -> str:
+    """The package that a Trainer comes from, `pytorch_lightning` or `lightning.pytorch`.
+
+    Args:
+        trainer: A Trainer of either namespace.
+    """
+    module: str = next(c.__module__ for c in type(trainer).__mro__ if c.__name__ == "Trainer")
+    return module.split(".trainer")[0]
 
 
 class WiderWeights:

@@ -25,7 +25,7 @@ class UncastBatch:
 
     def __init__(self, batch: Any, device: torch.device) -> None:
         self._batch = batch
-        self._random = _RandomState.taken(device)
+        self._random = RandomState.taken(device)
 
     def converted(self, convert: Callable[[Any], Any]) -> Any:
         """Made for another precision, with the same augmentation.
@@ -45,7 +45,7 @@ class _Batch:
     kwargs: dict[str, Any]
     uncast: UncastBatch | None
     versions: list[int]
-    random: _RandomState
+    random: RandomState
 
     def changed_in_place(self) -> bool:
         return self.versions != [tensor._version for _, tensor in named_tensors(self.kwargs)]
@@ -86,7 +86,7 @@ class OpenWindow:
             self._buffers.remember()
             self._metrics.remember()
         versions = [tensor._version for _, tensor in named_tensors(kwargs)]
-        self._batches.append(_Batch(closure, kwargs, uncast, versions, _RandomState.taken(self._device)))
+        self._batches.append(_Batch(closure, kwargs, uncast, versions, RandomState.taken(self._device)))
 
     def close(self) -> None:
         """The optimizer has stepped: let go of the batches."""
@@ -122,7 +122,7 @@ class OpenWindow:
 
 
 @dataclass(slots=True)
-class _RandomState:
+class RandomState:
     """The random state of Python, numpy and torch in this process."""
 
     python: Any
@@ -132,11 +132,17 @@ class _RandomState:
     device: torch.device
 
     @classmethod
-    def taken(cls, device: torch.device) -> _RandomState:
+    def taken(cls, device: torch.device) -> RandomState:
+        """The state of now.
+
+        Args:
+            device: The device whose generator is meant besides the CPU's.
+        """
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, device)
 
     def put_back(self) -> None:
+        """Set the generators to this state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_stability.tuab._extra import need
@@ -16,6 +17,7 @@ from lightning_stability.tuab._options import require
 from lightning_stability.tuab.cache import WindowCache, WindowDataset, build_cache, file_stamps
 from lightning_stability.tuab.corpus import CLASSES, SAMPLING_RATE, Split, find_recordings, split_by_subject
 from lightning_stability.tuab.encoder import PATCH_SAMPLES
+from lightning_stability.tuab.exclusion import describe_window, leave_out
 from lightning_stability.tuab.synthetic import SyntheticCorpus
 
 SYNTHETIC_ROOT = Path("tuab_synthetic")
@@ -39,10 +41,11 @@ class TUABDataModule(pl.LightningDataModule):
         val_fraction: Part of the train set's subjects that is used for validation.
         num_workers: Processes that load batches.
         split_seed: Seed of the division into train and validation.
+        exclude: A ``flagged_inputs.csv`` of an earlier run's InputCheck; the windows that it names are not trained on.
 
     Raises:
         MisconfigurationException: If the folder is missing or has another layout, if a package of the ``tuab`` extra is
-            missing, or if a split ends up without windows.
+            missing, if a split ends up without windows, or if ``exclude`` is no such file or one of another corpus.
 
     Example::
 
@@ -60,6 +63,7 @@ class TUABDataModule(pl.LightningDataModule):
         val_fraction: float = 0.25,
         num_workers: int = 0,
         split_seed: int = 0,
+        exclude: str | None = None,
     ) -> None:
         super().__init__()
         for module in ("mne", "edfio", "torchdata"):
@@ -82,6 +86,7 @@ class TUABDataModule(pl.LightningDataModule):
         self.val_fraction = val_fraction
         self.num_workers = num_workers
         self.split_seed = split_seed
+        self.exclude = exclude
         self.datasets: dict[Split, WindowDataset] = {}
 
     def prepare_data(self) -> None:
@@ -121,6 +126,23 @@ class TUABDataModule(pl.LightningDataModule):
                     f"The {split} split has no window of {self.window_seconds:g} seconds in its {len(indices)} "
                     "readable recordings."
                 )
+        if self.exclude is not None:
+            self.datasets["train"], left_out = leave_out(self.exclude, self.datasets["train"], places)
+            recordings_named = len({path for path, _ in left_out})
+            rank_zero_info(
+                f"{len(left_out)} windows of {recordings_named} recordings are left out of the training set,"
+                f" as {self.exclude} says."
+            )
+
+    def describe_sample(self, batch: dict[str, Tensor], index: int) -> str:
+        """Return the path of a sample's recording and where in it the window starts.
+
+        Args:
+            batch: A batch of this data module.
+            index: The sample's place in it.
+        """
+        recording = self.cache.recordings[int(batch["recording"][index])]
+        return describe_window(recording.path, int(batch["start"][index]))
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", shuffle=True)

@@ -78,7 +78,8 @@ class TestWhatIsSaid:
         caplog.set_level("INFO")
         said, _ = fit(pl, InputCheck(), loader())
         assert said == []
-        [summary] = infos(caplog)
+        look, summary = infos(caplog)
+        assert "what the first batch is at 5 layers" in look
         assert "6 batches looked at, 0 flagged; largest magnitudes of `batch['x']`" in summary
         assert "deviations of `batch['x']`" in summary
 
@@ -120,7 +121,7 @@ class TestWhatIsSaid:
         x[8:, 4] = 0.0
         module = make_module(one, training_step=training_step)
         said, _ = fit(one, InputCheck(), DataLoader(x, batch_size=4), module, max_epochs=2)
-        assert [message for message in infos(caplog) if "by" in message or "first batch" in message] == [
+        assert [message for message in infos(caplog) if "by" in message or "in the first batch" in message] == [
             "InputCheck: channel 2 of `batch` is constant in the first batch: taken as meant to be, and not looked at"
             " any more."
         ]
@@ -159,7 +160,7 @@ class TestRaise:
         data = loader({9: math.inf}, shuffle=False)
         with pytest.raises(InputError, match=r"epoch 0, batch 2: `batch\['x'\]` holds 6 values that are not") as raised:
             fit(pl, InputCheck(action="raise"), data, make_module(pl, training_step=training_step))
-        assert steps == [0, 1]
+        assert steps == [0, 0, 1]  # the first time without being trained on, for the look at the layers
         error = raised.value
         assert (error.reason, error.tensor, error.step, error.epoch, error.batch_idx, error.rank, error.sample) == (
             "nonfinite", "batch['x']", 2, 0, 2, 0, 1,
@@ -300,7 +301,7 @@ class TestWhenItLooks:
             said, _ = fit(one, check, loader({0: 1e6}, shuffle=False), module, limit_train_batches=1, **options)
             x = Samples({0: 1e6})[0]["x"]
             largest = float(x.abs().max()) / 1e6 * magnitude
-            assert f"has a magnitude of {largest:.4g}, beyond max_abs=100000" in said[0].replace("1e+05", "100000")
+            assert f"has a magnitude of {largest:.4g}, beyond max_abs=100000" in said[-1].replace("1e+05", "100000")
             assert check.state_dict()["counts"]["reasons"].keys() == {"max_abs"}
 
     def test_validation_batches_are_not_looked_at(self) -> None:
