@@ -70,40 +70,44 @@ def scan_with_torch(values: Tensor, state: TensorState, limits: Limits) -> tuple
     """As `scan`, wherever torch runs."""
     if values.dtype not in (torch.float32, torch.float64):
         values = values.float()
-    dtype = wide(values.device)
-    least, largest = values.aminmax(dim=2)
-    peak = torch.maximum(least.abs(), largest.abs()).to(dtype)  # nan where one is
+    dtype, each = wide(values.device), (1, 2)  # dimensions of one sample
+    least, largest = values.amin(dim=2), values.amax(dim=2)  # on a CPU `aminmax` takes twenty times as long
+    peak = torch.maximum(least.abs(), largest.abs()).amax(dim=1).to(dtype)  # nan where one is
     if values.device.type == "cpu" and bool(torch.isfinite(peak).all()):
-        counts = torch.full_like(peak, values.shape[2])
+        counts = torch.full_like(peak, values.shape[1] * values.shape[2])
         scale = torch.where(peak > 0, peak, 1.0)
-        # On the CPU torch adds up in double, and nothing that is divided by its own peak overflows.
-        variances, means = torch.var_mean(values / scale.to(values.dtype).unsqueeze(2), dim=2, correction=0)
-        means, squares = means.to(dtype), variances.to(dtype) * counts
+        # What is divided by its own peak does not overflow. (`var_mean` takes twenty times as long.)
+        shares = values / scale.to(values.dtype)[:, None, None]
+        about = shares.mean(dim=each, keepdim=True)
+        shares -= about
+        rest = shares.mean(dim=each).to(dtype)  # what fp32 has rounded off the mean
+        squares = torch.square(shares, out=shares).sum(dim=each).to(dtype)
+        squares = (squares - counts * rest.square()).clamp(min=0)
+        means = about.flatten().to(dtype) + rest
     else:
         finite = torch.isfinite(values)
         kept = torch.where(finite, values, 0.0).to(dtype)
-        counts = finite.sum(dim=2).to(dtype)
-        peak = kept.abs().amax(dim=2)
+        counts = finite.sum(dim=each).to(dtype)
+        peak = kept.abs().amax(dim=each)
         scale = torch.where(peak > 0, peak, 1.0)
-        kept /= scale.unsqueeze(2)
-        means = kept.sum(dim=2) / counts.clamp(min=1)
-        squares = torch.where(finite, kept - means.unsqueeze(2), 0.0).square().sum(dim=2)
+        kept /= scale[:, None, None]
+        means = kept.sum(dim=each) / counts.clamp(min=1)
+        squares = torch.where(finite, kept - means[:, None, None], 0.0).square().sum(dim=each)
     top = peak.max()
     unit = torch.where(top > 0, top, 1.0)
     # From here on in units of the largest magnitude, whose square may be beyond the range.
     means, squares = means * (scale / unit), squares * (scale / unit).square()
     total = counts.sum()
-    pivot = means[0, 0]  # so that equal means have a spread of exactly 0
+    pivot = means[0]  # so that equal means have a spread of exactly 0
     shift = ((means - pivot) * counts).sum() / total.clamp(min=1)
     mean = torch.where(total > 0, pivot + shift, 0.0)
-    of_samples = counts.sum(dim=1)
-    spreads = (squares + counts * (means - pivot - shift).square()).sum(dim=1)
+    spread = (squares + counts * (means - pivot - shift).square()).sum()
     usual_mean = torch.where(state.scale[0] > 0, state.scale[2] / unit, mean)
-    distances = (squares + counts * (means - usual_mean).square()).sum(dim=1)
-    deviations = (distances / of_samples.clamp(min=1)).sqrt() * unit
-    std = (spreads.sum() / total.clamp(min=1)).sqrt() * unit
-    nonfinite = values.shape[1] * values.shape[2] - of_samples
-    samples = torch.stack([peak.amax(dim=1), nonfinite, deviations], dim=1)
+    distances = squares + counts * (means - usual_mean).square()
+    deviations = (distances / counts.clamp(min=1)).sqrt() * unit
+    std = (spread / total.clamp(min=1)).sqrt() * unit
+    nonfinite = values.shape[1] * values.shape[2] - counts
+    samples = torch.stack([peak, nonfinite, deviations], dim=1)
     constant = (least.amin(dim=0) == largest.amax(dim=0)) if limits.watch_channels else None
     return _judge(top, std, mean * unit, nonfinite.sum(), constant, state, limits), samples
 

@@ -96,8 +96,8 @@ class InputMeter:
     Deviations neither overflow, at 1e30, nor cancel beside a large mean: sums run in float64, of differences from a
     value near the mean.
 
-    On an NVIDIA GPU with Triton each tensor is read once, by two kernels (`input_scan`); elsewhere by torch, in about
-    four passes.
+    On an NVIDIA GPU with Triton each tensor is read once, by two kernels (`input_scan`); elsewhere by torch, in a
+    handful of passes.
 
     A tensor is flagged if a value is not finite; if a magnitude exceeds `max_abs`; if a channel is constant that
     varied in every batch before; if its deviation differs from the geometric mean of those of earlier batches by more
