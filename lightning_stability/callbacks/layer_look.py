@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from lightning_stability.callbacks.base import warn_always
 from lightning_stability.events import EventLog
@@ -47,10 +46,10 @@ class LayerLook:
             uncast: The batch before a 16-true precision converted it; None if none did.
             events: Of the run.
         """
+        self._batch = _scales(batch if uncast is None else uncast)
         why = why_not(trainer)
         if why is None:
             try:
-                self._batch = _scales(batch if uncast is None else uncast)
                 trained, exact = self._rehearse(trainer, batch, batch_idx, uncast)
                 self._say(trainer, trained, exact, events)
                 return
@@ -73,7 +72,8 @@ class LayerLook:
         watched = self._watched
         self.close()
         try:
-            self._say(trainer, watched.read(), None, events)
+            trained = watched.read()
+            self._say(trainer, trained, trained if _is_exact(trainer) else None, events)
         except RuntimeError as error:  # of figures that cannot be read, such as those made within `vmap`
             rank_zero_info(f"InputCheck: what reaches the layers could not be seen ({_short(error)}).")
 
@@ -115,7 +115,7 @@ class LayerLook:
                 rehearsal.run(batch, batch_idx)
             trained = scales.read()
             if type(trainer.precision_plugin).__name__ not in _TWICE:
-                return trained, trained if str(trainer.precision) in ("32-true", "64-true") else None
+                return trained, trained if _is_exact(trainer) else None
             try:
                 with LayerScales(module, compiled=rehearsal.runs_uncompiled) as scales:
                     rehearsal.run_in_fp32(batch, batch_idx, uncast)
@@ -136,14 +136,18 @@ def _limit(trainer: Any) -> float | None:
     return torch.finfo(torch.float16).max if precision.startswith("16") else None
 
 
+def _is_exact(trainer: Any) -> bool:
+    """Whether what is trained in is fp32 or better."""
+    return str(trainer.precision) in ("32-true", "64-true")
+
+
 def _scales(batch: Any) -> dict[str, Scale]:
-    floating = {n: t for n, t in named_tensors(batch) if t.is_floating_point() and t.numel() and _is_plain(t)}
-    return {name: scale_of(tensor) for name, tensor in floating.items()}
+    scales = {}
+    for name, tensor in named_tensors(batch):
+        if tensor.is_floating_point() and tensor.numel() and tensor.layout == torch.strided and not tensor.is_nested:
+            scales[name] = scale_of(tensor)
+    return scales
 
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_nested

@@ -134,6 +134,15 @@ class TUABDataModule(pl.LightningDataModule):
                 f" as {self.exclude} says."
             )
 
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
     def describe_sample(self, batch: dict[str, Tensor], index: int) -> str:
         """Return the path of a sample's recording and where in it the window starts.
 
@@ -143,15 +152,6 @@ class TUABDataModule(pl.LightningDataModule):
         """
         recording = self.cache.recordings[int(batch["recording"][index])]
         return describe_window(recording.path, int(batch["start"][index]))
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")
