@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_stability.tuab._extra import need
 from lightning_stability.tuab._options import require
-from lightning_stability.tuab.cache import WindowCache, WindowDataset, build_cache, file_stamps
+from lightning_stability.tuab.building import build_cache
+from lightning_stability.tuab.cache import WindowCache, WindowDataset
 from lightning_stability.tuab.corpus import CLASSES, SAMPLING_RATE, Split, find_recordings, split_by_subject
 from lightning_stability.tuab.encoder import PATCH_SAMPLES
+from lightning_stability.tuab.index import file_stamps, refuse_changes
+from lightning_stability.tuab.sampling import BalancedSampler
 from lightning_stability.tuab.synthetic import SyntheticCorpus
 
 SYNTHETIC_ROOT = Path("tuab_synthetic")
@@ -39,6 +43,8 @@ class TUABDataModule(pl.LightningDataModule):
         val_fraction: Part of the train set's subjects that is used for validation.
         num_workers: Processes that load batches.
         split_seed: Seed of the division into train and validation.
+        class_balanced: Whether each class is drawn equally often in training; an epoch is as long as without. Ranks
+            share out one order where `FractionalCheckpoint` is used, or all draw with the same seed.
 
     Raises:
         MisconfigurationException: If the folder is missing or has another layout, if a package of the ``tuab`` extra is
@@ -60,6 +66,7 @@ class TUABDataModule(pl.LightningDataModule):
         val_fraction: float = 0.25,
         num_workers: int = 0,
         split_seed: int = 0,
+        class_balanced: bool = False,
     ) -> None:
         super().__init__()
         for module in ("mne", "edfio", "torchdata"):
@@ -82,28 +89,21 @@ class TUABDataModule(pl.LightningDataModule):
         self.val_fraction = val_fraction
         self.num_workers = num_workers
         self.split_seed = split_seed
+        self.class_balanced = class_balanced
         self.datasets: dict[Split, WindowDataset] = {}
 
     def prepare_data(self) -> None:
         if self._synthetic and not (self.root / "edf").exists():
             rank_zero_info(f"No --data.root was given: writing a synthetic corpus to {self.root}.")
             SyntheticCorpus().write(self.root)
-        recordings = find_recordings(self.root)
-        if not (self.cache_folder / "index.json").exists():
-            build_cache(self.root, recordings, self.cache_folder)
+        build_cache(self.root, find_recordings(self.root), self.cache_folder)
 
     def setup(self, stage: str) -> None:
         if self.datasets:
             return
         self.cache = WindowCache(self.cache_folder)
         found = find_recordings(self.root)
-        now, then = file_stamps(self.root, found), self.cache.files
-        changed = [path for path in sorted(now.keys() | then.keys()) if now.get(path) != then.get(path)]
-        if changed:
-            raise MisconfigurationException(
-                f"{self.root} has changed since {self.cache_folder} was built: {len(changed)} files are new, gone or "
-                f"of another size or date ({', '.join(changed[:3])}, ...). Delete that folder to build it anew."
-            )
+        refuse_changes(self.cache_folder, self.root, file_stamps(self.root, found), self.cache.index)
         places = {recording.path: index for index, recording in enumerate(self.cache.recordings)}
         for split, recordings in split_by_subject(found, self.val_fraction, self.split_seed).items():
             stride = self.stride_seconds if split == "train" else self.window_seconds
@@ -123,6 +123,8 @@ class TUABDataModule(pl.LightningDataModule):
                 )
 
     def train_dataloader(self) -> DataLoader[Any]:
+        if self.class_balanced:
+            return self._loader("train", sampler=BalancedSampler(self.datasets["train"].labels))
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -134,13 +136,14 @@ class TUABDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")
 
-    def _loader(self, split: Split, shuffle: bool = False) -> DataLoader[Any]:
+    def _loader(self, split: Split, **order: Any) -> DataLoader[Any]:
         # its position within an epoch can be saved, a plain DataLoader's cannot
         loader: DataLoader[Any] = need("torchdata.stateful_dataloader").StatefulDataLoader(
             self.datasets[split],
             batch_size=self.batch_size,
-            shuffle=shuffle,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **order,
         )
         return loader
