@@ -51,7 +51,7 @@ class WindowCache:
 
     @property
     def recordings(self) -> list[CachedRecording]:
-        """What is in the cache, sorted by path."""
+        """What is in the cache, in the order of `find_recordings`."""
         return self.index.recordings
 
     @property

@@ -55,7 +55,7 @@ def window_samples(seconds: float) -> int:
 
 
 def find_recordings(root: str | Path) -> list[Recording]:
-    """List the recordings under ``root``, sorted by path.
+    """List the recordings under ``root``: train before eval, normal before abnormal, by path within these.
 
     Raises:
         MisconfigurationException: If there is no such folder, or it does not have TUAB's layout.

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_stability.tuab._extra import need
@@ -121,6 +121,12 @@ class TUABDataModule(pl.LightningDataModule):
                     f"The {split} split has no window of {self.window_seconds:g} seconds in its {len(indices)} "
                     "readable recordings."
                 )
+            short = sum(self.cache.recordings[index].samples < self.datasets[split].length for index in indices)
+            if short:
+                rank_zero_warn(
+                    f"{short} of {len(indices)} recordings of the {split} split are not used: they are shorter than a "
+                    f"window of {self.window_seconds:g} seconds."
+                )
 
     def train_dataloader(self) -> DataLoader[Any]:
         if self.class_balanced:
@@ -138,6 +144,10 @@ class TUABDataModule(pl.LightningDataModule):
 
     def _loader(self, split: Split, **order: Any) -> DataLoader[Any]:
         # its position within an epoch can be saved, a plain DataLoader's cannot
+        if split != "train":
+            # Persistent workers draw a seed at the first use only, from the global generator if from no other: a run
+            # that was resumed between two validations would draw once more than one that was not.
+            order["generator"] = torch.Generator()
         loader: DataLoader[Any] = need("torchdata.stateful_dataloader").StatefulDataLoader(
             self.datasets[split],
             batch_size=self.batch_size,

@@ -49,7 +49,7 @@ class CacheIndex:
     """What an index says.
 
     Args:
-        recordings: What is in the array, sorted by path.
+        recordings: What is in the array, in the order of `find_recordings`.
         skipped: Paths of the recordings that were left out, and why.
         files: The stamp of every recording's file, those left out as well.
         clipped: How many samples were cut to the range of fp16.
@@ -104,7 +104,8 @@ def read_index(folder: Path) -> CacheIndex:
         ) from error
     if different:
         raise refusal(folder, different)
-    index.recordings.sort(key=lambda recording: recording.path)
+    # as find_recordings lists them, in whatever order they were finished
+    index.recordings.sort(key=lambda recording: (recording.official_split == "eval", recording.label, recording.path))
     _check_samples(folder, index)
     return index
 

@@ -138,14 +138,14 @@ def _start() -> tuple[Connection, subprocess.Popen[bytes]]:
 
 
 def _send(connection: Connection, path: Path) -> None:
-    with contextlib.suppress(ConnectionError):  # it ended; so says what is received from it
+    with contextlib.suppress(OSError):  # it ended; so says what is received from it
         connection.send(path)
 
 
 def _receive(connection: Connection, process: subprocess.Popen[bytes], recording: Recording) -> Preprocessed:
     try:
         result = connection.recv()
-    except (EOFError, ConnectionError) as error:
+    except (EOFError, OSError) as error:
         raise RuntimeError(
             f"A process that preprocessed {recording.path} ended with status {process.wait()}"
             " (-9: it was killed, often for want of memory)."
@@ -161,7 +161,7 @@ def serve(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program that started this one decides
     torch.set_num_threads(1)
     connection = Connection(descriptor)
-    with contextlib.suppress(EOFError, ConnectionError):
+    with contextlib.suppress(EOFError, OSError):  # the other end is closed
         while True:
             path = connection.recv()
             try:

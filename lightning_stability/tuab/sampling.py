@@ -14,10 +14,9 @@ from torch.utils.data import Sampler
 class BalancedSampler(Sampler[int]):
     """Draws an epoch in random order, with each class as often as any other.
 
-    An epoch has as many windows as the dataset. Of a class that has too many, a random part is left out; of one that
-    has too few, each window comes equally often, or once more, so that no window is repeated while another one of its
-    class is still to come. (``WeightedRandomSampler`` draws with replacement: it would leave out 37% of the windows of
-    two classes of equal size.)
+    An epoch has as many windows as the dataset. All windows of a class come equally often in it, give or take one: of a
+    class that has too many, a random part is left out, and one that has too few is gone through again.
+    (``WeightedRandomSampler`` draws with replacement: it would miss 37% of the windows of two classes of equal size.)
 
     Its state is where it is: a StatefulDataLoader saves it, and goes on from there.
 
