@@ -139,6 +139,7 @@ def _build(
                     f"{folder / REPORT}."
                 )
             _write_report(folder, index, len(recordings))
+            assert all(recording.path in index.files for recording in recordings), "a recording was lost"
             writer.finish()
     except BaseException:
         with suppress(OSError):  # of a full disk, for one, which is what is being raised

@@ -221,6 +221,60 @@ def test_processes_fill_the_cache_with_the_same_bits_and_end_when_the_builder_is
     wait_for(lambda: not any(map(alive, workers)), 20)
 
 
+class Forked:
+    """A process that preprocesses, without the seconds that a new interpreter imports for."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = multiprocessing.Pipe()
+        self.process = FORK.Process(target=preprocessing_module.serve, args=(theirs.fileno(),))
+        self.process.start()
+        theirs.close()
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+@pytest.mark.parametrize("count", [3, 7])
+def test_however_many_processes_there_are_each_recording_is_preprocessed_once(
+    damaged_corpus: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, processes: int, count: int
+) -> None:
+    started: list[Forked] = []
+
+    def start() -> Any:
+        started.append(Forked())
+        return started[-1].connection, started[-1]
+
+    monkeypatch.setattr(preprocessing_module, "_start", start)
+    recordings = find_recordings(damaged_corpus)[:count]
+    results = list(preprocessing_module.preprocess_all(damaged_corpus, recordings, processes))
+    assert sorted(recording.path for recording, _ in results) == sorted(recording.path for recording in recordings)
+    for recording, result in results:
+        np.testing.assert_array_equal(result.samples, expected[recording.path].samples)
+    assert len(started) == min(processes, count)
+    assert not any(worker.process.is_alive() for worker in started)
+
+
+def test_an_error_that_is_not_the_files_ends_the_build_with_where_it_came_from(
+    damaged_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start() -> Any:
+        worker = Forked()
+        return worker.connection, worker
+
+    def no_memory(path: Path) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(preprocessing_module, "_start", start)
+    monkeypatch.setattr(preprocessing_module, "read_recording", no_memory)
+    with pytest.raises(RuntimeError, match=r"Preprocessing edf/.* failed:\nTraceback[^$]*MemoryError"):
+        build_cache(damaged_corpus, find_recordings(damaged_corpus), tmp_path, processes=2)
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_build_with_a_message_and_what_is_finished_stays(
     damaged_corpus: Path, tmp_path: Path, expected: dict[str, Any]
@@ -270,7 +324,7 @@ def test_an_interrupted_build_goes_on_where_it_was(
         read.append(path.relative_to(damaged_corpus).as_posix())
         return expected[read[-1]]
 
-    recordings = find_recordings(damaged_corpus)
+    recordings = find_recordings(damaged_corpus)[::-1]  # in whatever order they are finished, the cache has its own
     monkeypatch.setattr(preprocessing_module, "preprocess", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_cache(damaged_corpus, recordings, tmp_path)

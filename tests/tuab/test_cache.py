@@ -50,12 +50,23 @@ def test_one_cache_serves_every_window_length_and_stride(cache, seconds, stride,
         dataset[len(dataset)]
 
 
-def test_a_dataset_goes_to_workers_without_the_array(cache):
-    dataset = WindowDataset(cache, range(len(cache.recordings)), 8, 4)
+def test_a_dataset_goes_to_workers_without_the_array_and_its_open_file(cache):
+    opened = WindowCache(cache.folder)
+    dataset = WindowDataset(opened, range(len(opened.recordings)), 8, 4)
     first = dataset[0]["eeg"]
     pickled = pickle.dumps(dataset)
     assert len(pickled) < 20_000
+    del dataset, opened  # closes the file
     assert torch.equal(pickle.loads(pickled)[0]["eeg"], first)
+
+
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_read_the_same_windows_however_they_are_started(cache, start):
+    dataset = WindowDataset(cache, range(len(cache.recordings)), 8, 4)
+    dataset[0]  # the file is open when they start
+    loader = torch.utils.data.DataLoader(dataset, batch_size=16, num_workers=2, multiprocessing_context=start)
+    eeg = torch.cat([batch["eeg"] for batch in loader])
+    assert torch.equal(eeg, torch.stack([dataset[index]["eeg"] for index in range(len(dataset))]))
 
 
 def test_a_piece_beyond_a_recording_is_refused_and_so_is_a_file_that_became_shorter(corpus, tmp_path):
