@@ -201,6 +201,25 @@ def alive(pid: int) -> bool:
         return False
 
 
+def test_a_new_interpreter_preprocesses_as_this_one_does_and_ends_when_its_connection_is_closed(
+    damaged_corpus: Path, expected: dict[str, Any]
+) -> None:
+    connection, process = preprocessing_module._start()
+    try:
+        for path in list(expected)[:2]:
+            connection.send(damaged_corpus / path)
+            np.testing.assert_array_equal(connection.recv().samples, expected[path].samples)
+        os.kill(process.pid, signal.SIGINT)  # of a Ctrl-C, which all processes get: the builder decides
+        connection.send(damaged_corpus / next(iter(expected)))
+        assert connection.recv().samples is not None
+        connection.close()  # as a kill of the builder does
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
 def test_processes_fill_the_cache_with_the_same_bits_and_end_when_the_builder_is_killed(
     damaged_corpus: Path, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
