@@ -26,8 +26,10 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
 
 from lightning_stability import FractionalCheckpoint, PrecisionFallback
+from lightning_stability.tuab.sampling import BalancedSampler
 from tests import runs
 
+BALANCED_LABELS = np.repeat([0, 1], [40, 16])
 ROWS = "rows.jsonl"
 RESULT = "result-{rank}.pt"
 
@@ -182,8 +184,8 @@ def fit(
         folder: Where `checkpoints` are written, too.
         namespace: The Trainer's.
         seed: Of all generators: a resumed run is given another one.
-        data: "samples", "stream", "weighted" for a sampler with a global random order, or what makes loaders or a data
-            module.
+        data: "samples", "stream", "weighted" for a sampler with a global random order, "balanced" for that of the TUAB
+            data module, or what makes loaders or a data module.
         workers: Processes that load.
         augment: Whether samples are made noisy by the global generators.
         validate: Whether there is a validation set, or what makes its loader.
@@ -240,6 +242,9 @@ def loader(data: str, workers: int, augment: bool) -> Any:
     if data == "weighted":
         sampler = torch.utils.data.WeightedRandomSampler([1.0] * 14 + [3.0] * 14, 28)
         return StatefulDataLoader(Samples(augment=augment), batch_size=4, sampler=sampler, num_workers=workers)
+    if data == "balanced":
+        sampler = BalancedSampler(BALANCED_LABELS)
+        return StatefulDataLoader(Samples(56, augment), batch_size=4, sampler=sampler, num_workers=workers)
     count = 56 if data == "ranks" else 28
     return StatefulDataLoader(Samples(count, augment=augment), batch_size=4, shuffle=True, num_workers=workers)
 

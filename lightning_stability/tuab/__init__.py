@@ -4,7 +4,8 @@ It uses the package as any project would, and nothing of the package depends on 
 ``tuab`` extra and are loaded when they are needed.
 """
 
-from lightning_stability.tuab.cache import WindowCache, WindowDataset, build_cache
+from lightning_stability.tuab.building import build_cache
+from lightning_stability.tuab.cache import WindowCache, WindowDataset
 from lightning_stability.tuab.channels import CHANNELS, EEGPT_CHANNELS
 from lightning_stability.tuab.corpus import Recording, find_recordings, read_recording, split_by_subject
 from lightning_stability.tuab.data import TUABDataModule

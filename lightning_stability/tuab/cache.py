@@ -1,22 +1,20 @@
-"""Preprocessed recordings, whole, in one memory-mapped fp16 array; windows are offsets into it.
+"""A cache of preprocessed recordings, whole, in one fp16 array; windows are offsets into it.
 
-A cache is a folder::
+A cache is a folder, written by :func:`~lightning_stability.tuab.build_cache`::
 
     samples.f16    little-endian float16, shape (samples of all recordings, 19), recordings one after the other
-    index.json     the settings it was made with, each recording's place in the array, and what was left out
+    index.jsonl    the settings it was made with, each recording's place in the array, and what was left out
+    skipped.txt    what was left out and why, to be read by people
 
 One cache serves every window length and stride. A window is one contiguous piece of the file, since time runs along the
-first axis. ``index.json`` is written last, so a folder without it holds no cache.
+first axis. It is read, not mapped: mapped pages would count as the process' memory, 36 GB after an epoch, and a file
+that became shorter would kill it without a word.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from lightning_stability.tuab.channels import CHANNELS
-from lightning_stability.tuab.corpus import BAND, SAMPLING_RATE, Recording, read_recording, window_samples
-
-_SETTINGS: dict[str, Any] = {
-    "format": 1,
-    "channels": list(CHANNELS),
-    "sampling_rate": SAMPLING_RATE,
-    "band": list(BAND),
-    "normalisation": "median and interquartile range, per recording and channel",
-}
-_DTYPE = np.dtype("<f2")
-_MAX = float(np.finfo(_DTYPE).max)
-
-
-@dataclass(frozen=True)
-class CachedRecording(Recording):
-    """A recording and its place in the array: rows ``start`` to ``start + samples``."""
-
-    start: int
-    samples: int
+from lightning_stability.tuab.corpus import window_samples
+from lightning_stability.tuab.index import DTYPE, ROW_BYTES, SAMPLES, CachedRecording, read_index
 
 
 class WindowCache:
@@ -62,132 +41,64 @@ class WindowCache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        try:
-            index = json.loads((self.folder / "index.json").read_text())
-            self.recordings = [CachedRecording(**entry) for entry in index["recordings"]]
-            self.skipped: dict[str, str] = index["skipped"]
-            self.files: dict[str, list[int]] = index["files"]
-            settings, found = index["settings"], (self.folder / "samples.f16").stat().st_size
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        self.index = read_index(self.folder)
+        if not self.index.complete:
             raise MisconfigurationException(
-                f"{self.folder} holds no cache that can be opened ({type(error).__name__}: {error}). Delete the folder "
-                "to build it anew, or choose another one with --data.cache_dir."
-            ) from error
-        different = [
-            f"{key} is {settings.get(key)!r}, expected {value!r}"
-            for key, value in _SETTINGS.items()
-            if settings.get(key) != value
-        ]
-        expected = self.rows * len(CHANNELS) * _DTYPE.itemsize
-        if found != expected:
-            different.append(f"samples.f16 has {found} bytes, expected {expected}")
-        if different:
-            raise MisconfigurationException(
-                f"The cache in {self.folder} cannot be used: {'; '.join(different)}. Delete the folder to build it "
-                "anew, or choose another one with --data.cache_dir."
+                f"{self.folder} holds no complete cache: {len(self.index.files)} recordings are finished. "
+                "`TUABDataModule.prepare_data`, which every run calls, or `build_cache` goes on from there."
             )
-        self._samples: npt.NDArray[np.float16] | None = None
+        self._file: int | None = None
 
     @property
-    def rows(self) -> int:
-        """Number of samples of all recordings together."""
-        return sum(recording.samples for recording in self.recordings)
+    def recordings(self) -> list[CachedRecording]:
+        """What is in the cache, in the order of `find_recordings`."""
+        return self.index.recordings
 
     @property
-    def samples(self) -> npt.NDArray[np.float16]:
-        """The memory-mapped array, shape (samples, channels), opened at first use in each process."""
-        if self._samples is None:
-            self._samples = np.memmap(
-                self.folder / "samples.f16", dtype=_DTYPE, mode="r", shape=(self.rows, len(CHANNELS))
-            )
-        return self._samples
+    def skipped(self) -> dict[str, str]:
+        """Paths of the recordings that were left out, and why."""
+        return self.index.skipped
+
+    def read(self, recording: int, start: int = 0, samples: int | None = None) -> npt.NDArray[np.float16]:
+        """Read a piece of one recording.
+
+        Args:
+            recording: Index into ``recordings``.
+            start: The piece's first sample.
+            samples: Its length; None reads to the recording's end.
+
+        Returns:
+            Array of shape (samples, channels).
+
+        Raises:
+            OSError: If the file is shorter than it was.
+        """
+        place = self.recordings[recording]
+        samples = place.samples - start if samples is None else samples
+        if not 0 <= start <= start + samples <= place.samples:
+            raise IndexError(f"samples {start} to {start + samples} of {place.samples} in {place.path}")
+        rows = np.empty((samples, len(CHANNELS)), dtype=DTYPE)
+        buffer, offset = rows.view(np.uint8).reshape(-1).data, (place.start + start) * ROW_BYTES
+        while len(buffer):  # one call reads at most 2 GB
+            read = os.preadv(self._descriptor(), [buffer], offset)
+            if not read:
+                raise OSError(f"{self.folder / SAMPLES} is shorter than it was when it was opened")
+            buffer, offset = buffer[read:], offset + read
+        return rows
+
+    def _descriptor(self) -> int:
+        # at first use in each process, or before a fork: reading at a place of one's own moves no common position
+        if self._file is None:
+            self._file = os.open(self.folder / SAMPLES, os.O_RDONLY)
+        return self._file
+
+    def __del__(self) -> None:
+        descriptor: int | None = getattr(self, "_file", None)
+        if descriptor is not None:
+            os.close(descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a memory map would be pickled as the array that it maps, for each worker of a loader
-        return {**self.__dict__, "_samples": None}
-
-
-def build_cache(root: str | Path, recordings: Sequence[Recording], folder: str | Path) -> None:
-    """Preprocess ``recordings`` and write them to ``folder``.
-
-    A recording that cannot be read is left out, with a warning and its reason in the index. Values beyond the range of
-    fp16 are cut to it, counted and warned of.
-
-    Args:
-        root: The corpus' root.
-        recordings: What to read, from :func:`~lightning_stability.tuab.corpus.find_recordings`.
-        folder: Where to write; made if it is missing.
-
-    Raises:
-        MisconfigurationException: If no recording could be read.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MisconfigurationException(f"The cache cannot be written to {folder}: {error}") from error
-    _remove_leftovers(folder)
-    # under a name of this process, so that two builders do not write into one file
-    partial = folder / f"samples.{socket.gethostname()}.{os.getpid()}.partial"
-    files = file_stamps(root, recordings)
-    cached: list[CachedRecording] = []
-    skipped: dict[str, str] = {}
-    start = clipped = 0
-    try:
-        with partial.open("wb") as file:
-            for recording in tqdm(recordings, desc="Preprocessing recordings", unit="recording"):
-                try:
-                    signal = read_recording(Path(root) / recording.path)
-                except ValueError as error:
-                    skipped[recording.path] = str(error)
-                    continue
-                clipped += int((np.abs(signal) > _MAX).sum())
-                file.write(np.ascontiguousarray(signal.clip(-_MAX, _MAX).T, dtype=_DTYPE).tobytes())
-                cached.append(CachedRecording(**asdict(recording), start=start, samples=signal.shape[1]))
-                start += signal.shape[1]
-        _report(skipped, clipped, start)
-        if not cached:
-            raise MisconfigurationException(f"None of the {len(recordings)} recordings under {root} could be read.")
-        partial.replace(folder / "samples.f16")
-    finally:
-        partial.unlink(missing_ok=True)
-    index = {"settings": _SETTINGS, "recordings": [asdict(r) for r in cached], "skipped": skipped, "files": files}
-    written = folder / f"index.{os.getpid()}.partial"
-    written.write_text(json.dumps(index, indent=1))
-    written.replace(folder / "index.json")
-    rank_zero_info(f"Cached {len(cached)} recordings in {folder} ({start / SAMPLING_RATE / 3600:.1f} hours).")
-
-
-def file_stamps(root: str | Path, recordings: Sequence[Recording]) -> dict[str, list[int]]:
-    """Return size and time of change (ns) of each recording's file, by which a cache knows that it is out of date."""
-    stamps = {}
-    for recording in recordings:
-        stat = (Path(root) / recording.path).stat()
-        stamps[recording.path] = [stat.st_size, stat.st_mtime_ns]
-    return stamps
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Delete what builders of this machine left behind that were killed."""
-    for partial in folder.glob(f"samples.{socket.gethostname()}.*.partial"):
-        try:
-            os.kill(int(partial.suffixes[-2][1:]), 0)
-        except ProcessLookupError:
-            partial.unlink(missing_ok=True)
-        except PermissionError:
-            pass  # it runs, under another user
-
-
-def _report(skipped: dict[str, str], clipped: int, rows: int) -> None:
-    if skipped:
-        reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(skipped.items())[:10])
-        more = f"\n  and {len(skipped) - 10} more, in index.json" if len(skipped) > 10 else ""
-        warnings.warn(f"{len(skipped)} recordings were left out:{reasons}{more}", stacklevel=3)
-    if clipped:
-        warnings.warn(
-            f"{clipped} of {rows * len(CHANNELS)} samples are beyond the range of fp16 and were cut to ±{_MAX:g}.",
-            stacklevel=3,
-        )
+        return {**self.__dict__, "_file": None}  # a worker of a loader opens the file itself
 
 
 class WindowDataset(Dataset[dict[str, torch.Tensor]]):
@@ -212,10 +123,16 @@ class WindowDataset(Dataset[dict[str, torch.Tensor]]):
         self.indices = np.asarray(indices, dtype=np.int64)
         samples = np.array([cache.recordings[i].samples for i in indices], dtype=np.int64)
         windows = np.where(samples >= self.length, (samples - self.length) // self.stride + 1, 0)
-        self._ends = np.cumsum(windows)
+        self._windows, self._ends = windows, np.cumsum(windows)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def labels(self) -> npt.NDArray[np.int8]:
+        """The class of each window, shape (windows,)."""
+        labels = [self.cache.recordings[index].label for index in self.indices]
+        return np.repeat(np.array(labels, dtype=np.int8), self._windows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not -len(self) <= index < len(self):
@@ -225,9 +142,9 @@ class WindowDataset(Dataset[dict[str, torch.Tensor]]):
         number = int(self.indices[place])
         recording = self.cache.recordings[number]
         start = (index - int(self._ends[place - 1] if place else 0)) * self.stride
-        rows = self.cache.samples[recording.start + start : recording.start + start + self.length]
+        rows = torch.from_numpy(self.cache.read(number, start, self.length))
         return {
-            "eeg": torch.from_numpy(np.ascontiguousarray(rows.T, dtype=np.float32)),
+            "eeg": rows.T.to(torch.float32, memory_format=torch.contiguous_format),
             "label": torch.tensor(recording.label),
             "recording": torch.tensor(number),
             "start": torch.tensor(start),

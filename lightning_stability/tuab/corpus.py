@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from lightning_stability.tuab.channels import find_channels
 
 SAMPLING_RATE = 256  # Hz, what EEGPT was trained on
 BAND = (0.5, 50.0)  # Hz
+FILTER_SECONDS = 3.3 / BAND[0]  # length of mne's FIR filter: 3.3 over the width of its lower transition band
 CLASSES = ("normal", "abnormal")  # the index is the label
 
 _LEAST_DEVIATION = 1e-3  # microvolts; filters leave this little of a flat line, and no amplifier resolves it
@@ -54,7 +55,7 @@ def window_samples(seconds: float) -> int:
 
 
 def find_recordings(root: str | Path) -> list[Recording]:
-    """List the recordings under ``root``, sorted by path.
+    """List the recordings under ``root``: train before eval, normal before abnormal, by path within these.
 
     Raises:
         MisconfigurationException: If there is no such folder, or it does not have TUAB's layout.
@@ -126,23 +127,57 @@ def read_recording(path: str | Path) -> npt.NDArray[np.float32]:
         Array of shape (channels, samples).
 
     Raises:
-        ValueError: If the file cannot be read, lacks a channel, is sampled too slowly or holds no signal.
+        ValueError: If the file cannot be read, is cut short, lacks a channel, is sampled too slowly, is too short for
+            the filter or holds no signal.
     """
+    raw = _open_recording(Path(path))
+    try:
+        raw.load_data(verbose="error")
+        raw.filter(*BAND, verbose="error")
+        raw.resample(SAMPLING_RATE, method="polyphase", verbose="error")
+        microvolts = raw.get_data(units="uV")
+    except MemoryError:
+        raise  # says nothing about the file
+    except Exception as error:  # one odd file must not end the build of a whole cache
+        raise ValueError(f"cannot be preprocessed: {error or type(error).__name__}") from error
+    return robust_z_score(microvolts)
+
+
+def _open_recording(path: Path) -> Any:
+    """Open the 19 channels of one EDF file with mne, without loading them, and refuse what is of no use."""
     mne = need("mne")
     try:
         raw = mne.io.read_raw_edf(path, preload=False, verbose="error")
+        promised, held = _data_records(path)
+    except MemoryError:
+        raise
     except Exception as error:  # mne raises whatever its parser stumbles over
         raise ValueError(f"not readable as EDF: {error or type(error).__name__}") from error
+    if held < promised:  # mne would take what there is
+        raise ValueError(f"cut short: its header promises {promised} data records, the file holds {held}")
     labels = [_DUPLICATE.sub("", label) for label in find_channels(raw.ch_names).values()]
     # read again without the other signals: mne samples all of a file's signals as often as the fastest one
     raw = mne.io.read_raw_edf(path, preload=False, include=labels, verbose="error")
     raw.pick(list(find_channels(raw.ch_names).values()))
-    if raw.info["sfreq"] <= 2 * BAND[1]:
-        raise ValueError(f"sampled at {raw.info['sfreq']:g} Hz, too slowly for a band up to {BAND[1]:g} Hz")
-    raw.load_data(verbose="error")
-    raw.filter(*BAND, verbose="error")
-    raw.resample(SAMPLING_RATE, method="polyphase", verbose="error")
-    return robust_z_score(1e6 * raw.get_data())  # mne gives volts
+    rate = raw.info["sfreq"]
+    if rate <= 2 * BAND[1]:
+        raise ValueError(f"sampled at {rate:g} Hz, too slowly for a band up to {BAND[1]:g} Hz")
+    if raw.n_times / rate < FILTER_SECONDS:
+        raise ValueError(f"{raw.n_times / rate:.1f} s long, shorter than the {FILTER_SECONDS:.1f} s of the filter")
+    return raw
+
+
+def _data_records(path: Path) -> tuple[int, int]:
+    """Return how many data records an EDF file's header promises and how many whole ones the file holds.
+
+    A header that promises none (-1 means that the recorder was not stopped) promises too little to be broken.
+    """
+    with path.open("rb") as file:
+        header = file.read(256)
+        length, promised, signals = int(header[184:192]), int(header[236:244]), int(header[252:256])
+        file.seek(256 + 216 * signals)  # after the signals' labels, units, ranges and filters
+        samples = [int(file.read(8)) for _ in range(signals)]
+    return promised, (path.stat().st_size - length) // (2 * sum(samples))
 
 
 def robust_z_score(microvolts: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
@@ -168,11 +203,16 @@ def robust_z_score(microvolts: npt.NDArray[np.float64]) -> npt.NDArray[np.float3
     """
     if not np.isfinite(microvolts).all():
         raise ValueError("holds values that are not finite")
-    low, middle, high = np.percentile(microvolts, (25, 50, 75), axis=1, keepdims=True)
-    deviation = microvolts.std(axis=1, keepdims=True)
-    constant = deviation < _LEAST_DEVIATION
-    if constant.all():
+    scaled = np.zeros(microvolts.shape, dtype=np.float32)
+    constant = 0
+    for channel, z in zip(microvolts, scaled, strict=True):  # one at a time, so that what is in between stays small
+        low, middle, high = np.percentile(channel, (25, 50, 75))
+        deviation = channel.std()
+        if deviation < _LEAST_DEVIATION:
+            constant += 1
+            continue
+        scale = (high - low) / 1.349
+        z[:] = (channel - middle) / (deviation if scale < _LEAST_DEVIATION else scale)
+    if constant == len(scaled):
         raise ValueError("all channels are constant")
-    scale = (high - low) / 1.349
-    scale = np.where(scale < _LEAST_DEVIATION, deviation, scale)
-    return np.asarray(np.where(constant, 0.0, (microvolts - middle) / np.where(constant, 1.0, scale)), dtype=np.float32)
+    return scaled

@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_stability.tuab._extra import need
 from lightning_stability.tuab._options import require
-from lightning_stability.tuab.cache import WindowCache, WindowDataset, build_cache, file_stamps
+from lightning_stability.tuab.building import build_cache
+from lightning_stability.tuab.cache import WindowCache, WindowDataset
 from lightning_stability.tuab.corpus import CLASSES, SAMPLING_RATE, Split, find_recordings, split_by_subject
 from lightning_stability.tuab.encoder import PATCH_SAMPLES
 from lightning_stability.tuab.exclusion import describe_window, leave_out
+from lightning_stability.tuab.index import file_stamps, refuse_changes
+from lightning_stability.tuab.sampling import BalancedSampler
 from lightning_stability.tuab.synthetic import SyntheticCorpus
 
 SYNTHETIC_ROOT = Path("tuab_synthetic")
@@ -41,6 +45,8 @@ class TUABDataModule(pl.LightningDataModule):
         val_fraction: Part of the train set's subjects that is used for validation.
         num_workers: Processes that load batches.
         split_seed: Seed of the division into train and validation.
+        class_balanced: Whether each class is drawn equally often in training; an epoch is as long as without. Ranks
+            share out one order where `FractionalCheckpoint` is used, or all draw with the same seed.
         exclude: A ``flagged_inputs.csv`` of an earlier run's InputCheck; the windows that it names are not trained on.
 
     Raises:
@@ -63,6 +69,7 @@ class TUABDataModule(pl.LightningDataModule):
         val_fraction: float = 0.25,
         num_workers: int = 0,
         split_seed: int = 0,
+        class_balanced: bool = False,
         exclude: str | None = None,
     ) -> None:
         super().__init__()
@@ -86,6 +93,7 @@ class TUABDataModule(pl.LightningDataModule):
         self.val_fraction = val_fraction
         self.num_workers = num_workers
         self.split_seed = split_seed
+        self.class_balanced = class_balanced
         self.exclude = exclude
         self.datasets: dict[Split, WindowDataset] = {}
 
@@ -93,22 +101,14 @@ class TUABDataModule(pl.LightningDataModule):
         if self._synthetic and not (self.root / "edf").exists():
             rank_zero_info(f"No --data.root was given: writing a synthetic corpus to {self.root}.")
             SyntheticCorpus().write(self.root)
-        recordings = find_recordings(self.root)
-        if not (self.cache_folder / "index.json").exists():
-            build_cache(self.root, recordings, self.cache_folder)
+        build_cache(self.root, find_recordings(self.root), self.cache_folder)
 
     def setup(self, stage: str) -> None:
         if self.datasets:
             return
         self.cache = WindowCache(self.cache_folder)
         found = find_recordings(self.root)
-        now, then = file_stamps(self.root, found), self.cache.files
-        changed = [path for path in sorted(now.keys() | then.keys()) if now.get(path) != then.get(path)]
-        if changed:
-            raise MisconfigurationException(
-                f"{self.root} has changed since {self.cache_folder} was built: {len(changed)} files are new, gone or "
-                f"of another size or date ({', '.join(changed[:3])}, ...). Delete that folder to build it anew."
-            )
+        refuse_changes(self.cache_folder, self.root, file_stamps(self.root, found), self.cache.index)
         places = {recording.path: index for index, recording in enumerate(self.cache.recordings)}
         for split, recordings in split_by_subject(found, self.val_fraction, self.split_seed).items():
             stride = self.stride_seconds if split == "train" else self.window_seconds
@@ -126,6 +126,12 @@ class TUABDataModule(pl.LightningDataModule):
                     f"The {split} split has no window of {self.window_seconds:g} seconds in its {len(indices)} "
                     "readable recordings."
                 )
+            short = sum(self.cache.recordings[index].samples < self.datasets[split].length for index in indices)
+            if short:
+                rank_zero_warn(
+                    f"{short} of {len(indices)} recordings of the {split} split are not used: they are shorter than a "
+                    f"window of {self.window_seconds:g} seconds."
+                )
         if self.exclude is not None:
             self.datasets["train"], left_out = leave_out(self.exclude, self.datasets["train"], places)
             recordings_named = len({path for path, _ in left_out})
@@ -135,6 +141,8 @@ class TUABDataModule(pl.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader[Any]:
+        if self.class_balanced:
+            return self._loader("train", sampler=BalancedSampler(self.datasets["train"].labels))
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -156,13 +164,18 @@ class TUABDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")
 
-    def _loader(self, split: Split, shuffle: bool = False) -> DataLoader[Any]:
+    def _loader(self, split: Split, **order: Any) -> DataLoader[Any]:
         # its position within an epoch can be saved, a plain DataLoader's cannot
+        if split != "train":
+            # Persistent workers draw a seed at the first use only, from the global generator if from no other: a run
+            # that was resumed between two validations would draw once more than one that was not.
+            order["generator"] = torch.Generator()
         loader: DataLoader[Any] = need("torchdata.stateful_dataloader").StatefulDataLoader(
             self.datasets[split],
             batch_size=self.batch_size,
-            shuffle=shuffle,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **order,
         )
         return loader

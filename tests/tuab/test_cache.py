@@ -1,9 +1,7 @@
 import os
 import pickle
 import shutil
-import socket
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_stability.tuab import TUABDataModule, WindowCache, WindowDataset, build_cache, find_recordings
-from lightning_stability.tuab.cache import CachedRecording
 from lightning_stability.tuab.corpus import read_recording
 
 
@@ -28,7 +25,7 @@ def test_the_cache_holds_each_recording_whole_in_fp16(corpus, cache):
     assert [r.path for r in cache.recordings] == [r.path for r in find_recordings(corpus)]
     for recording in cache.recordings[::5]:
         expected = read_recording(corpus / recording.path)
-        rows = cache.samples[recording.start : recording.start + recording.samples]
+        rows = cache.read(cache.recordings.index(recording))
         np.testing.assert_array_equal(rows.T, expected.astype(np.float16))
 
 
@@ -45,7 +42,7 @@ def test_one_cache_serves_every_window_length_and_stride(cache, seconds, stride,
     for index in {0, len(dataset) // 2, len(dataset) - 1} if expected else ():
         item, (number, start) = dataset[index], expected[index]
         recording = cache.recordings[number]
-        rows = cache.samples[recording.start + start : recording.start + start + length]
+        rows = cache.read(number)[start : start + length]
         assert (int(item["recording"]), int(item["start"]), int(item["label"])) == (number, start, recording.label)
         assert item["eeg"].dtype == torch.float32
         np.testing.assert_array_equal(item["eeg"], rows.T)
@@ -53,38 +50,62 @@ def test_one_cache_serves_every_window_length_and_stride(cache, seconds, stride,
         dataset[len(dataset)]
 
 
-def test_a_dataset_goes_to_workers_without_the_array(cache):
-    dataset = WindowDataset(cache, range(len(cache.recordings)), 8, 4)
+def test_a_dataset_goes_to_workers_without_the_array_and_its_open_file(cache):
+    opened = WindowCache(cache.folder)
+    dataset = WindowDataset(opened, range(len(opened.recordings)), 8, 4)
     first = dataset[0]["eeg"]
     pickled = pickle.dumps(dataset)
-    assert len(pickled) < 20_000 < cache.samples.nbytes
+    assert len(pickled) < 20_000
+    del dataset, opened  # closes the file
     assert torch.equal(pickle.loads(pickled)[0]["eeg"], first)
 
 
-def test_opening_a_cache_of_the_reports_size_needs_no_list_of_windows():
-    # 930,495 windows of the report: the arithmetic alone, since the array itself would be 36 GB
-    recordings = [CachedRecording(f"{n}.edf", f"s{n}", 0, "train", 0, 256 * 1300) for n in range(2890)]
-    cache = WindowCache.__new__(WindowCache)
-    cache.recordings = recordings
-    dataset = WindowDataset(cache, range(len(recordings)), 8, 4)
-    assert len(dataset) == 2890 * 324
-    assert sum(value.nbytes for value in vars(dataset).values() if isinstance(value, np.ndarray)) < 50_000
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_read_the_same_windows_however_they_are_started(cache, start):
+    dataset = WindowDataset(cache, range(len(cache.recordings)), 8, 4)
+    dataset[0]  # the file is open when they start
+    loader = torch.utils.data.DataLoader(dataset, batch_size=16, num_workers=2, multiprocessing_context=start)
+    eeg = torch.cat([batch["eeg"] for batch in loader])
+    assert torch.equal(eeg, torch.stack([dataset[index]["eeg"] for index in range(len(dataset))]))
 
 
-def test_broken_files_are_left_out_with_a_warning_and_their_reason_in_the_index(damaged_corpus, tmp_path):
+def test_a_piece_beyond_a_recording_is_refused_and_so_is_a_file_that_became_shorter(corpus, tmp_path):
+    build_cache(corpus, find_recordings(corpus)[:2], tmp_path)
+    cache = WindowCache(tmp_path)
+    samples = cache.recordings[1].samples
+    assert cache.read(1, samples - 5, 5).shape == (5, 19)
+    for start, length in ((samples - 5, 6), (-1, 3), (samples + 1, None)):
+        with pytest.raises(IndexError, match="in edf/"):
+            cache.read(1, start, length)
+    os.truncate(tmp_path / "samples.f16", 1000)
+    with pytest.raises(OSError, match=r"samples\.f16 is shorter than it was"):
+        cache.read(1)
+
+
+def test_reading_windows_adds_no_memory_to_the_process(cache):
+    dataset = WindowDataset(cache, range(len(cache.recordings)), 8, 4)
+    for index in range(len(dataset)):
+        dataset[index]
+    assert "samples.f16" not in Path("/proc/self/maps").read_text()
+
+
+def test_broken_files_are_left_out_with_a_warning_and_their_reason_in_index_and_report(damaged_corpus, tmp_path):
     with pytest.warns(UserWarning, match="1 recordings were left out:\n  edf/train/.*: not readable as EDF"):
         build_cache(damaged_corpus, find_recordings(damaged_corpus), tmp_path)
     cache = WindowCache(tmp_path)
     assert next(iter(cache.skipped.values())).startswith("not readable as EDF")
     assert len(cache.recordings) + 1 == len(find_recordings(damaged_corpus))
-    assert not list(tmp_path.glob("*.partial"))
+    report = (tmp_path / "skipped.txt").read_text().splitlines()
+    assert report[0] == f"1 of {len(find_recordings(damaged_corpus))} recordings were left out."
+    assert report[1:] == [f"{path}: {reason}" for path, reason in cache.skipped.items()]
 
 
 @pytest.mark.filterwarnings("ignore:.*left out")
 @pytest.mark.filterwarnings("ignore:.*beyond the range of fp16")
 def test_artefacts_arrive_at_their_full_size_and_stay_finite(damaged_corpus, tmp_path):
     build_cache(damaged_corpus, find_recordings(damaged_corpus), tmp_path)
-    samples = np.abs(WindowCache(tmp_path).samples)
+    cache = WindowCache(tmp_path)
+    samples = np.abs(np.concatenate([cache.read(number) for number in range(len(cache.recordings))]))
     assert np.isfinite(samples).all()
     assert samples.max() > 20_000
 
@@ -92,72 +113,77 @@ def test_artefacts_arrive_at_their_full_size_and_stay_finite(damaged_corpus, tmp
 def test_values_beyond_fp16_are_cut_to_its_range_and_counted(tmp_path, corpus, monkeypatch):
     signal = np.ones((19, 512), dtype=np.float32)
     signal[0, :3] = [70_000, -1e6, 65_000]
-    monkeypatch.setattr("lightning_stability.tuab.cache.read_recording", lambda path: signal)
+    monkeypatch.setattr("lightning_stability.tuab.preprocessing.read_recording", lambda path: signal)
     with pytest.warns(UserWarning, match="2 of 9728 samples are beyond the range of fp16"):
         build_cache(corpus, find_recordings(corpus)[:1], tmp_path)
-    assert WindowCache(tmp_path).samples[:3, 0].tolist() == [65504, -65504, 64992]
+    assert WindowCache(tmp_path).read(0)[:3, 0].tolist() == [65504, -65504, 64992]
 
 
-def test_a_build_that_is_interrupted_leaves_nothing_that_looks_like_a_cache(tmp_path, corpus, monkeypatch):
-    read = []
-
-    def interrupted(path):
-        if len(read) == 3:
-            raise KeyboardInterrupt
-        read.append(path)
-        return read_recording(path)
-
-    monkeypatch.setattr("lightning_stability.tuab.cache.read_recording", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        build_cache(corpus, find_recordings(corpus), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_builder_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path, corpus):
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
-    names = [f"samples.{socket.gethostname()}.{pid}.partial" for pid in (killed.pid, os.getppid())]
-    names.append("samples.another-machine.1.partial")
-    for name in names:
-        (tmp_path / name).write_bytes(b"x")
-    build_cache(corpus, find_recordings(corpus)[:1], tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("*.partial")) == sorted(names[1:])
-
-
-def test_a_build_in_which_nothing_can_be_read_fails_and_leaves_no_cache(tmp_path):
-    for split in ("train", "eval"):
-        (tmp_path / "edf" / split / "normal").mkdir(parents=True)
-        (tmp_path / "edf" / split / "normal" / "a_s001_t000.edf").write_bytes(b"junk")
+def test_a_build_in_which_nothing_can_be_read_fails_and_the_next_one_begins_anew(tmp_path, corpus):
+    files = [tmp_path / "edf" / split / "normal" / "a_s001_t000.edf" for split in ("train", "eval")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"junk")
     with (
         pytest.warns(UserWarning, match="2 recordings were left out"),
-        pytest.raises(MisconfigurationException, match="None of the 2 recordings"),
+        pytest.raises(MisconfigurationException, match=r"None of the 2 recordings .* reasons are in .*skipped\.txt"),
     ):
         build_cache(tmp_path, find_recordings(tmp_path), tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert "edf/eval/normal/a_s001_t000.edf: not readable as EDF" in (tmp_path / "cache" / "skipped.txt").read_text()
+    for file in files:
+        shutil.copy(next(corpus.rglob("*.edf")), file)
+    build_cache(tmp_path, find_recordings(tmp_path), tmp_path / "cache")
+    assert len(WindowCache(tmp_path / "cache").recordings) == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*left out")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index, samples: index.write_text("{"), "holds no cache that can be opened"),
-        (lambda index, samples: index.unlink(), "holds no cache that can be opened"),
-        (lambda index, samples: os.truncate(samples, 1000), "samples.f16 has 1000 bytes, expected"),
+        (lambda index, samples: index.write_text("{\n"), r"index\.jsonl cannot be read \(JSONDecodeError"),
+        (lambda index, samples: index.write_text("[1]\n"), r"index\.jsonl cannot be read"),
+        (lambda index, samples: index.unlink(), "holds no complete cache: 0 recordings are finished"),
+        (lambda index, samples: cut_lines(index, 1), "holds no complete cache: 2 recordings are finished"),
+        (lambda index, samples: cut_lines(index, 2), "holds no complete cache: 1 recordings are finished"),
+        (lambda index, samples: os.truncate(samples, 1000), r"samples\.f16 has 1000 bytes, expected \d"),
+        (lambda index, samples: samples.unlink(), r"samples\.f16 has 0 bytes, expected \d"),
+        (lambda index, samples: samples.open("ab").write(b"x"), r"samples\.f16 has \d+ bytes, expected \d"),
         (
-            lambda index, samples: index.write_text(
-                index.read_text().replace('"sampling_rate": 256', '"sampling_rate": 200')
-            ),
-            "sampling_rate is 200, expected 256",
+            lambda index, samples: edit(index, '"sampling_rate": 256', '"sampling_rate": 200'),
+            "rate is 200, expected 256",
+        ),
+        (
+            lambda index, samples: edit(index, '"band": [0.5, ', '"band": [1, '),
+            r"band is \[1, 50.0\], expected \[0.5, ",
+        ),
+        (lambda index, samples: edit(index, '"format": 2', '"format": 3'), "format is 3, expected 2"),
+        (
+            lambda index, samples: index.with_name("index.json").write_text("{}"),
+            r"format is 1 \(index\.json\), expected 2",
         ),
     ],
 )
 def test_a_cache_that_is_cut_short_or_of_other_settings_is_refused_with_the_difference(
     corpus, tmp_path, change, message
 ):
-    build_cache(corpus, find_recordings(corpus)[:2], tmp_path)
-    change(tmp_path / "index.json", tmp_path / "samples.f16")
+    recordings = find_recordings(corpus)[:2]
+    build_cache(corpus, recordings, tmp_path)
+    change(tmp_path / "index.jsonl", tmp_path / "samples.f16")
     with pytest.raises(MisconfigurationException, match=message):
         WindowCache(tmp_path)
+    if "holds no complete cache" not in message:  # what is merely unfinished, a builder finishes
+        with pytest.raises(MisconfigurationException, match=message):
+            build_cache(corpus, recordings, tmp_path)
+
+
+def cut_lines(index, count):
+    index.write_text("".join(index.read_text().splitlines(keepends=True)[:-count]))
+
+
+def edit(index, old, new):
+    text = index.read_text()
+    assert old in text
+    index.write_text(text.replace(old, new))
 
 
 def data_module(corpus, tmp_path, **options):
@@ -176,9 +202,9 @@ def test_training_windows_overlap_and_evaluation_windows_do_not(corpus, tmp_path
 
 def test_the_cache_is_built_once(corpus, tmp_path):
     folder = data_module(corpus, tmp_path).cache_folder
-    before = (folder / "samples.f16").stat().st_mtime_ns
+    before = [(folder / name).stat().st_mtime_ns for name in ("samples.f16", "index.jsonl", "skipped.txt")]
     data_module(corpus, tmp_path, window_seconds=4)
-    assert (folder / "samples.f16").stat().st_mtime_ns == before
+    assert [(folder / name).stat().st_mtime_ns for name in ("samples.f16", "index.jsonl", "skipped.txt")] == before
 
 
 def test_two_corpora_of_one_name_do_not_share_a_cache(tmp_path):
@@ -269,3 +295,22 @@ def test_the_train_loader_goes_on_where_its_state_was_taken(corpus, tmp_path, wo
     resumed.load_state_dict(state)
     assert [(batch["recording"].tolist(), batch["start"].tolist()) for batch in resumed] == rest
     assert len(rest) == len(loader) - 3
+
+
+def test_recordings_without_a_window_are_counted_on_screen(corpus, tmp_path):
+    with pytest.warns(UserWarning, match=r"of the train split are not used: they are shorter than a window of 27 sec"):
+        module = data_module(corpus, tmp_path, window_seconds=27)
+    dataset = module.datasets["train"]
+    assert len(dataset.labels) == len(dataset) == len(list(dataset))
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_batches_are_pinned_where_there_is_a_gpu_and_balanced_when_asked(corpus, tmp_path, balanced):
+    module = data_module(corpus, tmp_path, class_balanced=balanced)
+    loader = module.train_dataloader()
+    assert loader.pin_memory == torch.cuda.is_available()
+    labels = torch.cat([batch["label"] for batch in loader])
+    of_class = np.bincount(module.datasets["train"].labels)
+    assert of_class[0] != of_class[1]
+    expected = [len(labels) // 2, -(-len(labels) // 2)] if balanced else sorted(of_class)
+    assert sorted(labels.bincount().tolist()) == expected

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from edfio import Edf, EdfSignal
@@ -142,6 +144,16 @@ def test_only_the_band_from_half_a_hertz_to_50_is_kept(tmp_path, hertz, kept):
         (lambda path: write_edf(path, {"FP1": np.zeros(2500)}), "18 of 19 channels are missing"),
         (lambda path: write_edf(path, sines(100), 100), "sampled at 100 Hz, too slowly"),
         (lambda path: write_edf(path, {name: np.zeros(5000) for name in CHANNELS}), "all channels are constant"),
+        (
+            lambda path: os.truncate(path, path.stat().st_size - 1),
+            "cut short: its header promises 20 data records, the f",
+        ),
+        (lambda path: os.truncate(path, path.stat().st_size // 2), "promises 20 data records, the file holds 9"),
+        (
+            lambda path: write_edf(path, sines(256, seconds=6), 256),
+            r"6\.0 s long, shorter than the 6\.6 s of the filter",
+        ),
+        (lambda path: path.unlink(), "not readable as EDF: .*(No such file|does not exist)"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_its_reason(tmp_path, damage, reason):
@@ -217,3 +229,25 @@ def test_a_label_that_stands_twice_is_read_once(tmp_path):
 def test_values_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="not finite"):
         robust_z_score(np.array([[1.0, np.nan, 2.0]]))
+
+
+def test_a_recorder_that_was_not_stopped_leaves_a_file_that_is_read(tmp_path):
+    path = write_edf(tmp_path / "a.edf", sines(256), 256)
+    whole = read_recording(path)
+    content = bytearray(path.read_bytes())
+    content[236:244] = b"-1      "
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read_recording(path), whole)
+
+
+@given(seed=st.integers(0, 99), samples=st.integers(700, 5000))
+def test_scaling_channel_by_channel_is_bit_equal_to_scaling_them_together(seed, samples):
+    rng = np.random.default_rng(seed)
+    signals = rng.normal(0, 1, (4, samples)) * 10.0 ** rng.integers(-3, 5, (4, 1))
+    signals[1, : samples * 4 // 5] = 3
+    signals[2] = 7
+    low, middle, high = np.percentile(signals, (25, 50, 75), axis=1, keepdims=True)
+    deviation = signals.std(axis=1, keepdims=True)
+    scale = np.where((high - low) / 1.349 < 1e-3, deviation, (high - low) / 1.349)
+    scaled = np.where(deviation < 1e-3, 0, (signals - middle) / np.where(deviation < 1e-3, 1, scale))
+    np.testing.assert_array_equal(robust_z_score(signals), scaled.astype(np.float32))
