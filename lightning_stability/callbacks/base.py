@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stability._compat import Callback, MisconfigurationException
 from lightning_stability.health import StepRecord
-from lightning_stability.runtime import Runtime
+from lightning_stability.runtime import RunEvents, Runtime
 
 
 def warn_always(message: str) -> None:
@@ -98,10 +98,13 @@ class RuntimeCallback(Callback):
             with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
                 self._runtime.drain()
         self._leave()
+        RunEvents.of(trainer).failed(trainer, exception)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the runtime."""
         self._leave()
+        if stage == "fit":
+            RunEvents.of(trainer).ended(trainer)
 
     def stand_aside(self, trainer: Any, reason: object) -> None:
         """Leave a run that an automatic callback cannot serve.

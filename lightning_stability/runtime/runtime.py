@@ -33,6 +33,7 @@ from lightning_stability.health.loss_scale import scale_tensor, unscales_itself
 from lightning_stability.recovery import Guard
 from lightning_stability.runtime.outcomes import Outcomes
 from lightning_stability.runtime.retries import Retries
+from lightning_stability.runtime.run_events import RunEvents
 from lightning_stability.runtime.steps import GRAD_SCALER, NO_LOSS, OpenStep, RecordDraft, Window
 from lightning_stability.runtime.taps import Once, PluginTap, StepStandIn
 from lightning_stability.runtime.trainers import (
@@ -59,6 +60,9 @@ class Policy(Protocol):
 
     automatic: bool
     """Whether it came with the environment, and has to leave a run as it would be without."""
+
+    asked_for: bool
+    """Whether somebody named it. Where nobody did, a clean run gets no file."""
 
     def on_record(self, record: StepRecord) -> None:
         """Called once for each optimizer step, in order, some time after it."""
@@ -134,6 +138,8 @@ class Runtime:
             MisconfigurationException: If an optimizer cannot be guarded.
         """
         trainer = self.trainer
+        if any(policy.asked_for for policy in self._policies):
+            RunEvents.of(trainer).started(trainer, self.events)
         for optimizer in trainer.optimizers:
             self._stand_in_for(optimizer)
         if self._guard is None and self._shall_guard():
