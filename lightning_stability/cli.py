@@ -220,8 +220,10 @@ def _find_last_good(trainer: Any, subcommand: str) -> str | None:
     given = trainer.get("callbacks") or []
     roots += [c["init_args"]["dirpath"] for c in given if (c.get("init_args") or {}).get("dirpath")]
     loggers = trainer.get("logger")
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
-        roots.append((getattr(logger, "init_args", None) or {}).get("save_dir") or ".")
+    given = [
+        getattr(logger, "init_args", None) or {} for logger in (loggers if isinstance(loggers, list) else [loggers])
+    ]
+    roots += [options["save_dir"] for options in given if options.get("save_dir")]
     found = {}
     for root in dict.fromkeys(str(root) for root in roots):
         folders = [Path(root), *(Path(root) / name for name in ("lightning_logs",))]

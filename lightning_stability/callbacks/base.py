@@ -62,6 +62,11 @@ class RuntimeCallback(Callback):
         if stage == "fit" and self.is_needed(trainer):
             self._runtime = Runtime.attach(trainer, self)
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """All callbacks are set up."""
+        if self._runtime is not None:
+            self._runtime.prepare()
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Everything is set up and restored: the runtime takes its places."""
         if self._runtime is not None:

@@ -146,12 +146,16 @@ class FractionalCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             writing.remove_parts(str(self.dirpath))
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """All callbacks are set up."""
+        if getattr(self, "asked_for", True):  # the plugin says so of those that come with the environment
+            RunEvents.of(trainer).prepared(self._events)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to listen for places where a save is right."""
         if trainer.fast_dev_run or self._writer is None:
             return
-        if getattr(self, "asked_for", True):  # the plugin says so of those that come with the environment
-            RunEvents.of(trainer).started(trainer, self._events)
+        RunEvents.of(trainer).started(trainer)
         places = TrainingPlaces.of(trainer)
         places.listen(self)
         self._batches_per_epoch(trainer)

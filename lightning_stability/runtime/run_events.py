@@ -25,7 +25,7 @@ class RunEvents:
 
     def __init__(self) -> None:
         self._events: EventLog | None = None
-        self._started_at = 0.0
+        self._started_at: float | None = None
         self._stopped_by: str | None = None
 
     @classmethod
@@ -40,16 +40,24 @@ class RunEvents:
             found = _RUN_EVENTS[trainer] = cls()
         return found
 
-    def started(self, trainer: Any, events: EventLog) -> None:
-        """Training starts: everything is set up and restored. Told again, it does nothing.
+    def prepared(self, events: EventLog) -> None:
+        """All callbacks are set up; from now on an exception is told, in the validation before training too.
+
+        Args:
+            events: Where to write.
+        """
+        if self._events is None:
+            self._events, self._started_at, self._stopped_by = events, None, None
+
+    def started(self, trainer: Any) -> None:
+        """Training starts: everything is restored. Told again, it does nothing.
 
         Args:
             trainer: The Trainer, in `on_train_start`.
-            events: Where to write.
         """
-        if self._events is not None:
+        if self._events is None or self._started_at is not None:
             return
-        self._events, self._started_at, self._stopped_by = events, time.monotonic(), None
+        self._started_at = time.monotonic()
         if not trainer.is_global_zero:
             return
         per_epoch = steps_per_epoch(trainer)
@@ -82,7 +90,7 @@ class RunEvents:
         Args:
             trainer: The Trainer, in `teardown`.
         """
-        if self._events is not None and trainer.is_global_zero:
+        if self._events is not None and self._started_at is not None and trainer.is_global_zero:
             status, why = self._how_it_ended(trainer)
             self._write_end(trainer, status=status, why=why)
         self._events = None
@@ -101,7 +109,7 @@ class RunEvents:
 
     def _write_end(self, trainer: Any, **details: Any) -> None:
         assert self._events is not None
-        seconds = round(time.monotonic() - self._started_at, 3)
+        seconds = 0.0 if self._started_at is None else round(time.monotonic() - self._started_at, 3)
         self._events.write(ENDED, trainer.global_step, trainer.current_epoch, seconds=seconds, **details)
 
     def _how_it_ended(self, trainer: Any) -> tuple[str, str]:
@@ -112,9 +120,11 @@ class RunEvents:
         max_steps, max_epochs = _limit(trainer.max_steps), _limit(trainer.max_epochs)
         if max_steps is not None and trainer.global_step >= max_steps:
             return "finished", f"max_steps={max_steps} reached"
-        if not cut_short and max_epochs is not None:
+        if cut_short:
+            return "stopped", _who_stopped(trainer)
+        if max_epochs is not None and trainer.fit_loop.epoch_progress.current.processed >= max_epochs:
             return "finished", f"max_epochs={max_epochs} reached"
-        return ("stopped", _who_stopped(trainer)) if cut_short else ("finished", "the data has ended")
+        return "finished", "there was nothing left to train"
 
 
 def steps_per_epoch(trainer: Any) -> int | None:

@@ -128,6 +128,11 @@ class Runtime:
         runtime._reads.every = min(policy.read_every for policy in runtime._policies)
         return runtime
 
+    def prepare(self) -> None:
+        """All callbacks are set up."""
+        if any(policy.asked_for for policy in self._policies):
+            RunEvents.of(self.trainer).prepared(self.events)
+
     def start(self, module: Any) -> None:
         """Training starts: everything is set up and restored.
 
@@ -138,8 +143,7 @@ class Runtime:
             MisconfigurationException: If an optimizer cannot be guarded.
         """
         trainer = self.trainer
-        if any(policy.asked_for for policy in self._policies):
-            RunEvents.of(trainer).started(trainer, self.events)
+        RunEvents.of(trainer).started(trainer)
         for optimizer in trainer.optimizers:
             self._stand_in_for(optimizer)
         if self._guard is None and self._shall_guard():

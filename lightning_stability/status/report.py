@@ -120,7 +120,7 @@ def _state(run: Run, now: float, written: float | None) -> tuple[str, str]:
     if run.stopped is not None:
         return "stopped", f"stopped early: NaNEarlyStop: {run.stopped['why']} ({_clock(run.stopped['time'], now)})"
     if started is None:
-        return "unknown", "unknown: no training_started in events.jsonl; a callback of this package has to be asked for"
+        return "unknown", "unknown: training has not begun, or no callback of this package was asked for"
     ranks = f", {started['world_size']} ranks" if started["world_size"] > 1 else ""
     process = f"process {started['pid']} on {started['host']}"
     silent = now - max(written or 0.0, started["time"])
