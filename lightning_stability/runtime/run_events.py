@@ -12,9 +12,6 @@ from typing import Any
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.events import EventLog
 
-STARTED = "training_started"
-ENDED = "training_ended"
-
 
 class RunEvents:
     """Writes `training_started` and `training_ended` once per fit, whichever callbacks tell it.
@@ -62,7 +59,7 @@ class RunEvents:
             return
         per_epoch = steps_per_epoch(trainer)
         self._events.write(
-            STARTED,
+            "training_started",
             trainer.global_step,
             trainer.current_epoch,
             pid=os.getpid(),
@@ -110,7 +107,7 @@ class RunEvents:
     def _write_end(self, trainer: Any, **details: Any) -> None:
         assert self._events is not None
         seconds = 0.0 if self._started_at is None else round(time.monotonic() - self._started_at, 3)
-        self._events.write(ENDED, trainer.global_step, trainer.current_epoch, seconds=seconds, **details)
+        self._events.write("training_ended", trainer.global_step, trainer.current_epoch, seconds=seconds, **details)
 
     def _how_it_ended(self, trainer: Any) -> tuple[str, str]:
         if self._stopped_by is not None:

@@ -188,13 +188,15 @@ def _progress(run: Run, step: int | None) -> str:
         parts.append(f"step {step:,} of {total:,} ({step / total:.0%})" if total else f"step {step:,}")
     epoch = _epoch(run)
     if epoch is not None:
-        of = f" of {started['max_epochs']}" if started.get("max_epochs") else ""
-        parts.append(f"epoch {epoch}{of}")
+        per_epoch = started.get("steps_per_epoch")
+        trained = min(max(epoch, step / per_epoch), epoch + 1) if per_epoch and step is not None else epoch
+        said = f"{trained:.2f}".rstrip("0").rstrip(".")
+        parts.append(f"{said} of {started['max_epochs']} epochs" if started.get("max_epochs") else f"epoch {said}")
     return ", ".join(parts)
 
 
 def _epoch(run: Run) -> int | None:
-    """The epoch under way, counted from 0 as Lightning does; at the end of fit the number of epochs trained."""
+    """Epochs that are over."""
     if run.ended is not None:
         return int(run.ended["epoch"])
     epochs = [run.last_event["epoch"]] if run.last_event is not None else []

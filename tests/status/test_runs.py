@@ -83,7 +83,7 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], logg
     report = told(tmp_path)
     assert (report.state, report.needs_help, report.step, report.seconds_left) == ("finished", False, 32, None)
     assert line(report, "state").startswith("finished: max_epochs=2 reached")
-    assert line(report, "progress") == "step 32 of 32 (100%), epoch 2 of 2"
+    assert line(report, "progress") == "step 32 of 32 (100%), 2 of 2 epochs"
     assert re.fullmatch(r"[\d.e-]+ \(train_loss, step 32\)", line(report, "loss"))
     assert re.fullmatch(r"[\d.e-]+; .* over the last 32 logged", line(report, "gradient norm"))
     assert line(report, "validation").startswith("val_loss ")
