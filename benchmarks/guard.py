@@ -4,7 +4,11 @@ For each way, with fused and with foreach AdamW: the time of a step over that of
 interleaved with bare blocks in one process (see grad_norm.py). Beside it, once and on the CPU, which bad steps a run
 survives: it ends without an exception and with finite weights, buffers and epoch metrics.
 
+First of all the look that InputCheck takes at a batch: host and device time of its hook, beside one read of the batch's
+bytes at the bandwidth measured and beside one `amax`, and the number of kernels.
+
 usage: python benchmarks/guard.py [--quick] [--rounds N] [--device cuda] [--workloads a,b] [--json FILE]
+                                  [--no-inputs] [--no-scenarios]
 `stabilityguard` is compared if it is installed (pip install --no-deps stabilityguard==0.3.0).
 """
 
@@ -33,7 +37,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import grad_norm as common  # noqa: E402
 
-from lightning_stability import GradNormMonitor, NaNEarlyStop  # noqa: E402
+from lightning_stability import GradNormMonitor, InputCheck, NaNEarlyStop  # noqa: E402
 from tests.recovery import poison  # noqa: E402
 
 FUSED = {"fused": True, "foreach": False}
@@ -45,6 +49,10 @@ def main() -> None:
     device = torch.device(options.device)
     report: dict[str, Any] = {"machine": common.machine(device), "rounds": options.rounds, "workloads": {}}
     print(json.dumps(report["machine"]), flush=True)
+    if options.inputs:
+        report["inputs"] = looks(device, options.quick, report["machine"]["read_bytes_per_second"])
+        print_looks(report["inputs"])
+        save(report, options.json)
     for name in options.workloads:
         for kind, fused in FUSED.items():
             workload = make_workload(name, device, options.quick, fused)
@@ -106,10 +114,81 @@ WAYS: dict[str, Callable[[], list[pl.Callback]]] = {
     "SpikeDetection": lambda: [spike_detection()],
     "GradNormMonitor": lambda: [GradNormMonitor(every_n_steps=50)],
     "NaNEarlyStop": lambda: [NaNEarlyStop()],
+    "InputCheck": lambda: [InputCheck()],
+    'InputCheck(action="skip")': lambda: [InputCheck(action="skip")],
     "NaNEarlyStop + GradNormMonitor": lambda: [NaNEarlyStop(), GradNormMonitor(every_n_steps=50)],
 }
 if importlib.util.find_spec("stabilityguard"):
     WAYS["stabilityguard"] = lambda: [StabilityGuard()]
+
+
+# The look at a batch
+
+
+BATCHES = {
+    "32 x 19 x 2048 (EEG)": (32, 19, 2048),
+    "256 x 3 x 224 x 224 (images)": (256, 3, 224, 224),
+    "16 x 1024 x 768 (tokens)": (16, 1024, 768),
+    "4096 x 64 (features)": (4096, 64),
+}
+
+
+class TimeLook(pl.Callback):
+    """Times InputCheck's look at the batch of a real step; InputCheck is the callback before this one."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        self.result: dict[str, Any] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx < 5:
+            return
+        check = trainer.callbacks[trainer.callbacks.index(self) - 1]
+
+        def look() -> None:
+            check._look(trainer, batch, batch_idx, None)
+            check._reads.poll()
+
+        timed = {"look": look, "amax": lambda: batch.amax()}
+        self.result = common.interleaved(timed, self.device, self.repeats)
+        self.result["kernels"] = kernels_of(look) if self.device.type == "cuda" else None
+        trainer.should_stop = True
+
+
+def kernels_of(look: Callable[[], None]) -> float:
+    """How many kernels and copies a look launches; the mean of as many as share one reading."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(8):
+            look()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages()) / 8
+
+
+def looks(device: torch.device, quick: bool, bandwidth: float) -> dict[str, Any]:
+    result = {}
+    for name, shape in BATCHES.items():
+        shape = (max(shape[0] // 16, 2), *shape[1:]) if quick and device.type == "cpu" else shape
+        batch = torch.randn(shape).to(device)
+        module = common.Module(FirstValues())
+        workload = common.Workload(module, batch, 8, "32-true")
+        timer = TimeLook(device, repeats=5 if quick else 60)
+        trainer = common.make_trainer(workload, device, [InputCheck(), timer], None, 8)
+        trainer.fit(module, common.DataLoader(common.SameBatch(batch), batch_size=None))
+        read = 1e6 * batch.numel() * batch.element_size() / bandwidth
+        result[name] = {"shape": shape, "read_us": read, **timer.result}
+    return result
+
+
+class FirstValues(torch.nn.Module):
+    """Next to nothing to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten()[:16] * self.weight
 
 
 # Step ratios
@@ -181,7 +260,8 @@ SCENARIOS = {
 def survival() -> dict[str, dict[str, str]]:
     """Per way and scenario: "yes", or what was lost."""
     result: dict[str, dict[str, str]] = {}
-    for way in ["bare", *WAYS]:
+    # (what these scenarios spoil is spoilt behind InputCheck's back, in the module)
+    for way in ["bare", *(way for way in WAYS if not way.startswith("InputCheck"))]:
         result[way] = {}
         for scenario, kinds in SCENARIOS.items():
             callbacks = [] if way == "bare" else WAYS[way]()
@@ -218,6 +298,20 @@ def trained(module: pl.LightningModule) -> set[str]:
 # The report
 
 
+def print_looks(result: dict[str, Any]) -> None:
+    heads = f"{'one read us':>12s} {'host us':>9s} {'device us':>10s} {'/ read':>7s} {'amax us':>9s} {'kernels':>8s}"
+    print(f"\n{'InputCheck looks at':32s} {heads}")
+    for name, of_batch in result.items():
+        look, amax = of_batch["look"], of_batch["amax"]
+        device = look.get("device_us")
+        columns = f"{'-':>10s} {'-':>7s}" if device is None else f"{device:10.1f} {device / of_batch['read_us']:7.2f}"
+        other = amax.get("device_us", amax["host_us"])
+        kernels = "-" if of_batch["kernels"] is None else f"{of_batch['kernels']:.1f}"
+        print(
+            f"{name:32s} {of_batch['read_us']:12.1f} {look['host_us']:9.1f} {columns:>18s} {other:9.1f} {kernels:>8s}"
+        )
+
+
 def print_ratios(title: str, result: dict[str, Any]) -> None:
     print(f"\n{title}: {result['bare_ms']['median']:.1f} ms bare")
     for way, ratio in result["ratio"].items():
@@ -243,6 +337,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workloads", default="small_tensors,batch_norm")
+    parser.add_argument("--no-inputs", dest="inputs", action="store_false")
     parser.add_argument("--no-scenarios", dest="scenarios", action="store_false")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

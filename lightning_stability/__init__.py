@@ -3,6 +3,8 @@
 from lightning_stability.callbacks import (
     FractionalCheckpoint,
     GradNormMonitor,
+    InputCheck,
+    InputError,
     NaNEarlyStop,
     NonFiniteError,
     PrecisionFallback,
@@ -13,6 +15,8 @@ __version__ = "0.1.0"
 __all__ = [
     "FractionalCheckpoint",
     "GradNormMonitor",
+    "InputCheck",
+    "InputError",
     "NaNEarlyStop",
     "NonFiniteError",
     "PrecisionFallback",

@@ -19,7 +19,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_stability.callbacks import NonFiniteError
+from lightning_stability.callbacks import InputError, NonFiniteError
 from lightning_stability.checkpointing.listing import LAST_GOOD, find_checkpoints, newest_good
 from lightning_stability.commands import PROG, show_checkpoints, write_synthetic
 from lightning_stability.status import show_status
@@ -56,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
     Misconfigurations are reported in one message, without a traceback, and give the status 2; a run that
-    `NaNEarlyStop(action="raise")` ended gives 1.
+    `NaNEarlyStop(action="raise")` or `InputCheck(action="raise")` ended gives 1.
 
     Args:
         args: Words of the command line; those of the process by default.
@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> int:
     command = commands.get(words[0] if words else "", train)
     try:
         status = command(words)
-    except NonFiniteError as error:
+    except (InputError, NonFiniteError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 1
     except Exception as error:

@@ -13,7 +13,13 @@ from typing import Any
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
-from lightning_stability.callbacks import FractionalCheckpoint, GradNormMonitor, NaNEarlyStop, PrecisionFallback
+from lightning_stability.callbacks import (
+    FractionalCheckpoint,
+    GradNormMonitor,
+    InputCheck,
+    NaNEarlyStop,
+    PrecisionFallback,
+)
 from lightning_stability.callbacks.base import take_out
 from lightning_stability_plugin import VARIABLE
 
@@ -22,6 +28,7 @@ CALLBACKS: tuple[type[Any], ...] = (
     GradNormMonitor,
     FractionalCheckpoint,
     PrecisionFallback,
+    InputCheck,
 )
 """Every callback of the package: what `LIGHTNING_STABILITY_CALLBACKS` knows, and what `all` stands for."""
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from lightning_stability import InputCheck
+
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 WORKS = "works"
 BAD_BATCH = 2
@@ -164,6 +166,9 @@ CASES: dict[str, list[Case]] = {
         Case("`BatchSizeFinder`", lambda pl: {
             "callbacks": [pl.callbacks.BatchSizeFinder(max_trials=1, steps_per_trial=1)]}, base="tuned"),
         Case("`LearningRateFinder`", _callback("LearningRateFinder", num_training_steps=5), base="tuned"),
+        Case("`InputCheck`", lambda pl: {"callbacks": [InputCheck()]}),
+        Case('`InputCheck(action="skip")`', lambda pl: {"callbacks": [InputCheck(action="skip")]}),
+        Case('`InputCheck(action="raise")`', lambda pl: {"callbacks": [InputCheck(action="raise")]}),
         Case("`Timer`", _callback("Timer", duration="00:00:01:00")),
         Case("`SpikeDetection`", lambda pl: {"callbacks": [_spike(pl)]}),
         Case("`LambdaCallback`", _callback("LambdaCallback")),

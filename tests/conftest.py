@@ -15,7 +15,7 @@ from tests.command import Launcher
 # start too, would have the automatic callbacks. `tests/plugin` sets it as it needs it.
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"
 
-collect_ignore = ["distributed_fit.py", "checkpoint_fit.py"]  # scripts that tests start
+collect_ignore = ["distributed_fit.py", "distributed_inputs.py", "checkpoint_fit.py"]  # scripts that tests start
 
 
 @pytest.fixture(scope="session")

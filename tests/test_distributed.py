@@ -107,3 +107,22 @@ def test_a_bad_batch_on_one_rank_is_skipped_by_all_shards(tmp_path: Path, words:
     for result in two_ranks(tmp_path, "fsdp2", "lightning.pytorch", *words, launch_both=True, script=GUARD):
         for name, (ours, reference) in result.items():
             assert ours == reference, name
+
+
+def test_an_input_flagged_on_one_rank_is_skipped_or_raised_by_both(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("distributed_inputs.py")
+    first, second = two_ranks(tmp_path, "ddp", "pytorch_lightning", launch_both=True, script=script)
+    for name in first:
+        if name.startswith("skip"):
+            assert first[name] == second[name] == [], name
+    said, *where = first["raise"]
+    assert where == [4, 4, 1, -1]
+    assert "the batch of rank 1 was flagged" in said
+    said, *where = second["raise"]
+    assert where == [4, 4, 1, 2]
+    assert (
+        "epoch 0, batch 4, rank 1: `batch[0]` holds 6 values that are not finite; sample 2 (dataset index 37)" in said
+    )
+    assert first["write"]["rows"] == [["0", "4", "1", "37"], ["1", "4", "1", "37"]]
+    assert first["write"]["said"] == []
+    assert "rank 1" in second["write"]["said"][0]

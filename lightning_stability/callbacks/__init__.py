@@ -2,7 +2,16 @@
 
 from lightning_stability.callbacks.fractional_checkpoint import FractionalCheckpoint
 from lightning_stability.callbacks.grad_norm_monitor import GradNormMonitor
+from lightning_stability.callbacks.input_check import InputCheck, InputError
 from lightning_stability.callbacks.nan_early_stop import NaNEarlyStop, NonFiniteError
 from lightning_stability.callbacks.precision_fallback import PrecisionFallback
 
-__all__ = ["FractionalCheckpoint", "GradNormMonitor", "NaNEarlyStop", "NonFiniteError", "PrecisionFallback"]
+__all__ = [
+    "FractionalCheckpoint",
+    "GradNormMonitor",
+    "InputCheck",
+    "InputError",
+    "NaNEarlyStop",
+    "NonFiniteError",
+    "PrecisionFallback",
+]

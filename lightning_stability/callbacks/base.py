@@ -14,15 +14,19 @@ from lightning_stability.health import StepRecord
 from lightning_stability.runtime import RunEvents, Runtime
 
 
-def warn_always(message: str) -> None:
+def warn_always(message: str, on_this_rank: bool = False) -> None:
     """Warn, also where the same was said before or warnings are switched off or made errors: this is no advice.
 
     Args:
         message: What has happened to the run.
+        on_this_rank: Whether other ranks than the first shall say it too.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        rank_zero_warn(message)
+        if on_this_rank:
+            warnings.warn(message, stacklevel=2)
+        else:
+            rank_zero_warn(message)
 
 
 class RuntimeCallback(Callback):
@@ -36,6 +40,9 @@ class RuntimeCallback(Callback):
 
     patience = math.inf
     """How many bad updates in a row the run may go on after."""
+
+    reads_steps = True
+    """Whether it has to do with records at all; a run in which nobody has is not measured."""
 
     automatic = False
     """Whether it came with the environment: what it would refuse then only makes it stand aside."""

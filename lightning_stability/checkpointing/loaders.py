@@ -144,6 +144,18 @@ class TrainingData:
                         set_epoch(epoch)
 
 
+def training_iterator(trainer: Any) -> Any:
+    """The iterator of the only training loader; None if there are several, or none yet.
+
+    Args:
+        trainer: A Trainer of either namespace.
+    """
+    combined = trainer.fit_loop._combined_loader
+    mode = None if combined is None else combined._iterator
+    iterators = [] if mode is None else mode.iterators
+    return iterators[0] if combined is not None and len(combined.flattened) == len(iterators) == 1 else None
+
+
 def _is_stateful(loader: Any) -> bool:
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
 

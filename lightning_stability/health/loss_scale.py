@@ -26,6 +26,20 @@ def scale_tensor(precision_plugin: Any) -> Tensor | None:
     return scale
 
 
+def forgive_(precision_plugin: Any, optimizer: Optimizer, forgiven: Tensor) -> None:
+    """Have GradScaler find this step's gradients finite, so that it does not halve its scale for it.
+
+    Args:
+        precision_plugin: The Trainer's precision plugin.
+        optimizer: The bare torch optimizer, after `unscale_` or inside of its step.
+        forgiven: 1.0 for what shall be forgiven, else 0.0; 0-dimensional, on any device.
+    """
+    scaler = getattr(precision_plugin, "scaler", None)
+    if scaler is not None and scaler.is_enabled():
+        for found_inf in scaler._per_optimizer_states.get(id(optimizer), {}).get("found_inf_per_device", {}).values():
+            found_inf.mul_(1.0 - forgiven.to(found_inf.device))
+
+
 def unscales_itself(optimizer: Optimizer) -> bool:
     """Whether the optimizer divides the scale out inside its step, so that gradients carry it until then.
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Verdict = Literal["finite", "nan", "inf", "overflow"]
-Outcome = Literal["taken", "ordinary_skip", "bad", "held", "no_loss"]
+Outcome = Literal["taken", "ordinary_skip", "bad", "rejected", "held", "no_loss"]
 
 FP32_LARGEST_NORM = math.sqrt(float(np.finfo(np.float32).max))
 """Above this norm the sum of squares overflows fp32, and Adam's second moment with it."""
@@ -40,9 +40,10 @@ class StepRecord:
         clip_coefficient: What clipping by norm multiplied the gradients with; None where Lightning's was not
             used.
         skipped_by: Who skipped the update: `"GradScaler"`, `"guard"`, `"halt"` (an earlier step ended the run),
-            `"no loss"`; None if it was taken.
-        outcome: `"taken"`; `"ordinary_skip"`, which GradScaler answers by halving; `"bad"`; `"held"`, skipped because
-            an earlier step ended the run; `"no_loss"`.
+            `"InputCheck"`, `"no loss"`; None if it was taken.
+        outcome: `"taken"`; `"ordinary_skip"`, which GradScaler answers by halving; `"bad"`; `"rejected"`, whose input
+            was flagged, whatever the step came to; `"held"`, skipped because an earlier step ended the run;
+            `"no_loss"`.
         batch_idx: The batch, counted in its epoch: the first whose loss is not finite, else the step's last.
         batch_number: The same batch, counted over the whole run, from 1.
         nonfinite_buffer: A buffer that the forward pass made non-finite; it has been given back.

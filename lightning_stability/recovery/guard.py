@@ -26,6 +26,7 @@ class Verdict:
         found_inf: 1.0 if GradScaler found the gradients non-finite; None without its word.
         held: 1.0 if the update was held back because an earlier step has ended the run.
         buffer: Index of a buffer that the forward pass made non-finite, and 1.0 if there is one.
+        rejected: 1.0 if a batch of this step was rejected for its input; None if nobody rejects batches.
     """
 
     bad: Tensor
@@ -34,6 +35,12 @@ class Verdict:
     found_inf: Tensor | None = None
     held: Tensor | None = None
     buffer: tuple[Tensor, Tensor] | None = None
+    rejected: Tensor | None = None
+
+    @property
+    def unwanted(self) -> Tensor:
+        """1.0 if the update must not be made, for what the step itself is."""
+        return self.bad if self.rejected is None else torch.maximum(self.bad, self.rejected)
 
 
 class Guard:
@@ -42,6 +49,9 @@ class Guard:
     With an optimizer that takes `found_inf` (torch's fused ones) the device decides and the host is told later; with
     any other the host reads one scalar before the optimizer steps. On the device a count of bad steps runs along:
     once it exceeds `patience`, every later update is held back until the host has read it and stops.
+
+    A batch can also be rejected from outside, before it is trained on: then its step is not taken, whatever came of
+    it, and what its forward pass wrote is given back. Such a step is neither bad nor good: the count passes over it.
 
     Args:
         module: The LightningModule.
@@ -64,12 +74,16 @@ class Guard:
         self._written: tuple[Tensor, Tensor] | None = None
         self._bad_in_a_row: dict[Optimizer, Tensor] = {}
         self._held: Tensor | None = None
+        self._rejected: Tensor | None = None  # this batch
+        self._rejected_before: dict[Optimizer, Tensor] = {}  # earlier ones, whose gradients wait for a step
+        self._stepped: set[Optimizer] = set()  # in this batch
 
     # A batch.
 
     def begin_batch(self) -> None:
         """A batch is about to enter `training_step`."""
         self.settle_batch()
+        self._carry_rejection()
         if self._rescan_due:
             self._rescan_due = False
             self._buffers.rescan()
@@ -80,6 +94,35 @@ class Guard:
         self._metrics.remember()
         if self._watch_writes:
             self._buffers.note_versions()
+
+    def reject(self, rejected: Tensor) -> None:
+        """This batch is not to be trained on. Called after `begin_batch`, with what all ranks agree on.
+
+        Args:
+            rejected: 1.0 if that is so; 0-dimensional.
+        """
+        self._rejected = rejected.to(torch.float32)
+
+    def _carry_rejection(self) -> None:
+        """Optimizers that did not step in the last batch have its gradients still to come."""
+        rejected, self._rejected = self._rejected, None
+        if rejected is not None:
+            for optimizer in self._module.trainer.optimizers:
+                if optimizer not in self._stepped:
+                    before = self._rejected_before.get(optimizer)
+                    self._rejected_before[optimizer] = rejected if before is None else torch.maximum(before, rejected)
+        self._stepped.clear()
+
+    def rejection_of(self, optimizer: Optimizer) -> Tensor | None:
+        """1.0 if this step's gradients come from a rejected batch, among others; None if nobody rejects batches.
+
+        Args:
+            optimizer: About to step.
+        """
+        before = self._rejected_before.get(optimizer)
+        if before is None or self._rejected is None:
+            return self._rejected if before is None else before
+        return torch.maximum(before, self._rejected)
 
     def note_loss(self, loss: Tensor) -> None:
         """A forward pass has ended in this loss; its backward pass is about to run.
@@ -112,6 +155,8 @@ class Guard:
             self._written = either(self._written, written)
         if self._held is not None:
             bad = bad | (self._held > 0)
+        if self._rejected is not None:
+            bad = bad | (self._rejected > 0).to(bad.device)
         self._buffers.give_back(bad)
         self._batch_bad = bad if self._batch_bad is None else self._batch_bad | bad
         if not self._module.automatic_optimization:  # another forward pass may follow in this batch
@@ -135,9 +180,13 @@ class Guard:
     def _judge_forward_alone(self) -> None:
         """A forward pass that Lightning ran no backward pass for: only the buffers can tell."""
         written = self._buffers.nonfinite()
-        if written is not None:
-            self._buffers.give_back(written[0])
-            self._batch_bad = written[0]
+        bad = None if written is None else written[0]
+        if self._rejected is not None:
+            rejected = self._rejected > 0
+            bad = rejected if bad is None else bad | rejected.to(bad.device)
+        if bad is not None:
+            self._buffers.give_back(bad)
+            self._batch_bad = bad
 
     def settle_all(self) -> None:
         """Before metrics are computed or saved: nothing of a bad batch may be left in them."""
@@ -158,6 +207,15 @@ class Guard:
         if self._watch_writes and self._in_batch:
             self._buffers.note_versions()
 
+    def end_step(self, optimizer: Optimizer) -> None:
+        """A step is over, made or not: gradients from before it are gone.
+
+        Args:
+            optimizer: Whose step it was.
+        """
+        self._stepped.add(optimizer)
+        self._rejected_before.pop(optimizer, None)
+
     def name_of_buffer(self, index: float) -> str:
         """The buffer that a verdict points at.
 
@@ -169,10 +227,13 @@ class Guard:
     # A step.
 
     @torch.no_grad()
-    def judge(self, total_norm: Tensor, largest: float, scale: Tensor | None, loss: Tensor | None) -> Verdict:
+    def judge(
+        self, optimizer: Optimizer, total_norm: Tensor, largest: float, scale: Tensor | None, loss: Tensor | None
+    ) -> Verdict:
         """Decide on the device whether a step is good.
 
         Args:
+            optimizer: Whose step it is.
             total_norm: Norm of all its gradients, 0-dimensional.
             largest: Above it their squares overflow.
             scale: What they are multiplied with; None for nothing.
@@ -188,7 +249,10 @@ class Guard:
             if written is not None:
                 forward_good = forward_good & ~written[0].to(good.device)
         bad = (good & forward_good).logical_not().float()
-        return Verdict(bad=bad, ordinary=forward_good.float(), buffer=written)
+        rejected = self.rejection_of(optimizer)
+        if rejected is not None:
+            rejected = rejected.to(bad.device)
+        return Verdict(bad=bad, ordinary=forward_good.float(), buffer=written, rejected=rejected)
 
     def judge_again(self, verdict: Verdict, total_norm: Tensor) -> None:
         """Take back a good verdict if the gradients have become bad since.
@@ -209,10 +273,10 @@ class Guard:
         """
         verdict.found_inf = getattr(optimizer, "found_inf", None)
         if not decides_on_device(optimizer):
-            verdict.skipped = bool(verdict.bad)
+            verdict.skipped = bool(verdict.unwanted)
             yield not verdict.skipped
             return
-        found_inf = verdict.bad
+        found_inf = verdict.unwanted
         if verdict.found_inf is not None:
             found_inf = torch.maximum(found_inf, verdict.found_inf.to(found_inf.device))
         if self.patience < math.inf and not (self._distributed and verdict.found_inf is not None):
@@ -234,12 +298,14 @@ class Guard:
         if optimizer not in self._bad_in_a_row:
             self._bad_in_a_row[optimizer] = torch.zeros_like(counted)
         row = self._bad_in_a_row[optimizer]
-        if verdict.found_inf is None:
+        # what GradScaler answers, or what was rejected, is neither counted nor does it end a row
+        passed_over = None if verdict.found_inf is None else verdict.found_inf.to(row.device) * verdict.ordinary
+        if verdict.rejected is not None:
+            passed_over = verdict.rejected if passed_over is None else torch.maximum(passed_over, verdict.rejected)
+        if passed_over is None:
             row.add_(1.0).mul_(counted)
         else:
-            # what GradScaler answers is neither counted nor does it end a row
-            ordinary = verdict.found_inf.to(row.device) * verdict.ordinary
-            row.copy_(torch.where(ordinary > 0, row, (row + 1.0) * counted))
+            row.copy_(torch.where(passed_over > 0, row, (row + 1.0) * counted))
         verdict.held = torch.zeros_like(row) if self._held is None else self._held
         over = (row > self.patience).float()
         self._held = over if self._held is None else torch.maximum(self._held, over)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_stability.health import StepRecord
 from lightning_stability.health.forward_order import forward_order
 from lightning_stability.recovery import Guard
-from lightning_stability.runtime.steps import GRAD_SCALER, HALT, NO_LOSS
+from lightning_stability.runtime.steps import GRAD_SCALER, HALT, NO_LOSS, REJECTED
 
 if TYPE_CHECKING:
     from lightning_stability.runtime.runtime import Runtime
@@ -67,7 +67,7 @@ class Outcomes:
         """
         if record.buffer_index is not None:
             record.nonfinite_buffer = guard.name_of_buffer(record.buffer_index)
-        if record.skipped_by is not None and record.skipped_by != NO_LOSS:
+        if record.skipped_by not in (None, NO_LOSS, REJECTED):
             record.bad_loss_ranks = self._ranks_with_bad_loss(record)
         if not record.gradients_finite:
             record.culprit = self._culprit(record)
@@ -76,6 +76,8 @@ class Outcomes:
             record.outcome, row = "taken", 0
         elif record.skipped_by == NO_LOSS:
             record.outcome = "no_loss"
+        elif record.skipped_by == REJECTED:
+            record.outcome = "rejected"
         elif record.skipped_by == HALT:
             record.outcome = "held"
         elif record.skipped_by == GRAD_SCALER and not record.bad_loss_ranks and not record.nonfinite_buffer:

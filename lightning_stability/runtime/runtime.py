@@ -29,7 +29,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from lightning_stability._compat import MisconfigurationException, is_overridden
 from lightning_stability.events import EventLog
 from lightning_stability.health import GradientMeter, LateReads, StepRecord
-from lightning_stability.health.loss_scale import scale_tensor, unscales_itself
+from lightning_stability.health.loss_scale import forgive_, scale_tensor, unscales_itself
 from lightning_stability.recovery import Guard
 from lightning_stability.runtime.outcomes import Outcomes
 from lightning_stability.runtime.retries import Retries
@@ -57,6 +57,9 @@ class Policy(Protocol):
 
     patience: float
     """How many bad updates in a row the run may go on after; `math.inf` for any number."""
+
+    reads_steps: bool
+    """Whether it has to do with records at all; a run in which nobody has is not measured."""
 
     automatic: bool
     """Whether it came with the environment, and has to leave a run as it would be without."""
@@ -105,6 +108,7 @@ class Runtime:
         self._window = Window()
         self._last_window = Window()
         self._step: OpenStep | None = None
+        self.uncast: Any = None
         self.events = EventLog(log_folder(trainer), trainer.global_rank)
         self._tap = PluginTap(trainer.strategy.precision_plugin, self)
 
@@ -204,8 +208,18 @@ class Runtime:
             self._recent.append((number, batch))
             self._guard.begin_batch()
 
+    def reject_batch(self, rejected: Tensor) -> None:
+        """The batch that has begun is not to be trained on: its window's update is discarded.
+
+        Args:
+            rejected: 1.0 if that is so; 0-dimensional, and the same on all ranks.
+        """
+        if self._guard is not None:
+            self._guard.reject(rejected)
+
     def end_batch(self) -> None:
         """`training_step` and its optimizer steps are through, and no validation or save has come yet."""
+        self.uncast = None
         if self._guard is not None:
             if self._retries is not None:
                 self.tell(*self._retries.take_arrived())
@@ -277,7 +291,7 @@ class Runtime:
     def begin_step(self, optimizer: Optimizer) -> None:
         """An optimizer step starts; its closure, if it has one, has not run yet."""
         self._step = None
-        if self.is_ours():
+        if self.is_ours() and self._reads_steps():
             self._step = OpenStep(optimizer)
             self._stand_in_for(optimizer)
 
@@ -287,6 +301,8 @@ class Runtime:
         Args:
             batch: As the loader gave it.
         """
+        if self.trainer.training and getattr(self._tap.plugin, "_desired_input_dtype", None) == torch.float16:
+            self.uncast = batch
         if self._retries is not None:
             self._retries.note_input(batch)
 
@@ -299,6 +315,8 @@ class Runtime:
         if self._guard is not None and self.is_ours():
             self._outcomes.note_loss(loss)
             self._guard.note_loss(loss)
+        if not self._reads_steps():
+            return  # no step would close the window
         loss = loss.detach()
         if loss.dim():
             loss = loss.sum()
@@ -341,7 +359,9 @@ class Runtime:
         step.divide_by_scale = scale is not None and unscales_itself(optimizer)
         if self._guard is not None:
             scaled_by = scale if step.divide_by_scale else None
-            step.verdict = self._guard.judge(meter.total_norm(), meter.largest_norm, scaled_by, window.loss)
+            total_norm, largest_norm = meter.total_norm(), meter.largest_norm
+            step.verdict = self._guard.judge(optimizer, total_norm, largest_norm, scaled_by, window.loss)
+            self._forgive(step)
 
     def after_clipping(self, optimizer: Optimizer, module: Any) -> None:
         """A module that clips in its own way may have spoilt its gradients: look at them once more."""
@@ -393,6 +413,7 @@ class Runtime:
         if step.verdict is None:  # a second optimizer inside of the first one's step
             return original(**arguments)
         step.called = True
+        self._forgive(step)
         with guard.decide(optimizer, step.verdict) as goes_ahead:
             if goes_ahead:
                 result = original(**arguments)
@@ -415,6 +436,8 @@ class Runtime:
         step, self._step = self._step, None
         if step is None or step.meter is None:
             return
+        if self._guard is not None:
+            self._guard.end_step(step.optimizer)
         trainer = self.trainer
         for name, scalar in step.late_scalars().items():
             step.meter.put(name, scalar)
@@ -549,6 +572,17 @@ class Runtime:
         # Lightning refuses to clip with a fused optimizer under a GradScaler
         clips = self.trainer.gradient_clip_val and getattr(self._tap.plugin, "scaler", None) is not None
         rank_zero_info(f"{name}: one read per step" + ("; fused=True removes it" if has_fused and not clips else ""))
+
+    def _forgive(self, step: OpenStep) -> None:
+        """GradScaler shall not halve its scale for an input that has been rejected.
+
+        Called after it has looked: it does so in `unscale_`, or, for optimizers that unscale themselves, in its `step`.
+        """
+        if step.verdict is not None and step.verdict.rejected is not None:
+            forgive_(self._tap.plugin, step.optimizer, step.verdict.rejected)
+
+    def _reads_steps(self) -> bool:
+        return any(policy.reads_steps for policy in self._policies)
 
     def is_ours(self) -> bool:
         """Whether the run is training; the learning-rate and batch-size finders do it with other callbacks."""

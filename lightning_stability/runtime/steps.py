@@ -16,6 +16,7 @@ GRAD_SCALER = "GradScaler"
 GUARD = "guard"
 HALT = "halt"
 NO_LOSS = "no loss"
+REJECTED = "InputCheck"
 
 
 @dataclass(slots=True)
@@ -69,6 +70,7 @@ class OpenStep:
             scalars["held"] = self.verdict.held
             if self.verdict.skipped is None:  # decided on the device, or not asked because GradScaler skipped
                 scalars["bad"] = self.verdict.bad
+            scalars["rejected"] = self.verdict.rejected
             if self.verdict.buffer is not None:
                 scalars["buffer_bad"], scalars["buffer_index"] = self.verdict.buffer
         return {name: scalar for name, scalar in scalars.items() if scalar is not None}
@@ -137,6 +139,8 @@ class RecordDraft:
     def _skipped_by(self, scalars: dict[str, float]) -> str | None:
         if scalars.get("held"):
             return HALT
+        if scalars.get("rejected"):
+            return REJECTED
         if self.skipped_by is not None or scalars.get("found_inf"):
             return self.skipped_by or GRAD_SCALER
         return GUARD if self.skipped_by_guard or scalars.get("bad") else None

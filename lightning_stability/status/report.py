@@ -267,6 +267,7 @@ def _incident(event: dict[str, Any]) -> str:
     said = {
         "update_skipped": "update skipped by {by}: {why}",
         "gradient_norm_rising": "gradient norm {norm:.3g}, {ratio:.3g} times its usual value, most in {group}",
+        "input_flagged": "batch {batch_idx} was flagged ({action}): {findings[0][tensor]}: {findings[0][reason]}",
         "precision_changed": "precision {precision_from} -> {precision_to}: {why}",
         "precision_kept": "precision {precision} kept: {why}",
         "checkpoint_failed": "checkpoint {path} could not be written: {error}",
@@ -274,7 +275,7 @@ def _incident(event: dict[str, Any]) -> str:
     }.get(name)
     try:
         text = said.format(**event) if said else ""
-    except (KeyError, ValueError):  # a number that was not finite is a string
+    except (KeyError, ValueError, IndexError):  # a number that was not finite is a string
         text = ""
     if not text:
         text = f"{name}: {event['why']}" if "why" in event else name

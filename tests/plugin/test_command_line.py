@@ -21,6 +21,7 @@ OPTIONS = {
     "GradNormMonitor": ("group_depth", 1),
     "FractionalCheckpoint": ("every_n_epochs", 0.5),
     "PrecisionFallback": ("to", "bf16-mixed"),
+    "InputCheck": ("max_abs", 5.0),
 }
 
 

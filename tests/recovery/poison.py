@@ -12,7 +12,7 @@ from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryPreci
 
 from tests import runs
 
-BAD_FORWARD = {"nan_input", "inf_loss", "nan_loss"}
+BAD_FORWARD = {"nan_input", "inf_loss", "nan_loss", "rejected"}  # "rejected": the loader's own batch is bad
 
 
 class Net(nn.Module):
@@ -76,6 +76,7 @@ def make_module(pl: Any, kinds: Mapping[int, str], optimizer: Any, by_hand: bool
             self.metrics = MetricCollection([BinaryAccuracy(), BinaryPrecision(), BinaryAUROC()])
             self.batch = -1
             self.window_bad = False
+            self.window_rejected = False
             self.before: dict[str, Tensor] = {}
             self.epoch_metrics: list[dict[str, float]] = []
             self.validations: list[bool] = []
@@ -90,6 +91,7 @@ def make_module(pl: Any, kinds: Mapping[int, str], optimizer: Any, by_hand: bool
             loss = loss_of(kind, out, self)
             if by_hand and kind not in (None, "large_input"):
                 self.window_bad = True
+                self.window_rejected |= kind == "rejected"
                 if kind in BAD_FORWARD:
                     return loss
             with torch.no_grad():
@@ -117,6 +119,7 @@ def make_module(pl: Any, kinds: Mapping[int, str], optimizer: Any, by_hand: bool
                 return
             closure()
             bad, self.window_bad = self.window_bad, False
+            self.window_rejected = False
             if not bad:
                 optimizer.step(closure=lambda: None)
 
@@ -124,10 +127,12 @@ def make_module(pl: Any, kinds: Mapping[int, str], optimizer: Any, by_hand: bool
             """GradScaler's own skip stays its own; one that it sees no reason for leaves the scale as it was."""
             closure()
             bare = optimizer.optimizer
+            if self.window_rejected:
+                bare.zero_grad(set_to_none=False)  # GradScaler finds nothing to halve its scale for
             scaler.unscale_(bare)
             if not self.window_bad or any(scaler._found_inf_per_device(bare).values()):
                 scaler.step(bare)
-            self.window_bad = False
+            self.window_bad = self.window_rejected = False
             scaler.update()
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:

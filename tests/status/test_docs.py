@@ -48,5 +48,5 @@ def test_the_events_of_a_run_have_the_fields_that_the_table_gives(tmp_path: Path
     for event in events:
         assert event.keys() - COMMON - table[event["event"]] == set(), event
         if event["event"] != "training_ended":
-            values = {"guard", "GradScaler"}  # what a field holds, not a field
+            values = {"guard", "GradScaler", "InputCheck"}  # what a field holds, not a field
             assert table[event["event"]] - values <= event.keys(), event

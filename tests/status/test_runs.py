@@ -277,13 +277,15 @@ def test_incidents_and_the_change_of_precision_are_listed(tmp_path: Path) -> Non
     log.write("precision_changed", 7, 0, precision_from="16-mixed", precision_to="32-true", why="the loss was nan")
     log.write("checkpoint_refused", 8, 0, nonfinite=["a"], nonfinite_tensors=1)
     log.write("gradient_norm_rising", 9, 0, norm=float("inf"), ratio=3.5, group="net", group_ratio=4.0)
+    findings = [{"tensor": "eeg", "reason": "nonfinite", "sample": 3}]
+    log.write("input_flagged", 9, 0, batch_idx=18, action="warn", findings=findings)
     log.write("something_new", 10, 0, why="a reason")
     report = told(tmp_path)
     assert line(report, "skipped updates") == "1, 1 of these by GradScaler, which is ordinary"
-    assert line(report, "incidents") == "5"
+    assert line(report, "incidents") == "6"
     assert line(report, "precision") == "32-true since step 7, 16-mixed before"
-    assert "step 8  no checkpoint: 1 tensors are not finite" in str(report)
     assert "step 9  gradient_norm_rising" in str(report)
+    assert "step 9  batch 18 was flagged (warn): eeg: nonfinite" in str(report)
     assert "step 10  something_new: a reason" in str(report)
     assert "step 3 " not in str(report)
 

@@ -1,0 +1,74 @@
+"""The kernels against torch's pass: on a GPU, or in Triton's interpreter (tests/__init__.py asks for it)."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_stability.health import input_scan
+from lightning_stability.health.inputs import InputMeter, TensorLook
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def looks(batches: list[torch.Tensor], scan: Any, max_abs: float | None = None) -> tuple[list[TensorLook], Any]:
+    meter = InputMeter(max_abs, 100.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(input_scan, "scan", scan)
+        found = [look for batch in batches for look in meter.look(batch)]
+    return found, meter.state_dict()
+
+
+def compare(batches: list[torch.Tensor], max_abs: float | None = None) -> list[TensorLook]:
+    batches = [batch.to(DEVICE) for batch in batches]
+    ours, our_state = looks(batches, input_scan.scan_with_kernels, max_abs)
+    reference, state = looks(batches, input_scan.scan_with_torch, max_abs)
+    for look, expected in zip(ours, reference, strict=True):
+        torch.testing.assert_close(look.row, expected.row, rtol=1e-5, atol=1e-35, equal_nan=True)
+        torch.testing.assert_close(look.samples, expected.samples, rtol=1e-4, atol=1e-35, equal_nan=True)
+    for name, remembered in state.items():
+        torch.testing.assert_close(our_state[name]["scale"], remembered["scale"], rtol=1e-5, atol=1e-6)
+        channels = our_state[name]["channels"]
+        assert (channels is None) == (remembered["channels"] is None)
+        assert channels is None or torch.equal(channels, remembered["channels"])
+    return ours
+
+
+SHAPES = [(), (5,), (1, 1), (2, 5), (3, 2100), (4, 3, 100), (2, 3, 5000), (3, 4, 7, 9), (40, 2, 3), (2, 1500, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_samples_and_memory_are_those_of_torch(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(shape) * scale + 0.5 for scale in (1.0, 2.0, 1e30, 1e-30, 1.0)]
+    batches[1].view(-1)[-1] = -math.inf
+    if len(shape) > 1:
+        batches[4][:, shape[1] - 1] = 3.0
+    compare(batches, max_abs=1e20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    batches = [torch.randn(4, 3, 50).to(dtype), torch.full((4, 3, 50), largest, dtype=dtype)]
+    batches[1][:2] = -largest
+    look = compare(batches)[1]
+    assert float(look.row[1]) == pytest.approx(largest, rel=1e-6)
+
+
+def test_values_that_do_not_lie_side_by_side() -> None:
+    x = torch.randn(3, 8, 5, 6)
+    compare([x.to(memory_format=torch.channels_last), x[:, ::2], x[:, ::2, :, 1:]])
+
+
+def test_an_outlier_in_the_first_batch_and_one_in_the_first_value() -> None:
+    batches = [torch.randn(4, 3, 20) * 1e5, *(torch.randn(4, 3, 20) for _ in range(12))]
+    batches[11][0, 0, 0] = 1e30
+    flagged = [bool(look.flag) for look in compare(batches)]
+    assert flagged == [False, *[True] * input_scan.ADOPTED, False, False, True, False]
+
+
+def test_all_values_bad_and_all_the_same() -> None:
+    compare([torch.randn(2, 3, 4), torch.full((2, 3, 4), math.nan), torch.zeros(2, 3, 4), torch.full((2, 3, 4), 5.0)])
