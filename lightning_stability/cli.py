@@ -21,23 +21,18 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_stability.callbacks import InputError, NonFiniteError
-from lightning_stability.checkpointing.listing import (
-    LAST_GOOD,
-    checkpoint_folders,
-    find_checkpoints,
-    list_checkpoints,
-    newest_good,
-    table,
-)
+from lightning_stability.checkpointing.listing import LAST_GOOD, find_checkpoints, newest_good
+from lightning_stability.commands import PROG, show_checkpoints, write_synthetic
+from lightning_stability.status import show_status
 from lightning_stability.tuab.configs import config_names, packaged_file
 
-PROG = "lightning-stability"
 DEFAULT_CONFIG = "demo"
 _HELP = f"""
 also:
   {PROG} demo [options of fit]         train, validate and test the probe on synthetic EEG, in about two minutes
   {PROG} synthetic FOLDER [options]    write a synthetic corpus of EDF files
   {PROG} checkpoints FOLDER [--verify] list checkpoints: step, epoch, size, complete, finite, metrics
+  {PROG} status FOLDER [--watch]       say how a run is doing: running or dead, step, loss, incidents, checkpoint
 
 --ckpt_path {LAST_GOOD} goes on from the newest checkpoint that is complete and finite.
 
@@ -74,6 +69,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "demo": demo,
         "synthetic": write_synthetic,
         "checkpoints": show_checkpoints,
+        "status": show_status,
     }
     command = commands.get(words[0] if words else "", train)
     ours = {*commands, *StabilityCLI.subcommands()}
@@ -236,58 +232,16 @@ def demo(words: list[str]) -> None:
     )
 
 
-def write_synthetic(words: list[str]) -> None:
-    """Write a synthetic corpus."""
-    from lightning_stability.tuab.synthetic import SyntheticCorpus
-
-    parser = argparse.ArgumentParser(
-        f"{PROG} synthetic",
-        description="Write made-up recordings as EDF files in the layout of the TUAB corpus.",
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
-    parser.add_argument("--artefacts", type=int, default=0, help="recordings with bursts of 1e6 microvolts")
-    parser.add_argument("--broken", type=int, default=0, help="files that are cut off in their header")
-    given = parser.parse_args(words[1:])
-    corpus = SyntheticCorpus(artefacts=given.artefacts, broken=given.broken, seed=given.seed)
-    try:
-        corpus.write(given.folder)
-    except OSError as error:
-        raise MisconfigurationException(f"The corpus cannot be written to {given.folder}: {error}") from error
-    print(f"Wrote {given.folder}. Train on it with --data.root={given.folder}")
-
-
-def show_checkpoints(words: list[str]) -> int:
-    """List the checkpoints of a folder; the status is 1 if one of them cannot be used."""
-    parser = argparse.ArgumentParser(
-        f"{PROG} checkpoints",
-        description="List the checkpoints of a folder, or of all runs below it, oldest first. The status is 1 if one"
-        " is not complete or not finite.",
-    )
-    parser.add_argument("folder", type=Path, help="such as lightning_logs/version_0/checkpoints")
-    parser.add_argument("--verify", action="store_true", help="read every byte: check sums, and that all is finite")
-    given = parser.parse_args(words[1:])
-    if not given.folder.exists():
-        raise MisconfigurationException(f"There is no folder {given.folder}.")
-    folders = checkpoint_folders(given.folder)
-    if not folders:
-        raise MisconfigurationException(f"There are no checkpoints (*.ckpt) in {given.folder} or its runs' folders.")
-    good = True
-    for folder in folders:
-        infos = list_checkpoints(folder, given.verify)
-        print(f"{folder}\n{table(infos)}\n")
-        good = good and all(info.complete and info.finite is not False for info in infos)
-    return 0 if good else 1
-
-
 def _find_last_good(trainer: Any, subcommand: str) -> str | None:
     """Return the newest complete, finite checkpoint where the configured run, or one before it, has put its own."""
     roots = [trainer.get("default_root_dir") or "."]
     given = trainer.get("callbacks") or []
     roots += [c["init_args"]["dirpath"] for c in given if (c.get("init_args") or {}).get("dirpath")]
     loggers = trainer.get("logger")
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
-        roots.append((getattr(logger, "init_args", None) or {}).get("save_dir") or ".")
+    given = [
+        getattr(logger, "init_args", None) or {} for logger in (loggers if isinstance(loggers, list) else [loggers])
+    ]
+    roots += [options["save_dir"] for options in given if options.get("save_dir")]
     found = {}
     for root in dict.fromkeys(str(root) for root in roots):
         folders = [Path(root), *(Path(root) / name for name in ("lightning_logs",))]

@@ -20,7 +20,7 @@ class EventLog:
     itself says. A line is written whole and handed to the operating system at once, so that a killed run
     keeps what it wrote and the processes of one machine can share the file. When the file has reached
     `max_bytes` it becomes `events.1.jsonl`, replacing the one before it: the newest events survive, in at
-    most twice that size.
+    most twice that size. The newest `training_started` is copied to the head of a new file, with `"repeated": true`.
 
     Args:
         folder: The run's log folder, or None: then nothing is written.
@@ -64,6 +64,7 @@ class EventLog:
         data = (json.dumps(_finite_json(line), allow_nan=False) + "\n").encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._rank == 0 and self.path.exists() and self.path.stat().st_size + len(data) > self._max_bytes:
+            data = _last_start(self.path) + data
             self.path.replace(self.path.with_name(PREVIOUS_FILE_NAME))
         # Opened for each line: events are rare, and another process may have begun a new file in between.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -91,6 +92,16 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def _last_start(path: Path) -> bytes:
+    """The line that says when the training under way was started, marked as a copy; nothing if there is none."""
+    content = path.read_bytes()
+    begin = content.rfind(b'{"event": "training_started"')
+    line, newline, _ = content[max(begin, 0) :].partition(b"\n")
+    if begin < 0 or not newline:
+        return b""
+    return json.dumps({**json.loads(line), "repeated": True}).encode() + newline
 
 
 def _finite_json(value: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stability.callbacks.base import RuntimeCallback
+from lightning_stability.events import read_events
 from lightning_stability.health import StepRecord
 from lightning_stability.runtime import runtime_of
 
@@ -148,6 +149,11 @@ def trainer(pl: types.ModuleType, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pl.Trainer(**{**defaults, **options})
+
+
+def incidents(folder: Any) -> list[dict[str, Any]]:
+    """A run's events but for its start and end."""
+    return [event for event in read_events(folder) if event["event"] not in ("training_started", "training_ended")]
 
 
 def fp16(pl: types.ModuleType, **options: Any) -> list[Any]:

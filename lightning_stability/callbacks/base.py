@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stability._compat import Callback, MisconfigurationException, is_instance_by_name
 from lightning_stability.health import StepRecord
-from lightning_stability.runtime import Runtime
+from lightning_stability.runtime import RunEvents, Runtime
 
 
 def warn_always(message: str, on_this_rank: bool = False) -> None:
@@ -92,6 +92,11 @@ class RuntimeCallback(Callback):
         if stage == "fit" and self.is_needed(trainer):
             self._runtime = Runtime.attach(trainer, self)
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """All callbacks are set up."""
+        if self._runtime is not None:
+            self._runtime.prepare()
+
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Warn of a precision that the run has left, if nobody else does."""
         warn_of_forgotten_precision(self, trainer, checkpoint)
@@ -132,10 +137,13 @@ class RuntimeCallback(Callback):
             with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
                 self._runtime.drain()
         self._leave()
+        RunEvents.of(trainer).failed(trainer, exception)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the runtime."""
         self._leave()
+        if stage == "fit":
+            RunEvents.of(trainer).ended(trainer)
 
     def stand_aside(self, trainer: Any, reason: object) -> None:
         """Leave a run that an automatic callback cannot serve.

@@ -20,7 +20,7 @@ from lightning_stability.checkpointing.loops import FORMAT, SECTION, Place, Trai
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
 from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.events import EventLog
-from lightning_stability.runtime import log_folder, runtime_of
+from lightning_stability.runtime import RunEvents, log_folder, runtime_of
 
 _OTHER_TRIGGERS = ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end", "save_on_exception")
 _BOOKKEEPING = (
@@ -150,10 +150,16 @@ class FractionalCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             writing.remove_parts(str(self.dirpath))
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """All callbacks are set up."""
+        if getattr(self, "asked_for", True):  # the plugin says so of those that come with the environment
+            RunEvents.of(trainer).prepared(self._events)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to listen for places where a save is right."""
         if trainer.fast_dev_run or self._writer is None:
             return
+        RunEvents.of(trainer).started(trainer)
         places = TrainingPlaces.of(trainer)
         places.listen(self)
         self._batches_per_epoch(trainer)
@@ -210,11 +216,13 @@ class FractionalCheckpoint(ModelCheckpoint):
             if error is not None:
                 self._note_failure(trainer, pending, str(error))
         self._leave(trainer)
+        RunEvents.of(trainer).failed(trainer, exception)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the Trainer as it was."""
         if stage == "fit":
             self._leave(trainer)
+            RunEvents.of(trainer).ended(trainer)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep what is put back when training starts."""

@@ -21,7 +21,7 @@ from lightning_stability.recovery.stopping import (
     newest_checkpoint,
     resume_command,
 )
-from lightning_stability.runtime import window_is_open
+from lightning_stability.runtime import RunEvents, window_is_open
 
 SHOWN_NAMES = 3
 
@@ -311,6 +311,7 @@ class NaNEarlyStop(RuntimeCallback):
     def _announce(self, trainer: Any, incident: _Incident) -> None:
         assert self._runtime is not None
         trainer.should_stop = True
+        RunEvents.of(trainer).stopped(f"NaNEarlyStop: {incident.why}")
         checkpoint = self._keep_good_weights(trainer) or newest_checkpoint(trainer)
         self._silenced = self._silenced or SilencedCheckpoints(trainer)
         self._add_weights(trainer, incident)

@@ -33,6 +33,7 @@ from lightning_stability.health.loss_scale import forgive_, scale_tensor, unscal
 from lightning_stability.recovery import Guard
 from lightning_stability.runtime.outcomes import Outcomes
 from lightning_stability.runtime.retries import Retries
+from lightning_stability.runtime.run_events import RunEvents
 from lightning_stability.runtime.steps import GRAD_SCALER, NO_LOSS, OpenStep, RecordDraft, Window
 from lightning_stability.runtime.taps import Once, PluginTap, StepStandIn
 from lightning_stability.runtime.trainers import (
@@ -62,6 +63,9 @@ class Policy(Protocol):
 
     automatic: bool
     """Whether it came with the environment, and has to leave a run as it would be without."""
+
+    asked_for: bool
+    """Whether somebody named it. Where nobody did, a clean run gets no file."""
 
     def on_record(self, record: StepRecord) -> None:
         """Called once for each optimizer step, in order, some time after it."""
@@ -128,6 +132,11 @@ class Runtime:
         runtime._reads.every = min(policy.read_every for policy in runtime._policies)
         return runtime
 
+    def prepare(self) -> None:
+        """All callbacks are set up."""
+        if any(policy.asked_for for policy in self._policies):
+            RunEvents.of(self.trainer).prepared(self.events)
+
     def start(self, module: Any) -> None:
         """Training starts: everything is set up and restored.
 
@@ -138,6 +147,7 @@ class Runtime:
             MisconfigurationException: If an optimizer cannot be guarded.
         """
         trainer = self.trainer
+        RunEvents.of(trainer).started(trainer)
         for optimizer in trainer.optimizers:
             self._stand_in_for(optimizer)
         if self._guard is None and self._shall_guard():

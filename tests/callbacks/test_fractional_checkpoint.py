@@ -20,7 +20,6 @@ from lightning_stability import FractionalCheckpoint, GradNormMonitor
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.checkpointing import last_good_checkpoint, list_checkpoints
 from lightning_stability.checkpointing.loops import TrainingPlaces
-from lightning_stability.events import read_events
 from tests import checkpoint_fit as fits
 from tests import runs
 
@@ -423,7 +422,7 @@ def test_what_is_not_finite_is_not_saved_and_last_stays_the_newest_good_one(tmp_
     folder = Path(callback.dirpath)
     assert [info.step for info in list_checkpoints(folder, verify=True)] == [4, 4]
     assert all(info.is_good for info in list_checkpoints(folder, verify=True)), "the mask is so by design"
-    events = list(read_events(logger.log_dir))
+    events = runs.incidents(logger.log_dir)
     assert [(e["event"], e["step"]) for e in events] == [
         ("checkpoint_saved", 2),
         ("checkpoint_saved", 4),

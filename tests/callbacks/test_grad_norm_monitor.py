@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lightning_stability import GradNormMonitor
-from lightning_stability.events import read_events
 from lightning_stability.runtime import runtime_of
 from tests import runs
 
@@ -224,7 +223,7 @@ class TestRisingNorm:
             warnings.simplefilter("always")
             fit_scripted(pl, norms, GradNormMonitor(), logger=logger)
         messages = [str(w.message) for w in caught if "gradient norm is rising" in str(w.message)]
-        return messages, list(read_events(logger.log_dir))
+        return messages, runs.incidents(logger.log_dir)
 
     def test_is_called_out_once_a_stretch_with_step_group_and_ratio(self, pl: Any, tmp_path: Path) -> None:
         rise = [1.5**i for i in range(1, 20)]

@@ -17,7 +17,6 @@ from lightning_stability import FractionalCheckpoint, InputCheck, InputError
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.callbacks.input_check import MOST_WARNINGS
 from lightning_stability.cli import main
-from lightning_stability.events import read_events
 from lightning_stability.flagged_inputs import COLUMNS, FILE_NAME, FlaggedInput, append_flagged
 from lightning_stability.health.inputs import InputMeter
 from lightning_stability.runtime import runtime_of
@@ -209,7 +208,7 @@ class TestWhatIsWritten:
         fit(
             pl, InputCheck(action="skip"), loader({9: 1e5, 10: 1e5, 21: math.nan}, shuffle=False), module, logger=logger
         )
-        events = list(read_events(logger.log_dir))
+        events = runs.incidents(logger.log_dir)
         flagged = [event for event in events if event["event"] == "input_flagged"]
         assert [(event["batch_idx"], event["action"]) for event in flagged] == [(2, "skip"), (5, "skip")]
         assert [finding["dataset_index"] for finding in flagged[0]["findings"]] in ([9, 10], [10, 9])

@@ -13,7 +13,6 @@ from torch import nn
 
 from lightning_stability import FractionalCheckpoint, GradNormMonitor, NaNEarlyStop, NonFiniteError
 from lightning_stability._compat import MisconfigurationException
-from lightning_stability.events import read_events
 from tests import runs
 from tests.recovery import poison
 
@@ -384,7 +383,7 @@ class TestWhatItSays:
     def test_skips_and_the_stop_are_events(self, pl: Any, tmp_path: Path) -> None:
         logger = pl.loggers.CSVLogger(tmp_path)
         Run(pl, dict.fromkeys([1, 2], "nan_input"), NaNEarlyStop(1), logger=logger)
-        events = list(read_events(logger.log_dir))
+        events = runs.incidents(logger.log_dir)
         assert [event["event"] for event in events] == ["update_skipped", "update_skipped", "training_stopped"]
         assert [event["batch_idx"] for event in events] == [1, 2, 2]
         assert events[0]["by"] == "guard"

@@ -12,7 +12,6 @@ from torch import nn
 
 from lightning_stability import GradNormMonitor, NaNEarlyStop, PrecisionFallback
 from lightning_stability._compat import MisconfigurationException
-from lightning_stability.events import read_events
 from lightning_stability.runtime import runtime_of
 from tests import runs
 from tests.recovery import poison
@@ -357,7 +356,7 @@ class TestWhenPrecisionIsNotTheCause:
         callbacks = [PrecisionFallback(), NaNEarlyStop()]
         with pytest.warns(UserWarning, match="16-mixed was not the cause"):
             poison.fit(one, module, callbacks, plugins=runs.fp16(one), logger=logger)
-        names = [event["event"] for event in read_events(logger.log_dir)]
+        names = [event["event"] for event in runs.incidents(logger.log_dir)]
         assert names[-3:] == ["precision_kept", "update_skipped", "training_stopped"]
 
 
@@ -527,7 +526,7 @@ class TestWhatItSays:
             UserWarning, match=r"the input of `net\.encoder\.0` ranges from -.*e\+06 to .*e\+06, and fp16"
         ):
             poison.fit(one, module, [PrecisionFallback()], plugins=runs.fp16(one), logger=logger)
-        [event] = [e for e in read_events(logger.log_dir) if e["event"] == "precision_changed"]
+        [event] = [e for e in runs.incidents(logger.log_dir) if e["event"] == "precision_changed"]
         assert (event["precision_from"], event["precision_to"], event["step"]) == ("16-mixed", "32-true", 2)
         logger.save()
         assert "precision_bits" in (Path(logger.log_dir) / "metrics.csv").read_text()

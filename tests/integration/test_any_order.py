@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lightning_stability import FractionalCheckpoint, GradNormMonitor, NaNEarlyStop, PrecisionFallback
-from lightning_stability.events import read_events
 from tests import runs
 from tests.recovery import poison
 
@@ -44,7 +43,7 @@ def fit(folder: Path, given: tuple[str, ...], brought: tuple[str, ...], monkeypa
         gradient_clip_val=1.0,
     )
     assert result["trainer"].precision == "32-true"
-    events = [{k: v for k, v in event.items() if k not in NOT_OF_THE_RUN} for event in read_events(folder)]
+    events = [{k: v for k, v in event.items() if k not in NOT_OF_THE_RUN} for event in runs.incidents(folder)]
     # (with none given, Lightning adds a ModelCheckpoint of its own)
     saved = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.rglob("epoch=00*.ckpt"))}
     return {

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_stability.events import read_events
 from lightning_stability.tuab import SyntheticCorpus
+from tests import runs
 from tests.command import run
 
 SCALES = """
@@ -80,7 +80,7 @@ def test_artefacts_in_fp16_crash_in_another_way_finite_steps_first_then_nan_in_t
     )
     words = ["--config=tuab_stable", "--data.root=corpus", "--data.batch_size=4"]
     words += ["--trainer.accumulate_grad_batches=1", "--trainer.log_every_n_steps=1"]  # to see the loss of every batch
-    done = run("fit", *words, "--trainer.precision=16-mixed", cwd=tmp_path)
+    done = run("fit", *words, "--trainer.callbacks=null", "--trainer.precision=16-mixed", cwd=tmp_path)
     finite = [math.isfinite(loss) for loss in scalars(tmp_path, "train_loss_step")]
     first_nan = finite.index(False)
     assert first_nan >= 3
@@ -112,7 +112,7 @@ def test_artefacts_with_nan_early_stop_name_the_batch_and_keep_what_the_printed_
         tmp_path / "corpus"
     )
     words = ["--config=tuab_stable", "--data.root=corpus", "--data.batch_size=4", "--trainer.precision=16-mixed"]
-    words += ["--trainer.accumulate_grad_batches=1", "--trainer.callbacks+=NaNEarlyStop"]
+    words += ["--trainer.accumulate_grad_batches=1", "--trainer.callbacks=null", "--trainer.callbacks+=NaNEarlyStop"]
     stopped = run("fit", *words, cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stderr
     batch = int(re.search(r"where: epoch 0, batch (\d+), global step \1", stopped.stderr)[1])
@@ -165,6 +165,6 @@ def test_artefacts_with_precision_fallback_cost_no_auroc(tmp_path):
     bits = scalars(tmp_path / "fp16", "precision_bits")
     assert bits[0] == 16.0
     assert bits[-1] == 32.0
-    [event] = read_events(next((tmp_path / "fp16").rglob("events.jsonl")).parent)
+    [event] = runs.incidents(next((tmp_path / "fp16").rglob("events.jsonl")).parent)
     assert event["event"] == "precision_changed"
     assert event["step"] > 0, "it is an artefact, not the first batch"

@@ -1,0 +1,55 @@
+"""`lightning-stability status`: once, or again and again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from lightning_stability.status.report import Report, look
+from lightning_stability.status.run import Run, find_run
+
+_SECONDS = 2.0
+_CLEAR = "\033[H\033[2J"
+
+
+def show_status(words: list[str]) -> int:
+    """Say how a run is doing; the status is 1 if it died, failed or was ended by NaNEarlyStop.
+
+    Args:
+        words: Those of the command line, `status` first.
+    """
+    parser = argparse.ArgumentParser(
+        "lightning-stability status",
+        description="Say how a run is doing, from its events.jsonl and its logs. The status is 1 if it died, failed or"
+        " was ended by NaNEarlyStop, 2 if there is no run, and 0 otherwise.",
+    )
+    parser.add_argument("folder", type=Path, help="a run's log folder, such as lightning_logs/version_0, or one above")
+    parser.add_argument("--watch", action="store_true", help="look again every two seconds, until the run has ended")
+    given = parser.parse_args(words[1:])
+    run = Run(find_run(given.folder))
+    try:
+        report = _show(run)
+        while given.watch and report.state in ("running", "unknown"):
+            time.sleep(_SECONDS)
+            newest = find_run(given.folder)
+            if newest != run.folder:  # it was started again
+                run.close()
+                run = Run(newest)
+            report = _show(run, before=report, again=True)
+    except KeyboardInterrupt:
+        print()
+    finally:
+        run.close()
+    return int(report.needs_help)
+
+
+def _show(run: Run, before: Report | None = None, again: bool = False) -> Report:
+    run.update()
+    report = look(run)
+    if sys.stdout.isatty():
+        print((_CLEAR if again else "") + str(report), flush=True)
+    elif before is None or (report.step, report.state) != (before.step, before.state):
+        print(("\n" if again else "") + str(report), flush=True)
+    return report

@@ -1,0 +1,169 @@
+"""One run's folder: which it is, and what its events and logs have said so far."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_stability._compat import MisconfigurationException
+from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME
+from lightning_stability.status.files import EventsFile, Logs, Point, board_files
+
+_DEPTH = 4
+_NO_INCIDENTS = ("training_started", "training_ended", "training_stopped", "checkpoint_saved")
+
+
+class Saved(NamedTuple):
+    """A checkpoint that an event names."""
+
+    path: str
+    step: int
+    time: float
+
+
+class Run:
+    """What is known of a run; `update` reads what is new.
+
+    Args:
+        folder: The run's log folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: dict[str, Any] | None = None
+        self.ended: dict[str, Any] | None = None
+        self.stopped: dict[str, Any] | None = None
+        """The `training_stopped` of NaNEarlyStop."""
+        self.last_event: dict[str, Any] | None = None
+        self.precision_changed: dict[str, Any] | None = None
+        self.skipped: Counter[bool] = Counter()
+        """Skipped updates by whether they were ordinary."""
+        self.incidents = 0
+        self.newest_incidents: deque[dict[str, Any]] = deque(maxlen=3)
+        self.saved: deque[Saved] = deque(maxlen=100)
+        self.series: dict[str, list[Point]] = {}
+        self._events = EventsFile(folder)
+        self._logs = Logs(folder)
+
+    def update(self) -> None:
+        """Read what was written since the last time."""
+        for event in self._events.read():
+            if not event.get("repeated") or self.started is None:
+                self._add(event)
+        self.series = self._logs.read(since=self.started["time"] - 1.0 if self.started else 0.0)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._events.close()
+        self._logs.close()
+
+    def last_written(self) -> float | None:
+        """When any of its files was last written, in seconds since 1970."""
+        return max((_modified(path) for path in log_files(self.folder)), default=None)
+
+    def last_good(self) -> Saved | None:
+        """The newest checkpoint that was found finite before it was written, and is still there."""
+        for saved in reversed(self.saved):
+            for path in (Path(saved.path), self.folder / "checkpoints" / Path(saved.path).name):
+                if path.exists():
+                    return saved._replace(path=str(path))
+            if "://" in saved.path:  # not this machine's to look at
+                return saved
+        return None
+
+    def process_is_alive(self) -> bool | None:
+        """Whether the process that trains is there; None if that cannot be known from here."""
+        if self.started is None or self.started["host"] != socket.gethostname():
+            return None
+        return _is_alive(int(self.started["pid"]), started_before=self.started["time"])
+
+    def _add(self, event: dict[str, Any]) -> None:
+        self.last_event = event
+        name = event["event"]
+        if name == "training_started":
+            self.started, self.ended, self.stopped, self.precision_changed = event, None, None, None
+        elif name == "training_ended":
+            self.ended = self.ended or event  # what the first rank died of, not what followed from it
+        elif name == "training_stopped":
+            self.stopped = event
+            if event.get("checkpoint"):
+                self.saved.append(Saved(event["checkpoint"], event["step"], event["time"]))
+        elif name == "checkpoint_saved":
+            self.saved.append(Saved(event["path"], event["step"], event["time"]))
+        elif name == "update_skipped":
+            self.skipped[bool(event.get("ordinary"))] += 1
+        elif name == "precision_changed":
+            self.precision_changed = event
+        if name not in _NO_INCIDENTS and not event.get("ordinary"):
+            self.incidents += 1
+            self.newest_incidents.append(event)
+
+
+def find_run(path: Path) -> Path:
+    """Return the run's folder: this one, or the one below it that was written to last.
+
+    Runs with an `events.jsonl` go before others, such as those of `test`.
+
+    Args:
+        path: A run's log folder or one above it.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    if not path.is_dir():
+        raise MisconfigurationException(f"There is no folder {path}.")
+    folders = [path] if log_files(path) else list(_runs_below(path))
+    if not folders:
+        raise MisconfigurationException(
+            f"{path} is no run, and there is none below it: no {FILE_NAME}, TensorBoard file or metrics.csv was found."
+            " Give a run's log folder, such as lightning_logs/version_0, or one above it."
+        )
+    return max(folders, key=lambda folder: ((folder / FILE_NAME).exists(), max(map(_modified, log_files(folder)))))
+
+
+def log_files(folder: Path) -> list[Path]:
+    """The files by which a run's folder is known.
+
+    Args:
+        folder: The folder.
+    """
+    named = (folder / name for name in (FILE_NAME, PREVIOUS_FILE_NAME, "metrics.csv"))
+    return [*(path for path in named if path.exists()), *board_files(folder)]
+
+
+def _runs_below(path: Path) -> Iterator[Path]:
+    for folder, names, files in os.walk(path):
+        depth = len(Path(folder).relative_to(path).parts)
+        names[:] = [n for n in names if depth < _DEPTH and n != "checkpoints" and not n.startswith(".")]
+        if {FILE_NAME, "metrics.csv"} & set(files) or any(name.startswith("events.out.tfevents.") for name in files):
+            yield Path(folder)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # a file that has just been renamed
+        return 0.0
+
+
+def _is_alive(pid: int, started_before: float) -> bool:
+    """Whether a process of this machine runs; another one that was given the same number later does not count."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        booted = time.time() - float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:  # no Linux, or gone by now
+        return True
+    began = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    # a minute: clocks are set
+    return fields[0] != "Z" and began < started_before + 60.0
