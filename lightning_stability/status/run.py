@@ -15,7 +15,7 @@ from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME
 from lightning_stability.status.files import EventsFile, Logs, Point, board_files
 
 _DEPTH = 4
-_NO_INCIDENTS = ("training_started", "training_ended", "training_stopped", "checkpoint_saved")
+_NO_INCIDENTS = ("training_started", "training_ended", "training_stopped", "checkpoint_saved", "input_scales")
 
 
 class Saved(NamedTuple):

@@ -55,7 +55,6 @@ LABELS = torch.tensor([0, 1, 0, 1])
         (torch.zeros(2, 2, dtype=torch.complex64), []),
         (torch.eye(3).to_sparse(), []),
     ],
-    ids=str,
 )
 def test_floating_tensors_are_found_whatever_their_nesting_and_no_others(batch: Any, names: list[str]) -> None:
     assert [look.name for look in meter().look(batch)] == names

@@ -85,7 +85,7 @@ def test_without_rejection_gradscaler_would_have_halved() -> None:
     assert poison.fit(pl, module, [stop], data({2}, "nan"), plugins=plugins)["precision"]["scale"] < 256.0
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)), ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_neither_a_stop_nor_a_fallback_comes_of_a_rejected_batch(order: tuple[int, ...]) -> None:
     """Overflow in fp16 is what PrecisionFallback waits for, a NaN loss what NaNEarlyStop() ends a run for."""
     stop, fallback, check = NaNEarlyStop(), PrecisionFallback(), InputCheck(action="skip")
