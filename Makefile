@@ -27,7 +27,7 @@ bench: $(READY)
 
 # Strict: a link or an anchor that leads nowhere is an error.
 docs: $(READY)
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 	@echo "The site is in site/index.html"
 
 clean:

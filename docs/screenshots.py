@@ -54,6 +54,7 @@ def run_demo(folder: Path) -> Path:
 
 
 def photograph(url: str, picture: Path) -> None:
+    from PIL import Image
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -69,6 +70,7 @@ def photograph(url: str, picture: Path) -> None:
         browser.get(url)
         time.sleep(12)  # TensorBoard draws its charts when its own requests have come back
         browser.save_screenshot(str(picture))
+        Image.open(picture).quantize(128).save(picture, optimize=True)
     finally:
         browser.quit()
 

@@ -65,6 +65,8 @@ def _environment() -> dict[str, str]:
 
 
 def _serve() -> None:
+    import torch.utils.tensorboard  # noqa: F401 - each run with a logger would import it anew
+
     from lightning_stability.cli import main
 
     for line in sys.stdin:

@@ -93,5 +93,9 @@ def matches(shown: str, output: str, same_numbers: bool) -> bool:
     """
     pattern = re.escape(" ".join(shown.split())).replace(r"\.\.\.", ".*?").replace(r"\ ", " ")
     if not same_numbers:
-        pattern = re.sub(r"(?:\\[-+])?\d[\d,]*(?:\\\.\d+)?(?:e(?:\\?[-+])\d+)?", r"[-+]?\\d[\\d,]*(?:\\.\\d+)?(?:e[-+]\\d+)?", pattern)
+        pattern = re.sub(
+            r"(?:\\[-+])?\d[\d,]*(?:\\\.\d+)?(?:e(?:\\?[-+])\d+)?",
+            r"[-+]?\\d[\\d,]*(?:\\.\\d+)?(?:e[-+]\\d+)?",
+            pattern,
+        )
     return re.search(pattern, " ".join(output.split())) is not None

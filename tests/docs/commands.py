@@ -1,11 +1,12 @@
 """How a command on a page is run by a test: as it stands, but small.
 
-A command that is in none of these tables fails the test that meets it, so that no snippet is forgotten. What differs from
-what a reader types is here and nowhere else.
+A command that is in none of these tables fails the test that meets it, so that no snippet is forgotten. What differs
+from what a reader types is here and nowhere else.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -20,13 +21,11 @@ from tests.docs.blocks import ROOT, Command
 VARIABLE = "LIGHTNING_STABILITY_CALLBACKS"
 
 # Options that are added behind the others: eight steps instead of minutes.
-SMALL = ("--data.batch_size=4", "--data.window_seconds=4", "--trainer.max_epochs=1", "--trainer.limit_train_batches=8")
+SMALL = ("--data.batch_size=2", "--data.window_seconds=2", "--trainer.max_epochs=1", "--trainer.limit_train_batches=8")
 ADDED = {
-    "fit": (*SMALL, "--trainer.limit_val_batches=2"),
-    "demo": (*SMALL, "--trainer.limit_val_batches=2"),
-    "validate": ("--data.batch_size=4", "--trainer.limit_val_batches=2"),
-    "test": ("--data.batch_size=4", "--trainer.limit_test_batches=2"),
-    "predict": ("--data.batch_size=4", "--trainer.limit_predict_batches=2"),
+    "fit": (*SMALL, "--trainer.limit_val_batches=2", "--trainer.num_sanity_val_steps=0"),
+    "test": ("--data.batch_size=2", "--trainer.limit_test_batches=2"),
+    "predict": ("--data.batch_size=2", "--trainer.limit_predict_batches=2"),
 }
 # What nobody has here, and what stands for it: a small corpus and a small encoder, in files of the same form.
 REPLACED = {
@@ -85,7 +84,8 @@ def _small_corpus(desk: Desk, words: list[str]) -> Done:
 def _export(desk: Desk, words: list[str]) -> None:
     for word in words:
         name, equals, value = word.partition("=")
-        assert equals and name == VARIABLE, f"The package knows no variable {name}."
+        assert equals
+        assert name == VARIABLE, f"The package knows no variable {name}."
         desk.env[name] = value
 
 
@@ -117,7 +117,7 @@ def _python(desk: Desk, words: list[str]) -> None:
 
 def _tensorboard(desk: Desk, words: list[str]) -> None:
     assert (Path(sys.executable).parent / "tensorboard").is_file()
-    [folder] = [value for option, value in zip(words, words[1:], strict=False) if option == "--logdir"]
+    [folder] = [value for option, value in itertools.pairwise(words) if option == "--logdir"]
     assert list((desk.folder / folder).rglob("events.out.*")), f"There are no logs in {folder} after these commands."
 
 

@@ -7,6 +7,7 @@ it says how long: that it can be made is not what the page promises.
 
 from __future__ import annotations
 
+import sys
 import traceback
 from typing import Any
 
@@ -68,5 +69,5 @@ def run(blocks: list[tuple[str, str]]) -> None:
             print(f"{place} failed")
             traceback.print_exc()
             raise SystemExit(1) from None
-        for stream in (1, 2):
-            print(END_OF_BLOCK, file=open(stream, "w", closefd=False), flush=True)
+        for stream in (sys.stdout, sys.stderr):
+            print(END_OF_BLOCK, file=stream, flush=True)

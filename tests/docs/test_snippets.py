@@ -1,8 +1,7 @@
-"""Every block of the README and the pages is run: Python as it stands, commands small, the long walk-through as typed."""
+"""Every block of the README and the pages is run: Python as it stands, commands small, the long ones as typed."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +39,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def desk(shared: Path, tmp_path: Path, command: Launcher) -> Iterator[Desk]:
-    for name in os.listdir(shared):
-        (tmp_path / name).symlink_to(shared / name)
+    for found in shared.iterdir():
+        (tmp_path / found.name).symlink_to(found)
     return Desk(tmp_path, command)
 
 
@@ -64,7 +63,9 @@ def test_the_python_of_a_page_runs(page, command, tmp_path):
             above += 1
         else:
             assert above >= 0, f"{block} shows the output of nothing"
-            assert matches(block.text, said[above], same_numbers=False), f"{block} shows something else than\n{said[above]}"
+            assert matches(block.text, said[above], same_numbers=False), (
+                f"{block} shows something else than\n{said[above]}"
+            )
 
 
 @pytest.mark.parametrize("block", [b for b in CONSOLE if b.page not in AS_TYPED], ids=str)
@@ -89,7 +90,7 @@ def test_the_commands_of_a_walk_through_run_as_typed_and_say_what_it_shows(page,
 
 
 def _run(block: Block, desk: Desk) -> None:
-    """Run the commands of a block, compare what they write with what it shows, and their status with whether it is an error."""
+    """Run the commands of a block; compare their output with what it shows, their status with whether that is an error."""
     for command in commands_of(block):
         done = desk.run(command)
         shown = "\n".join(command.shown)
