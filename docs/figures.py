@@ -70,33 +70,35 @@ def story() -> Any:
         for axis, (name, words) in zip(rows, ways.items(), strict=True):
             logs = Path(folder, name.replace(" ", "_"))
             fit = ["fit", "--config=tuab_stable", "--trainer.precision=16-mixed", "--data.root=tuab_artefacts"]
-            fit += ["--trainer.max_epochs=2"]
+            # two epochs, a loss for every batch, and a learning rate at which so few batches show something
+            fit += ["--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=1", "--model.learning_rate=2e-3"]
             options = ["--trainer.log_every_n_steps=1", f"--trainer.default_root_dir={logs}"]
             error = stability(folder, *fit, *options, *words)
             draw_losses(axis, scalars(logs, "train_loss_step"))
             axis.set_title(name, loc="left", fontweight="bold")
             events = [json.loads(line) for path in logs.rglob("events.jsonl") for line in path.read_text().splitlines()]
             note_end(axis, error, events)
+    rows[0].set_ylim(top=rows[0].get_ylim()[1] + 0.15 * (rows[0].get_ylim()[1] - rows[0].get_ylim()[0]))
+    rows[0].legend(loc="lower right", frameon=False)
     rows[1].set_ylabel("training loss")
-    rows[2].set_xlabel("optimizer step")
+    rows[2].set_xlabel("batch")
     return figure
 
 
 def note_end(axis: Any, error: str, events: list[dict[str, Any]]) -> None:
     kinds = {event["event"]: event for event in events}
     last = max(axis.lines[0].get_xdata())
-    top = axis.get_ylim()[1]
+
+    def note(at: float, text: str, color: str) -> None:
+        axis.axvline(at, color=color)
+        axis.annotate(text, (at, 1), (5, -2), ("data", "axes fraction"), "offset points", va="top", color=color)
+
     if "precision_changed" in kinds:
-        at = kinds["precision_changed"]["step"]
-        axis.axvline(at, color=GREEN)
-        axis.annotate("from this batch on in fp32", (at, top), (5, -9), textcoords="offset points", color=GREEN)
+        note(kinds["precision_changed"]["step"], "from this batch on in fp32", GREEN)
     elif "training_stopped" in kinds:
-        at = kinds["training_stopped"]["step"]
-        axis.axvline(at, color=GREEN)
-        axis.annotate("stopped, the good weights kept", (at, top), (5, -9), textcoords="offset points", color=GREEN)
+        note(kinds["training_stopped"]["step"], "stopped, the good weights kept", GREEN)
     elif error:
-        axis.axvline(last, color=RED)
-        axis.annotate(f"dies in validation: {error}", (last, top), (5, -9), textcoords="offset points", color=RED)
+        note(last, f"dies in validation: {error}", RED)
 
 
 def stability(folder: str, *words: str) -> str:
@@ -208,12 +210,12 @@ def fractional_checkpoint() -> Any:
     figure, axis = plt.subplots(figsize=(8.6, 3.2), layout="constrained")
     axis.plot(whole, color=GREY, linewidth=5, alpha=0.45, label="never stopped")
     ways = {
-        "ModelCheckpoint(every_n_train_steps=10), resumed": (
+        "resumed with ModelCheckpoint": (
             ORANGE,
             pl.callbacks.ModelCheckpoint,
             {"every_n_train_steps": 10},
         ),
-        "FractionalCheckpoint(every_n_epochs=0.5), resumed": (BLUE, FractionalCheckpoint, {"every_n_epochs": 0.5}),
+        "resumed with FractionalCheckpoint": (BLUE, FractionalCheckpoint, {"every_n_epochs": 0.5}),
     }
     for name, (color, kind, options) in ways.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +232,7 @@ def fractional_checkpoint() -> Any:
     )
     axis.set_yscale("log")
     axis.set(xlabel="batch", ylabel="training loss")
-    axis.legend(frameon=False, loc="upper right")
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
     return figure
 
 

@@ -90,7 +90,7 @@ def test_the_commands_of_a_walk_through_run_as_typed_and_say_what_it_shows(page,
 
 
 def _run(block: Block, desk: Desk) -> None:
-    """Run the commands of a block; compare their output with what it shows, their status with whether that is an error."""
+    """Run the commands of a block; compare their output and status with what it shows."""
     for command in commands_of(block):
         done = desk.run(command)
         shown = "\n".join(command.shown)
