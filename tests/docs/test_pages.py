@@ -98,8 +98,8 @@ def test_commands_within_sentences_exist():
                 assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), f"{page}: {code}"
             if words[0] == "lightning-stability" and len(words) > 1:
                 assert words[1] in ("fit", "validate", "test", "predict") or f" {words[1]} " in _HELP, f"{page}: {code}"
-            if words[0] == "python" and words[1].endswith(".py"):
-                assert (ROOT / words[1]).is_file(), f"{page}: {code}"
+            if words[0] == "python" and words[-1].endswith(".py"):
+                assert (ROOT / words[-1]).is_file(), f"{page}: {code}"
 
 
 # The README's figures
