@@ -38,7 +38,9 @@ def test_every_link_and_anchor_of_the_pages_and_the_readme_leads_somewhere(tmp_p
     assert "docs/my_loss_is_nan.html" in first
     # nothing is fetched from elsewhere when a page is read
     for page in (tmp_path / "site").rglob("*.html"):
-        assert re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?://[^"]*"', page.read_text()) == [], page
+        html = page.read_text()
+        assert re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?://[^"]*"', html) == [], page
+        assert "```" not in html, f"{page} shows a fence: a block within a list does not become one"
 
 
 @pytest.mark.parametrize(
