@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Two workers on two cores: a process of torch with more threads than its share slows the others down.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench docs clean
 
 demo: $(READY)
 	$(BIN)/lightning-stability demo
@@ -25,8 +25,13 @@ lint: $(READY)
 bench: $(READY)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
 
+# Strict: a link or an anchor that leads nowhere is an error.
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+	@echo "The site is in site/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

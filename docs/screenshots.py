@@ -40,12 +40,11 @@ PICTURES = {
     "grad_norm_monitor": Picture(
         ("demo",), "#custom_scalars&_smoothingWeight=0.6", "custom_scalars/layout", "1500,950"
     ),
-    "precision_fallback": Picture(
+    "precision_fallback_tensorboard": Picture(
         (
             "synthetic tuab_artefacts --artefacts 3 --seed 3",
             "fit --config tuab_stable --trainer.precision=16-mixed --data.root=tuab_artefacts --data.batch_size=8"
-            " --trainer.max_epochs=1 --trainer.log_every_n_steps=1 --model.learning_rate=2e-3"
-            " --trainer.callbacks+=PrecisionFallback",
+            " --trainer.max_epochs=1 --trainer.log_every_n_steps=1 --model.learning_rate=2e-3",
         ),
         "#scalars&_smoothingWeight=0&tagFilter=precision_bits%7Closs_scale%7Ctrain_loss_step",
         "scalars/tags",
@@ -91,6 +90,7 @@ def train(picture: Picture, folder: Path) -> Path:
 
 
 def photograph(url: str, picture: Path, size: str) -> None:
+    from PIL import Image
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -106,6 +106,7 @@ def photograph(url: str, picture: Path, size: str) -> None:
         browser.get(url)
         time.sleep(12)  # TensorBoard draws its charts when its own requests have come back
         browser.save_screenshot(str(picture))
+        Image.open(picture).quantize(128).save(picture, optimize=True)
     finally:
         browser.quit()
 

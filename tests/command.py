@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).parents[1]
 Done = subprocess.CompletedProcess[str]
+NO_CHANGE: Mapping[str, str | None] = {}
 
 
 def run(*words: str, cwd: Path, timeout: float = 300) -> Done:
@@ -36,12 +41,18 @@ class Launcher:
             [sys.executable, __file__], env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def __call__(self, *words: str, cwd: Path) -> Done:
-        """Run ``lightning-stability`` with ``words`` in ``cwd``."""
+    def __call__(self, *words: str, cwd: Path, env: Mapping[str, str | None] = NO_CHANGE) -> Done:
+        """Run ``lightning-stability`` with ``words`` in ``cwd``, or Python if the words are ``-c`` and a program.
+
+        Args:
+            words: The words of the command line.
+            cwd: The working folder.
+            env: Variables of the environment to change; None takes one out.
+        """
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps([words, str(cwd), folder]), file=self._server.stdin, flush=True)
+            print(json.dumps([words, str(cwd), folder, dict(env)]), file=self._server.stdin, flush=True)
             status = int(self._server.stdout.readline())
             out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
         return Done([*words], status, out, err)
@@ -57,19 +68,46 @@ def _environment() -> dict[str, str]:
 
 
 def _serve() -> None:
+    import torch.utils.tensorboard  # noqa: F401 - each run with a logger would import it anew
+
     from lightning_stability.cli import main
 
     for line in sys.stdin:
-        words, cwd, folder = json.loads(line)
+        words, cwd, folder, env = json.loads(line)
         child = os.fork()
         if child == 0:
             for name, descriptor in (("out", 1), ("err", 2)):
                 os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
             os.chdir(cwd)
-            sys.argv = ["lightning-stability", *words]
-            sys.exit(main())
+            for name in [name for name, value in env.items() if value is None]:
+                os.environ.pop(name, None)
+            os.environ.update({name: value for name, value in env.items() if value is not None})
+            _run_and_exit(main, words)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _run_and_exit(main: Callable[[], int], words: list[str]) -> NoReturn:
+    """End as `sys.exit` does, but without taking torch apart in memory, which takes longer than most commands."""
+    status: object = 0
+    try:
+        if words[:1] == ["-c"]:
+            exec(compile(words[1], "<-c>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv = ["lightning-stability", *words]
+            status = main()
+    except SystemExit as error:
+        status = error.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 if __name__ == "__main__":

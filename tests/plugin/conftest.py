@@ -5,15 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugin.environments import Environment, build_wheel
+from tests.plugin.environments import Environment, build
 
 collect_ignore = ["fits.py"]  # a program for the environments
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as it would be published."""
-    return build_wheel(tmp_path_factory.mktemp("wheel"))
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The package as it would be published: the sdist and the wheel."""
+    return build(tmp_path_factory.mktemp("distributions"))
+
+
+@pytest.fixture(scope="session")
+def wheel(distributions: tuple[Path, Path]) -> Path:
+    """The wheel, which was built from the sdist."""
+    return distributions[1]
 
 
 @pytest.fixture(scope="session")

@@ -23,15 +23,23 @@ HIDDEN = ("lightning_stability", "lightning-stability", "__editable__")
 VARIABLE = "LIGHTNING_STABILITY_CALLBACKS"
 
 
-def build_wheel(folder: Path) -> Path:
-    """Build the wheel from a copy of what it is made of, so that nothing is left behind in the checkout."""
+def build(folder: Path) -> tuple[Path, Path]:
+    """Build the sdist, and from it the wheel, out of a copy of the checkout, so that nothing is left behind in it."""
     source = folder / "source"
-    shutil.copytree(ROOT / "lightning_stability", source / "lightning_stability")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "lightning_stability_plugin.py"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    subprocess.run([*pip, "--wheel-dir", str(folder), str(source)], check=True, capture_output=True)
-    return next(folder.glob("*.whl"))
+    for name in tracked_files():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    words = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+def tracked_files() -> list[str]:
+    """The files of the repository, new ones included, less those that git ignores."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return sorted({name for name in listed if (ROOT / name).is_file()})
 
 
 class Environment:

@@ -1,0 +1,166 @@
+"""What the pages promise about options, keys, figures and commands is what the code has."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lightning_stability.cli import _HELP
+from lightning_stability.plugin import CALLBACKS
+from tests.docs.blocks import ROOT, pages
+
+HEADINGS = ("What it guards against", "Options", "What is logged", "What it costs", "What it refuses")
+LARGEST_PICTURE = 100_000  # bytes
+
+
+def page_of(cls: type) -> str:
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__.replace("NaN", "Nan")).lower()
+    return (ROOT / f"docs/{name}.md").read_text()
+
+
+def section(text: str, heading: str) -> str:
+    parts = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))[heading]
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    """The cells of a table's rows, less its heading."""
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("|") and not set(line) <= set("|-: "):
+            yield cells
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+every_callback = pytest.mark.parametrize("cls", CALLBACKS, ids=lambda cls: cls.__name__)
+
+
+@every_callback
+def test_a_callbacks_page_has_every_section_and_a_picture(cls):
+    text = page_of(cls)
+    for heading in HEADINGS:
+        assert section(text, heading).strip(), heading
+    assert re.search(r"^!\[.{20,}\]\(\w+\.(png|svg)\)$", text, re.MULTILINE)
+
+
+@every_callback
+def test_a_callbacks_page_has_every_option_with_its_default_and_no_other(cls):
+    parameters = {
+        name: parameter.default
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    shown: dict[str, str] = {}
+    for cells in list(rows(section(page_of(cls), "Options")))[1:]:
+        shown.update(dict.fromkeys(names(cells[0]), cells[1]))
+    assert shown.keys() == parameters.keys()
+    for name, default in shown.items():
+        if default != "as in ModelCheckpoint":
+            assert default.strip("`") in (repr(parameters[name]), json.dumps(parameters[name])), name
+
+
+@every_callback
+def test_a_callbacks_page_and_its_docstring_have_the_same_keys(cls):
+    def keys(text: str) -> set[str]:
+        return {names(cells[0])[0] for cells in rows(text) if names(cells[0])}
+
+    assert keys(section(page_of(cls), "What is logged")) == keys(inspect.cleandoc(cls.__doc__ or ""))
+
+
+@every_callback
+def test_the_readme_and_the_changelog_name_every_callback(cls):
+    for page in ("README.md", "CHANGELOG.md", "docs/my_loss_is_nan.md", "mkdocs.yml"):
+        assert cls.__name__ in (ROOT / page).read_text(), page
+
+
+def test_pictures_are_small_and_shown_somewhere():
+    everything = "".join((ROOT / page).read_text() for page in pages())
+    for picture in (*ROOT.glob("docs/*.png"), *ROOT.glob("docs/*.svg")):
+        assert picture.stat().st_size <= LARGEST_PICTURE, picture.name
+        assert f"{picture.name})" in everything, picture.name
+
+
+def test_commands_within_sentences_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for page in pages():
+        text = re.sub(r"<!--.*?-->", "", (ROOT / page).read_text(), flags=re.DOTALL)
+        for code in re.findall(r"`([^`\n]+)`", text):
+            words = code.split()
+            if words[0] == "make" and len(words) > 1:
+                assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), f"{page}: {code}"
+            if words[0] == "lightning-stability" and len(words) > 1:
+                assert words[1] in ("fit", "validate", "test", "predict") or f" {words[1]} " in _HELP, f"{page}: {code}"
+            if words[0] == "python" and words[-1].endswith(".py"):
+                assert (ROOT / words[-1]).is_file(), f"{page}: {code}"
+
+
+# The README's figures
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def compared() -> dict[str, list[str]]:
+    return {cells[0]: cells[1:] for cells in rows(section((ROOT / "README.md").read_text(), "How it compares"))}
+
+
+@pytest.mark.parametrize(
+    ("row", "way"),
+    [
+        ("Lightning's `EarlyStopping(check_finite=True)`", "EarlyStopping(check_finite=True)"),
+        ("`loss.isnan()` at each step, and `should_stop`", ".isnan() each step"),
+        ("Lightning's `SpikeDetection`", "SpikeDetection"),
+        ('stabilityguard 0.3.0, `nan_action="skip"`', "stabilityguard"),
+        ("`NaNEarlyStop(patience=2)`", "NaNEarlyStop"),
+    ],
+)
+def test_the_readmes_figures_for_bad_numbers_are_the_measured_ones(row, way):
+    _, survives, ratio = compared()[row]
+    outcomes = result("guard_survival")["survives"][way].values()
+    assert survives == f"{sum(outcome == 'yes' for outcome in outcomes)} of {len(outcomes)}"
+    medians = [w["ratio"][way]["median"] for w in result("guard_h200")["workloads"].values() if way in w["ratio"]]
+    if medians:
+        assert ratio == f"{min(medians):.2f} to {max(medians):.2f}"
+    else:
+        assert ratio.startswith("not measured")
+
+
+@pytest.mark.parametrize(
+    ("row", "way"),
+    [
+        ("`lightning.pytorch.utilities.grad_norm`, the documented recipe", "Lightning's grad_norm"),
+        ("`GradNormMonitor(every_n_steps=1)`", "GradNormMonitor, every step"),
+    ],
+)
+def test_the_readmes_figures_for_gradient_norms_are_the_measured_ones(row, way):
+    workloads = result("grad_norm_h200")["workloads"]
+    expected = [workloads[name]["steps"]["ratio"][way]["median"] for name in ("transformer", "small_tensors")]
+    assert compared()[row] == [f"{ratio:.2f}" for ratio in expected]
+
+
+@pytest.mark.parametrize(
+    ("row", "way"),
+    [
+        ("`ModelCheckpoint`", "ModelCheckpoint"),
+        ("`ModelCheckpoint` with `AsyncCheckpointIO`", "ModelCheckpoint, AsyncCheckpointIO"),
+        ("`FractionalCheckpoint`", "FractionalCheckpoint"),
+        ("`FractionalCheckpoint(async_save=True)`", "FractionalCheckpoint, async_save"),
+    ],
+)
+def test_the_readmes_figures_for_checkpoints_are_the_measured_ones(row, way):
+    assert compared()[row] == [f"{result('checkpoint_h200')['lost_seconds'][way]['median']:.3f}"]
+
+
+def test_the_readmes_figures_for_the_fallback_are_the_measured_ones():
+    medians = [w["ratio"]["PrecisionFallback"]["median"] for w in result("fallback_h200")["workloads"].values()]
+    expected = f"`PrecisionFallback` costs {min(medians):.2f} to {max(medians):.2f} of the bare fp16 step"
+    assert expected in " ".join(section((ROOT / "README.md").read_text(), "How it compares").split())

@@ -1,0 +1,103 @@
+"""Every block of the README and the pages is run: Python as it stands, commands small, the long ones as typed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_stability.tuab import EEGPTEncoder, SyntheticCorpus
+from tests.command import Launcher
+from tests.docs.blocks import Block, blocks_of, commands_of, matches, pages
+from tests.docs.commands import VARIABLE, Desk
+from tests.docs.prelude import END_OF_BLOCK
+from tests.tuab.test_encoder import published_form
+
+pytestmark = pytest.mark.xdist_group("docs")
+
+# Their commands take minutes, and what they show is the point: `make test-slow` runs them as typed and compares the
+# output with every number in it. `make test` has their options checked.
+AS_TYPED = ("docs/my_loss_is_nan.md",)
+KNOWN_LANGUAGES = ("python", "console", "text")
+
+ALL = [block for page in pages() for block in blocks_of(page)]
+CONSOLE = [block for block in ALL if block.language == "console"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, its cache and an encoder that the commands of all blocks find in their folder."""
+    folder = tmp_path_factory.mktemp("shared")
+    SyntheticCorpus(train_subjects=12, eval_subjects=4, seconds=(16, 20)).write(folder / "tuab_synthetic")
+    (folder / "tuab_cache").mkdir()
+    torch.save(published_form(EEGPTEncoder(embed_dim=64, depth=2, num_heads=4)), folder / "eegpt.ckpt")
+    return folder
+
+
+@pytest.fixture
+def desk(shared: Path, tmp_path: Path, command: Launcher) -> Iterator[Desk]:
+    for found in shared.iterdir():
+        (tmp_path / found.name).symlink_to(found)
+    return Desk(tmp_path, command)
+
+
+def test_every_block_says_what_it_is():
+    assert [str(block) for block in ALL if block.language not in KNOWN_LANGUAGES] == []
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if blocks_of(page, "python")])
+def test_the_python_of_a_page_runs(page, command, tmp_path):
+    blocks = blocks_of(page, "python", "text")
+    python = [(str(block), block.text) for block in blocks if block.language == "python"]
+    program = f"from tests.docs.prelude import run\nrun({python!r})"
+    done = command("-c", program, cwd=tmp_path, env={VARIABLE: None})
+    assert done.returncode == 0, done.stdout + done.stderr
+    # a `text` block is output of the Python above it
+    said = [out + err for out, err in zip(*(s.split(END_OF_BLOCK) for s in (done.stdout, done.stderr)), strict=True)]
+    above = -1
+    for block in blocks:
+        if block.language == "python":
+            above += 1
+        else:
+            assert above >= 0, f"{block} shows the output of nothing"
+            assert matches(block.text, said[above], same_numbers=False), (
+                f"{block} shows something else than\n{said[above]}"
+            )
+
+
+@pytest.mark.parametrize("block", [b for b in CONSOLE if b.page not in AS_TYPED], ids=str)
+def test_the_commands_of_a_block_run(block, desk):
+    _run(block, desk)
+
+
+@pytest.mark.parametrize("block", [b for b in CONSOLE if b.page in AS_TYPED], ids=str)
+def test_the_options_of_long_commands_are_known(block, command, tmp_path):
+    for each in commands_of(block):
+        if each.words[:2] == ["lightning-stability", "fit"]:
+            done = command(*each.words[1:], "--print_config", cwd=tmp_path, env={VARIABLE: "none"})
+            assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", AS_TYPED)
+def test_the_commands_of_a_walk_through_run_as_typed_and_say_what_it_shows(page, command, tmp_path):
+    desk = Desk(tmp_path, command, as_typed=True)
+    for block in blocks_of(page, "console"):
+        _run(block, desk)
+
+
+def _run(block: Block, desk: Desk) -> None:
+    """Run the commands of a block; compare their output and status with what it shows."""
+    for command in commands_of(block):
+        done = desk.run(command)
+        shown = "\n".join(command.shown)
+        if done is None:
+            assert not shown, f"{block}: nothing runs `{command}`, so its output cannot be shown"
+            continue
+        output = f"{done.stderr}\n{done.stdout}"
+        expects_error = re.search(r"^(\w+Error|[\w-]+: error):", shown, re.MULTILINE) is not None
+        assert (done.returncode != 0) == expects_error, f"{block}: `{command}` ended with {done.returncode}\n{output}"
+        assert matches(shown, output, desk.as_typed), f"{block}: `{command}` shows something else than\n{output}"
