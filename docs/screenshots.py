@@ -2,7 +2,7 @@
 
 usage: python docs/screenshots.py PICTURE [FOLDER OF A RUN'S LOGS]
 
-PICTURE is grad_norm_monitor (the demo's run) or precision_fallback (a run in fp16 on recordings with artefacts).
+PICTURE is grad_norm_monitor (the demo's run) or precision_fallback_tensorboard (in fp16, on recordings with artefacts).
 Without a folder the run is made, which takes a few minutes. Needs TensorBoard, Chromium with its driver (Debian:
 `apt-get install chromium chromium-driver`) and `pip install selenium`.
 """

@@ -23,6 +23,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_stability.callbacks import InputError, NonFiniteError
 from lightning_stability.checkpointing.listing import LAST_GOOD, find_checkpoints, newest_good
 from lightning_stability.commands import PROG, show_checkpoints, write_synthetic
+from lightning_stability.plugin import CALLBACKS
 from lightning_stability.status import show_status
 from lightning_stability.tuab.configs import config_names, packaged_file
 
@@ -187,6 +188,7 @@ class StabilityCLI(LightningCLI):
                 "precision=16-mixed on a CPU: real fp16 with a gradient scaler, where Lightning would use bf16."
             )
             kwargs.update(precision=None, plugins=[MixedPrecision("16-mixed", "cpu")])
+        config["callbacks"] = _one_of_each(config["callbacks"])
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
@@ -255,6 +257,14 @@ def _find_last_good(trainer: Any, subcommand: str) -> str | None:
         raise MisconfigurationException(f"{nothing}.")
     rank_zero_warn(f"{nothing}; training starts from the beginning.")
     return None
+
+
+def _one_of_each(callbacks: Any) -> Any:
+    """Of our own callbacks, of which a Trainer takes one each, keep the last: the command line's, not the recipe's."""
+    if not isinstance(callbacks, list):
+        return callbacks
+    own = {type(callback): callback for callback in callbacks if type(callback) in CALLBACKS}
+    return [callback for callback in callbacks if own.get(type(callback), callback) is callback]
 
 
 def _subcommand_place(words: list[str]) -> int | None:

@@ -218,6 +218,24 @@ def test_callbacks_are_known_by_their_short_names_with_their_options(command, fo
     assert config["init_args"]["group_depth"] == 1
 
 
+def test_a_callback_named_on_the_command_line_takes_the_place_of_the_recipes_own(command, folder):
+    (folder / "mine.py").write_text(
+        "from lightning_stability import NaNEarlyStop\n"
+        "from pytorch_lightning.demos.boring_classes import BoringModel\n"
+        "class Model(BoringModel):\n"
+        "    def on_fit_start(self):\n"
+        "        print('PATIENCE', [c.patience for c in self.trainer.callbacks if isinstance(c, NaNEarlyStop)])\n"
+    )
+    (folder / "mine.yaml").write_text(
+        "trainer: {max_steps: 1, callbacks: [{class_path: NaNEarlyStop, init_args: {patience: 2}}]}\n"
+        "model: mine.Model\ndata: pytorch_lightning.demos.boring_classes.BoringDataModule\n"
+    )
+    words = ["--trainer.callbacks+=NaNEarlyStop", "--trainer.callbacks.patience=5"]
+    done = command("fit", "--config=mine.yaml", *words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "PATIENCE [5]" in done.stdout
+
+
 def test_the_windows_length_is_given_once(command, folder):
     done = command("fit", "--data.window_seconds=4", "--print_config", cwd=folder)
     assert yaml.safe_load(done.stdout)["data"]["init_args"]["window_seconds"] == 4.0
