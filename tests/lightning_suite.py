@@ -14,7 +14,7 @@ import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from tests.plugin.environments import Environment, build_wheel, environment_variables
+from tests.plugin.environments import Environment, build, environment_variables
 
 PATHS = (
     "tests_pytorch/callbacks",
@@ -47,7 +47,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         (work / "wheel").mkdir()
-        installed = Environment(work / "installed", build_wheel(work / "wheel"))
+        installed = Environment(work / "installed", build(work / "wheel")[1])
         bare = Environment(work / "bare")
         ours = outcomes(installed, folder, paths, work / "installed.xml")
         without = outcomes(bare, folder, paths, work / "bare.xml")

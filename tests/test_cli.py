@@ -151,6 +151,7 @@ def test_scores_of_a_model_that_was_not_trained_are_called_so(command, corpus, t
     assert "No --ckpt_path was given: `validate` looks at a model that was not trained" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_fit_and_predict_as_one_does(corpus, tmp_path):
     two = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", f"--data.root={corpus}"]
     done = run("fit", *two, "--trainer.max_steps=2", cwd=tmp_path, timeout=200)

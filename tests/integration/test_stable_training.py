@@ -81,6 +81,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write(tmp_path_factory.mktemp("corpora") / "small")
 
 
+@pytest.mark.slow  # (the soak is the same at length)
 def test_killed_twice_and_gone_on_with_it_ends_as_if_it_had_not_been(
     command: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
