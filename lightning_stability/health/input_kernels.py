@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["samples", "pieces", "of_piece", "items", "stamp"])
+@triton.jit(do_not_specialize=["samples", "of_piece", "stamp"])
 def read_values(
     values,
     partials,
@@ -18,19 +18,19 @@ def read_values(
     sample_stride,
     channel_stride,
     position_stride,
-    pieces,
     of_piece,
-    items,
     stamp,
     WATCH: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """One program's share of some samples: of each the largest magnitude, how many are finite, their mean and squares.
 
     Sums run in float32, of differences from one of the values; where that is not exact enough, once more in float64.
-    A channel that varies gets this batch's stamp: whoever sees it writes the same number.
+    If it is `EVEN` no tile reaches beyond the values. A channel that varies gets this batch's stamp: whoever sees it
+    writes the same number.
     """
     program = tl.program_id(1)
     programs = tl.num_programs(1)
@@ -38,6 +38,8 @@ def read_values(
     sample = tl.minimum(tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES), samples - 1)
     of_sample = values + sample.to(tl.int64) * sample_stride
     across = tl.cdiv(positions, POSITIONS)
+    pieces = tl.cdiv(across, of_piece)
+    items = tl.cdiv(channels, CHANNELS) * pieces
     own_channel = (program // pieces) * CHANNELS
     own_position = (program % pieces) * of_piece * POSITIONS
     own = own_channel.to(tl.int64) * channel_stride + own_position.to(tl.int64) * position_stride
@@ -47,7 +49,7 @@ def read_values(
     squares = tl.zeros((SAMPLES, CHANNELS, POSITIONS), tl.float32)
     least = sums + pivot
     largest = least
-    count = 0
+    count = tl.zeros((), tl.int32)
     for item in range(program, items, programs):
         channel = (item // pieces) * CHANNELS + tl.arange(0, CHANNELS)
         start = (item % pieces) * of_piece
@@ -61,8 +63,10 @@ def read_values(
             # (told that there is but one, the loads across channels are wide)
             position = (tile * POSITIONS if POSITIONS > 1 else 0) + tl.arange(0, POSITIONS)
             place, inside = places(channel, position, channels, positions, channel_stride, position_stride)
-            # What is outside is as the pivot is, and changes nothing.
-            stored = tl.load(of_sample[:, None, None] + place, mask=inside, other=first)
+            if EVEN:
+                stored = tl.load(of_sample[:, None, None] + place)
+            else:  # what is outside is as the pivot is, and changes nothing
+                stored = tl.load(of_sample[:, None, None] + place, mask=inside, other=first)
             value = stored.to(tl.float32)
             distance = value - pivot
             sums += distance
@@ -70,7 +74,7 @@ def read_values(
             least = tl.minimum(least, value)
             largest = tl.maximum(largest, value)
             if WATCH:
-                varies |= (inside & (stored != reference)).to(tl.int32)
+                varies |= ((stored != reference) & (EVEN | inside)).to(tl.int32)
         count += tl.minimum(channels - (item // pieces) * CHANNELS, CHANNELS) * (
             tl.minimum(end * POSITIONS, positions) - start * POSITIONS
         )

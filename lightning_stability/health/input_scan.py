@@ -17,13 +17,17 @@ WIDTH = 12  # of a row: `inputs.FIELDS`
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64's squares need torch's way
 ADOPTED = 8
 """After so many batches in a row of another scale, theirs is the usual."""
-_TILE = 2048
-"""Values that a program has in hand at a time."""
-_WARPS = 8
-_PROGRAMS = 2048
-"""About as many programs keep a large GPU busy, and leave the second kernel little to add up."""
+_TILE = 1024
+"""Values that a program of the first kernel has in hand at a time."""
+_WARPS = 4
+_REGISTERS = 64
+"""For each thread: 8 programs then share a multiprocessor, and one computes while others wait for memory."""
+_PROGRAMS = 1056
+"""As many run at once on the 132 multiprocessors of an H100; fewer values each would cost more than they save."""
 _DEPTH = 256
 """Tiles that a program adds up in float32 at most."""
+_JUDGED = 2048
+"""Partial results that a program of the second kernel has in hand at a time."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -175,7 +179,10 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
     samples, channels, positions = values.shape
     plan = _plan(samples, channels, positions)
     device = values.device
-    partials = torch.empty(4 * samples * plan.programs, dtype=torch.float64, device=device)
+    partials = state.partials
+    if partials is None or partials.numel() != 4 * samples * plan.programs:
+        partials = torch.empty(4 * samples * plan.programs, dtype=torch.float64, device=device)
+        state.partials = partials
     result = torch.empty(WIDTH + 4 + 3 * samples, dtype=torch.float64, device=device)
     watch = limits.watch_channels
     if watch and state.stamps is None:
@@ -191,15 +198,15 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         channels,
         positions,
         *values.stride(),
-        plan.pieces,
         plan.of_piece,
-        plan.items,
         state.batches,
         WATCH=watch,
         SAMPLES=plan.samples,
         CHANNELS=plan.channels,
         POSITIONS=plan.positions,
+        EVEN=plan.even,
         num_warps=_WARPS,
+        maxnreg=_REGISTERS,
     )
     module.judge_values[(1 + plan.judges,)](
         partials,
@@ -218,10 +225,10 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         PROGRAMS=plan.programs,
         PADDED=plan.padded,
         SAMPLES=plan.judged,
-        BLOCK=_TILE,
+        BLOCK=_JUDGED,
         WIDTH=WIDTH,
         ADOPTED=ADOPTED,
-        num_warps=_WARPS,
+        num_warps=8,
     )
     row, state.scale, of_samples = result.split_with_sizes((WIDTH, 4, 3 * samples))
     return row, of_samples.view(samples, 3)
@@ -234,6 +241,7 @@ class _Plan:
     samples: int  # of a tile
     channels: int  # of a tile
     positions: int  # of a tile
+    even: bool  # whether no tile reaches beyond the values
     groups: int  # of samples
     pieces: int  # in which the positions of a channel are cut
     of_piece: int  # tiles in each
@@ -251,10 +259,10 @@ def _plan(samples: int, channels: int, positions: int) -> _Plan:
     Example:
         >>> plan = _plan(32, 19, 2048)
         >>> (plan.samples, plan.channels, plan.positions), plan.items, plan.programs
-        ((1, 1, 2048), 19, 19)
+        ((1, 1, 1024), 38, 19)
         >>> plan = _plan(4096, 64, 1)
         >>> (plan.samples, plan.channels, plan.positions), plan.groups, plan.programs
-        ((32, 64, 1), 128, 1)
+        ((16, 64, 1), 256, 1)
     """
     most_channels = _power_of_two(channels)
     of_positions = min(_power_of_two(positions), _TILE)
@@ -266,16 +274,17 @@ def _plan(samples: int, channels: int, positions: int) -> _Plan:
     groups, of_group = -(-samples // of_samples), -(-channels // of_channels)
     across = -(-positions // of_positions)
     wanted = max(_PROGRAMS // groups, of_group * across // _DEPTH, 1)
-    of_piece = -(-across // min(max(wanted // of_group, 1), across))
+    of_piece = -(-across // min(wanted if of_group < wanted else 1, across))
     pieces = -(-across // of_piece)
     items = of_group * pieces
     programs = -(-items // -(-items // wanted))
     padded = _power_of_two(programs)
-    judged = max(_TILE // 2 // padded, 1)
+    judged = max(_JUDGED // 2 // padded, 1)
     return _Plan(
         of_samples,
         of_channels,
         of_positions,
+        channels % of_channels == 0 and positions % of_positions == 0,
         groups,
         pieces,
         of_piece,
