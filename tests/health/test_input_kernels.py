@@ -74,7 +74,9 @@ def test_all_values_bad_and_all_the_same() -> None:
     compare([torch.randn(2, 3, 4), torch.full((2, 3, 4), math.nan), torch.zeros(2, 3, 4), torch.full((2, 3, 4), 5.0)])
 
 
-@pytest.mark.parametrize("how", ["a first value far from the others", "values nearly equal", "equal but for one"])
+@pytest.mark.parametrize(
+    "how", ["a first value far from the others", "values nearly equal", "equal but for one", "squares that underflow"]
+)
 def test_what_float32_cannot_sum_up_is_summed_up_in_float64(how: str) -> None:
     x = torch.randn(3, 2, 3000)
     if how == "a first value far from the others":
@@ -82,9 +84,11 @@ def test_what_float32_cannot_sum_up_is_summed_up_in_float64(how: str) -> None:
     elif how == "values nearly equal":
         x = torch.full((3, 2, 3000), 1e-20)
         x[:, 1, ::2] *= 1 + 2**-20
-    else:
+    elif how == "equal but for one":
         x = torch.full((3, 2, 3000), 0.1)
         x[2, 1, 7] = 0.1001
+    else:
+        x *= 5e-23
     [look], _ = looks([x.to(DEVICE)], input_scan.scan_with_kernels)
     exact = x.double() - x.double().mean()
-    assert float(look.row[1]) == pytest.approx(float(exact.square().mean().sqrt()), rel=1e-6)
+    assert float(look.row[1]) == pytest.approx(float(exact.square().mean().sqrt()), rel=1e-6, abs=0.0)
