@@ -98,8 +98,8 @@ class InputMeter:
     Deviations neither overflow, at 1e30, nor cancel beside a large mean: sums are of differences from a
     value of the tensor or its mean, and run in float64 where float32 would not be exact enough.
 
-    On an NVIDIA GPU with Triton each tensor is read once, by two kernels (`input_scan`; twice where float32 did not do);
-    elsewhere by torch, in a handful of passes.
+    On an NVIDIA GPU with Triton each tensor is read once, and again where float32 did not do, by two kernels
+    (`input_scan`); elsewhere by torch, in a handful of passes.
 
     A tensor is flagged if a value is not finite; if a magnitude exceeds `max_abs`; if a channel is constant that
     varied in every batch before; if its deviation differs from the geometric mean of those of earlier batches by more
