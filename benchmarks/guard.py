@@ -156,13 +156,15 @@ class TimeLook(pl.Callback):
 
 
 def kernels_of(look: Callable[[], None]) -> float:
-    """How many kernels and copies a look launches; the mean of as many as share one reading."""
+    """How many kernels and copies a look puts on the device; the mean of as many as share one reading."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(8):
             look()
         torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages()) / 8
+    # (the host's calls are events too)
+    on_device = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.count for event in on_device) / 8
 
 
 def looks(device: torch.device, quick: bool, bandwidth: float) -> dict[str, Any]:
@@ -342,7 +344,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.rounds = options.rounds if options.rounds is not None else (3 if options.quick else 7)
-    options.workloads = options.workloads.split(",")
+    # without rounds there is nothing to say of a workload
+    options.workloads = [name for name in options.workloads.split(",") if name] if options.rounds else []
     return options
 
 

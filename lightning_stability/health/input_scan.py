@@ -17,10 +17,17 @@ WIDTH = 12  # of a row: `inputs.FIELDS`
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64's squares need torch's way
 ADOPTED = 8
 """After so many batches in a row of another scale, theirs is the usual."""
-_TILE = 2048
-"""Values that a program has in hand at a time."""
-_PROGRAMS = 2048
-"""About as many programs keep a large GPU busy, and leave the second kernel little to add up."""
+_TILE = 1024
+"""Values that a program of the first kernel has in hand at a time."""
+_WARPS = 4
+_REGISTERS = 64
+"""For each thread: 8 programs then share a multiprocessor, and one computes while others wait for memory."""
+_PROGRAMS = 2112
+"""Twice as many as run at once on the 132 multiprocessors of an H100: with more, each has too little to do."""
+_DEPTH = 256
+"""Tiles that a program adds up in float32 at most."""
+_JUDGED = 2048
+"""Partial results that a program of the second kernel has in hand at a time."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -172,31 +179,36 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
     samples, channels, positions = values.shape
     plan = _plan(samples, channels, positions)
     device = values.device
-    partials = torch.empty((4, samples, plan.programs), dtype=torch.float64, device=device)
-    result = torch.empty(WIDTH + 3 * samples, dtype=torch.float64, device=device)
+    partials = state.partials
+    if partials is None or partials.numel() != 4 * samples * plan.programs:
+        partials = torch.empty(4 * samples * plan.programs, dtype=torch.float64, device=device)
+        state.partials = partials
+    result = torch.empty(WIDTH + 4 + 3 * samples, dtype=torch.float64, device=device)
     watch = limits.watch_channels
     if watch and state.stamps is None:
         state.stamps = torch.full((channels,), -1, dtype=torch.int32, device=device)
     stamps = state.stamps if watch else partials
     remembered = state.channels if watch else partials
     module = kernels()
-    module.read_values[(samples, plan.programs)](
+    module.read_values[(plan.groups, plan.programs)](
         values,
         partials,
         stamps,
+        samples,
         channels,
         positions,
         *values.stride(),
-        plan.pieces,
-        plan.piece,
-        plan.items,
+        plan.of_piece,
         state.batches,
         WATCH=watch,
-        CHANNELS=plan.tile_channels,
-        POSITIONS=plan.tile_positions,
-        num_warps=4,
+        SAMPLES=plan.samples,
+        CHANNELS=plan.channels,
+        POSITIONS=plan.positions,
+        EVEN=plan.even,
+        num_warps=_WARPS,
+        maxnreg=_REGISTERS,
     )
-    module.judge_values[(1,)](
+    module.judge_values[(1 + plan.judges,)](
         partials,
         stamps,
         remembered,
@@ -208,50 +220,80 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         state.batches,
         limits.max_abs,
         limits.log_ratio,
+        int(limits.may_flag_channels),
         WATCH=watch,
-        MAY_FLAG=limits.may_flag_channels,
         PROGRAMS=plan.programs,
-        PADDED=_power_of_two(plan.programs),
-        SAMPLES=max(1024 // _power_of_two(plan.programs), 1),
+        PADDED=plan.padded,
+        SAMPLES=plan.judged,
+        BLOCK=_JUDGED,
         WIDTH=WIDTH,
         ADOPTED=ADOPTED,
         num_warps=8,
     )
-    return result[:WIDTH], result[WIDTH:].view(samples, 3)
+    row, state.scale, of_samples = result.split_with_sizes((WIDTH, 4, 3 * samples))
+    return row, of_samples.view(samples, 3)
 
 
 @dataclass(slots=True, frozen=True)
 class _Plan:
-    """How a sample is dealt out: tiles of some channels and positions, in pieces, among programs."""
+    """How a tensor is dealt out: tiles of some samples, channels and positions, in pieces, among programs."""
 
-    tile_channels: int
-    tile_positions: int
+    samples: int  # of a tile
+    channels: int  # of a tile
+    positions: int  # of a tile
+    even: bool  # whether no tile reaches beyond the values
+    groups: int  # of samples
     pieces: int  # in which the positions of a channel are cut
-    piece: int  # positions in each, a multiple of the tile's
+    of_piece: int  # tiles in each
     items: int  # groups of channels times pieces
-    programs: int  # for each sample; each takes every such item
+    programs: int  # for each group of samples; each takes every such item
+    padded: int  # as many, rounded up to a power of two
+    judged: int  # samples that a program judges
+    judges: int  # programs that judge samples
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(samples: int, channels: int, positions: int) -> _Plan:
-    """Deal a sample out.
+    """Deal a tensor out.
 
     Example:
-        >>> _plan(32, 19, 2048)
-        _Plan(tile_channels=1, tile_positions=2048, pieces=1, piece=2048, items=19, programs=19)
-        >>> _plan(4096, 1000, 1).programs
-        1
+        >>> plan = _plan(32, 19, 2048)
+        >>> (plan.samples, plan.channels, plan.positions), plan.items, plan.programs
+        ((1, 1, 1024), 38, 38)
+        >>> plan = _plan(4096, 64, 1)
+        >>> (plan.samples, plan.channels, plan.positions), plan.groups, plan.programs
+        ((16, 64, 1), 256, 1)
     """
-    tile_positions = min(_power_of_two(positions), _TILE)
-    tile_channels = min(_TILE // tile_positions, _power_of_two(channels))
-    groups = -(-channels // tile_channels)
-    wanted = max(_PROGRAMS // samples, 1)
-    tiles = -(-positions // tile_positions)
-    pieces = min(max(wanted // groups, 1), tiles)
-    piece = -(-tiles // pieces) * tile_positions
-    pieces = -(-positions // piece)
-    items = groups * pieces
-    return _Plan(tile_channels, tile_positions, pieces, piece, items, min(items, wanted))
+    most_channels = _power_of_two(channels)
+    of_positions = min(_power_of_two(positions), _TILE)
+    # Smaller tiles where many places of a larger one would be empty and channels can fill it.
+    while of_positions > 128 and -positions % of_positions > positions // 8 and most_channels * of_positions > _TILE:
+        of_positions //= 2
+    of_channels = min(most_channels, _TILE // of_positions)
+    of_samples = min(_power_of_two(samples), _TILE // of_positions // of_channels)
+    groups, of_group = -(-samples // of_samples), -(-channels // of_channels)
+    across = -(-positions // of_positions)
+    wanted = max(_PROGRAMS // groups, of_group * across // _DEPTH, 1)
+    of_piece = -(-across // min(wanted if of_group < wanted else 1, across))
+    pieces = -(-across // of_piece)
+    items = of_group * pieces
+    programs = -(-items // -(-items // wanted))
+    padded = _power_of_two(programs)
+    judged = max(_JUDGED // 2 // padded, 1)
+    return _Plan(
+        of_samples,
+        of_channels,
+        of_positions,
+        channels % of_channels == 0 and positions % of_positions == 0,
+        groups,
+        pieces,
+        of_piece,
+        items,
+        programs,
+        padded,
+        judged,
+        -(-samples // judged),
+    )
 
 
 def _power_of_two(count: int) -> int:

@@ -78,12 +78,14 @@ class TensorState:
             channels, since its size changes.
         batches: How many batches were looked at.
         stamps: Int32, the last batch in which each channel varied; scratch memory of the kernels.
+        partials: Float64, what the first kernel leaves to the second; likewise.
     """
 
     scale: Tensor
     channels: Tensor | None
     batches: int = 0
     stamps: Tensor | None = None
+    partials: Tensor | None = None
 
 
 class InputMeter:
@@ -93,11 +95,11 @@ class InputMeter:
     each sample (position in dimension 0); and which channels (dimension 1) are constant over all samples and positions.
     Integers, bool, complex, sparse and empty tensors are passed over.
 
-    Deviations neither overflow, at 1e30, nor cancel beside a large mean: sums run in float64, of differences from a
-    value near the mean.
+    Deviations neither overflow, at 1e30, nor cancel beside a large mean: sums are of differences from a
+    value of the tensor or its mean, and run in float64 where float32 would not be exact enough.
 
-    On an NVIDIA GPU with Triton each tensor is read once, by two kernels (`input_scan`); elsewhere by torch, in a
-    handful of passes.
+    On an NVIDIA GPU with Triton each tensor is read once, and again where float32 did not do, by two kernels
+    (`input_scan`); elsewhere by torch, in a handful of passes.
 
     A tensor is flagged if a value is not finite; if a magnitude exceeds `max_abs`; if a channel is constant that
     varied in every batch before; if its deviation differs from the geometric mean of those of earlier batches by more
@@ -120,6 +122,7 @@ class InputMeter:
 
     def __init__(self, max_abs: float | None, max_scale_ratio: float) -> None:
         self._max_abs = math.inf if max_abs is None else float(max_abs)
+        self._max_abs_of_float32 = float(np.float32(self._max_abs))  # a limit of 0.1 is meant to let that 0.1 pass
         self._log_ratio = math.log(max_scale_ratio)
         self._states: dict[str, TensorState] = {}
 
@@ -139,10 +142,8 @@ class InputMeter:
         values = tensor.reshape(samples, channels, -1)
         state = self._state_of(name, values)
         has_scale = tensor.dim() > 1
-        # a limit of 0.1 is meant to let the fp32 number 0.1 pass
-        max_abs = self._max_abs if tensor.dtype == torch.float64 else float(np.float32(self._max_abs))
         limits = input_scan.Limits(
-            max_abs,
+            self._max_abs if tensor.dtype == torch.float64 else self._max_abs_of_float32,
             self._log_ratio if has_scale else math.inf,
             watch_channels=has_scale and state.channels is not None and samples * values.shape[2] > 1,
             may_flag_channels=state.batches > 0,
@@ -163,7 +164,7 @@ class InputMeter:
         if state.scale.device != device:
             state.scale = state.scale.to(device, input_scan.wide(device))
             state.channels = None if state.channels is None else state.channels.to(device)
-            state.stamps = None
+            state.stamps = state.partials = None
         if state.channels is not None and state.channels.numel() != channels:
             state.channels = None  # they are no channels: time steps of sequences of unequal length, say
         return state

@@ -8,6 +8,7 @@ import torch
 
 from lightning_stability.health import input_scan
 from lightning_stability.health.inputs import InputMeter, TensorLook
+from tests.health.same_look import assert_same_look
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,8 +27,7 @@ def compare(batches: list[torch.Tensor], max_abs: float | None = None) -> list[T
     ours, our_state = looks(batches, input_scan.scan_with_kernels, max_abs)
     reference, state = looks(batches, input_scan.scan_with_torch, max_abs)
     for look, expected in zip(ours, reference, strict=True):
-        torch.testing.assert_close(look.row, expected.row, rtol=1e-5, atol=1e-35, equal_nan=True)
-        torch.testing.assert_close(look.samples, expected.samples, rtol=1e-4, atol=1e-35, equal_nan=True)
+        assert_same_look(look, expected)
     for name, remembered in state.items():
         torch.testing.assert_close(our_state[name]["scale"], remembered["scale"], rtol=1e-5, atol=1e-6)
         channels = our_state[name]["channels"]
@@ -72,3 +72,23 @@ def test_an_outlier_in_the_first_batch_and_one_in_the_first_value() -> None:
 
 def test_all_values_bad_and_all_the_same() -> None:
     compare([torch.randn(2, 3, 4), torch.full((2, 3, 4), math.nan), torch.zeros(2, 3, 4), torch.full((2, 3, 4), 5.0)])
+
+
+@pytest.mark.parametrize(
+    "how", ["a first value far from the others", "values nearly equal", "equal but for one", "squares that underflow"]
+)
+def test_what_float32_cannot_sum_up_is_summed_up_in_float64(how: str) -> None:
+    x = torch.randn(3, 2, 3000)
+    if how == "a first value far from the others":
+        x[:, :, 0] = 1e6
+    elif how == "values nearly equal":
+        x = torch.full((3, 2, 3000), 1e-20)
+        x[:, 1, ::2] *= 1 + 2**-20
+    elif how == "equal but for one":
+        x = torch.full((3, 2, 3000), 0.1)
+        x[2, 1, 7] = 0.1001
+    else:
+        x *= 5e-23
+    [look], _ = looks([x.to(DEVICE)], input_scan.scan_with_kernels)
+    exact = x.double() - x.double().mean()
+    assert float(look.row[1]) == pytest.approx(float(exact.square().mean().sqrt()), rel=1e-6, abs=0.0)

@@ -270,12 +270,17 @@ def test_where_torch_must_not_look_on_the_host_it_gives_the_same() -> None:
 
 
 def test_the_plan_covers_every_value_once() -> None:
-    for samples, channels, positions in [(1, 1, 1), (32, 19, 2048), (7, 3, 50176), (4096, 1000, 1), (3, 513, 9)]:
+    for samples, channels, positions in [(1, 1, 1), (32, 19, 2048), (7, 3, 50176), (4096, 1000, 1), (16, 1024, 768)]:
         plan = input_scan._plan(samples, channels, positions)
+        assert plan.groups * plan.samples >= samples > (plan.groups - 1) * plan.samples
+        assert plan.judges * plan.judged >= samples
+        assert plan.padded >= plan.programs <= plan.items  # each has one
         seen = np.zeros((channels, positions), dtype=int)
         for program in range(plan.programs):
             for item in range(program, plan.items, plan.programs):
                 group, piece = divmod(item, plan.pieces)
-                rows = slice(group * plan.tile_channels, (group + 1) * plan.tile_channels)
-                seen[rows, piece * plan.piece : min((piece + 1) * plan.piece, positions)] += 1
+                rows = slice(group * plan.channels, (group + 1) * plan.channels)
+                start = piece * plan.of_piece * plan.positions
+                assert start < positions
+                seen[rows, start : start + plan.of_piece * plan.positions] += 1
         assert (seen == 1).all()
