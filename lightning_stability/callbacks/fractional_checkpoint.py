@@ -14,12 +14,12 @@ from torch import Tensor
 from lightning_stability._compat import MisconfigurationException, ModelCheckpoint
 from lightning_stability.callbacks.base import warn_of_forgotten_precision
 from lightning_stability.checkpointing import writing
-from lightning_stability.checkpointing.finite import nonfinite_names
 from lightning_stability.checkpointing.listing import checked_tensors, own_name
 from lightning_stability.checkpointing.loops import FORMAT, SECTION, Place, TrainingPlaces
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
 from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.events import EventLog
+from lightning_stability.health.values import nonfinite_names
 from lightning_stability.runtime import RunEvents, log_folder, runtime_of
 
 _OTHER_TRIGGERS = ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end", "save_on_exception")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_stability.checkpointing.finite import named_tensors, nonfinite_names
 from lightning_stability.checkpointing.loops import SECTION
 from lightning_stability.checkpointing.writing import is_part
+from lightning_stability.health.values import nonfinite_names
 
 LAST_GOOD = "last_good"
 """The word that stands for the newest complete, finite checkpoint on the command line."""
@@ -225,9 +225,9 @@ def checked_tensors(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     Args:
         checkpoint: What Lightning dumped.
     """
-    yield from named_tensors(checkpoint.get("state_dict", {}))
+    yield from _tensors_of(checkpoint.get("state_dict", {}))
     for key in ("current_model_state", "averaging_state", "optimizer_states"):
-        yield from named_tensors(checkpoint.get(key, {}), key)
+        yield from _tensors_of(checkpoint.get(key, {}), key)
 
 
 def _inspect_sharded(path: Path, saved: float) -> CheckpointInfo:
@@ -253,3 +253,23 @@ def _size(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} GB"
+
+
+def _tensors_of(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Walk nested dicts, lists and tuples.
+
+    Args:
+        tree: What to walk.
+        prefix: Put before every name.
+
+    Yields:
+        The path of each tensor, joined with dots, and the tensor.
+    """
+    if isinstance(tree, Tensor):
+        yield prefix, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _tensors_of(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from _tensors_of(value, f"{prefix}.{index}" if prefix else str(index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,22 +11,41 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of those tensors that hold NaN or infinity.
+    """The names of those tensors that hold NaN or infinity, in their order.
+
+    All tensors of one device and dtype are read in one multi-tensor pass; the host waits once per device.
 
     Args:
-        tensors: Names and tensors, as `named_parameters()` gives them. Only floating and complex ones are looked at.
+        tensors: Names and tensors, as `named_parameters()` gives them; those that cannot hold such a value are passed
+            over.
 
     Example:
-        >>> nonfinite_names([("a", torch.zeros(2)), ("b", torch.tensor([1.0, float("nan")]))])
+        >>> nonfinite_names([("a", torch.zeros(2)), ("b", torch.tensor([1.0, float("nan")])), ("c", torch.tensor(1))])
         ['b']
     """
-    looked_at = [(name, t) for name, t in tensors if t.is_floating_point() or t.is_complex()]
-    flags = [torch.isfinite(getattr(t, "to_local", lambda t=t: t)().detach()).all() for _, t in looked_at]
-    if not flags:
-        return []
-    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-    return [name for (name, _), good in zip(looked_at, finite, strict=True) if not good]
+    names: list[str] = []
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for name, tensor in tensors:
+        values = _as_floats(tensor)
+        if values is not None:
+            places, held = groups[values.device, values.dtype]
+            places.append(len(names))
+            held.append(values)
+            names.append(name)
+    flags: dict[torch.device, list[Tensor]] = defaultdict(list)
+    order: dict[torch.device, list[int]] = defaultdict(list)
+    for (device, _), (places, held) in groups.items():
+        # the largest magnitude of each: it is NaN or inf if any number is, and no square overflows on the way
+        norms = torch._foreach_norm(held, float("inf"))  # type: ignore[no-untyped-call]
+        flags[device].append(~torch.isfinite(torch.stack(norms)))
+        order[device] += places
+    bad: list[int] = []
+    for device, of_device in flags.items():
+        found = torch.cat(of_device).tolist()
+        bad += [place for place, is_bad in zip(order[device], found, strict=True) if is_bad]
+    return [names[place] for place in sorted(bad)]
 
 
 def named_tensors(batch: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
@@ -53,3 +73,17 @@ def named_tensors(batch: Any, name: str = "batch") -> Iterator[tuple[str, Tensor
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for item in dataclasses.fields(batch):
             yield from named_tensors(getattr(batch, item.name), f"{name}.{item.name}")
+
+
+def _as_floats(tensor: Tensor) -> Tensor | None:
+    if hasattr(tensor, "to_local"):  # a DTensor: this rank's part
+        tensor = tensor.to_local()
+    if tensor.is_sparse:
+        tensor = tensor._values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.detach())
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.device.type == "meta":
+        return None
+    if tensor.dtype.itemsize == 1:  # float8 has no norm
+        tensor = tensor.to(torch.float32)
+    return tensor.detach()

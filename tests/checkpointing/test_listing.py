@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from lightning_stability.checkpointing import last_good_checkpoint, list_checkpoints
-from lightning_stability.checkpointing.finite import nonfinite_names
 from lightning_stability.checkpointing.listing import table
+from lightning_stability.health.values import nonfinite_names
 
 
 def write(path: Path, step: int, weight: float = 1.0, **section: object) -> Path:
