@@ -25,7 +25,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
 
-from lightning_stability import FractionalCheckpoint, PrecisionFallback
+from lightning_stability import FractionalCheckpoint, NaNEarlyStop, PrecisionFallback
 from lightning_stability.tuab.sampling import BalancedSampler
 from tests import runs
 
@@ -73,7 +73,12 @@ class Stream(IterableDataset):
 
 
 def make_module(
-    pl: Any, manual: bool = False, plateau: str | None = None, large: int | None = None, eps: float = 1e-8
+    pl: Any,
+    manual: bool = False,
+    plateau: str | None = None,
+    large: int | None = None,
+    eps: float = 1e-8,
+    bad: int | None = None,
 ) -> Any:
     """Batch norm, dropout, metrics of all kinds, and an average that the module's own hook updates.
 
@@ -83,6 +88,7 @@ def make_module(
         plateau: The interval of a ReduceLROnPlateau, if there shall be one.
         large: The batch, counted over the run, whose input fp16 cannot hold.
         eps: The optimizer's.
+        bad: The batch, counted over the run, that holds NaN on the last rank.
     """
 
     class Module(pl.LightningModule):
@@ -100,6 +106,8 @@ def make_module(
             x, indices = batch
             self.seen.append(indices.tolist())
             number = self.trainer.current_epoch * self.trainer.num_training_batches + batch_idx
+            if self.trainer.fit_loop.epoch_loop.total_batch_idx == bad:
+                x = x * float("nan") if self.global_rank == self.trainer.world_size - 1 else x
             out, target = self.net(x * 1e6 if number == large else x), x.sum(1, keepdim=True)
             loss = (out - target).pow(2).mean()
             self.log("train_loss", loss, on_step=True, on_epoch=True)
@@ -171,9 +179,10 @@ def fit(
     ckpt_path: str | None = None,
     kill_after_batch: int | None = None,
     module: Any = None,
-    checkpoint: dict[str, Any] | None = None,
+    checkpoint: dict[str, Any] | str | None = None,
     callbacks: Callable[[Any], list[Any]] = lambda pl: [],
     fallback: str | None = None,
+    patience: int | None = None,
     fp16: bool = False,
     logger: Any = None,
     **trainer: Any,
@@ -192,7 +201,8 @@ def fit(
         ckpt_path: Where to go on from.
         kill_after_batch: The process is killed when so many batches of this fit have been trained.
         module: Options of `make_module`, or what makes one of a namespace.
-        checkpoint: Options of FractionalCheckpoint.
+        checkpoint: Options of FractionalCheckpoint; "none" for a ModelCheckpoint that never saves in its place.
+        patience: Of a NaNEarlyStop, if there shall be one.
         callbacks: Others.
         fallback: The higher precision of a PrecisionFallback, if there shall be one.
         fp16: Whether to train in 16-mixed.
@@ -205,9 +215,14 @@ def fit(
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    options = {"dirpath": folder / "checkpoints", "save_top_k": -1, **(checkpoint or {})}
-    saver = FractionalCheckpoint(**options)
+    kept = folder / "checkpoints"
+    if isinstance(checkpoint, str):
+        saver = pl.callbacks.ModelCheckpoint(kept, every_n_epochs=10**6)
+    else:
+        saver = FractionalCheckpoint(**{"dirpath": kept, "save_top_k": -1, **(checkpoint or {})})
     others = [*callbacks(pl), *([PrecisionFallback(fallback)] if fallback else [])]
+    if patience is not None:
+        others.append(NaNEarlyStop(patience))
     if kill_after_batch is not None:
         others.append(killer(pl, kill_after_batch))
     if fp16:

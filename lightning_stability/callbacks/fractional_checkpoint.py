@@ -14,12 +14,12 @@ from torch import Tensor
 from lightning_stability._compat import MisconfigurationException, ModelCheckpoint
 from lightning_stability.callbacks.base import warn_of_forgotten_precision
 from lightning_stability.checkpointing import writing
-from lightning_stability.checkpointing.listing import checked_tensors, own_name
-from lightning_stability.checkpointing.loops import FORMAT, SECTION, Place, TrainingPlaces
+from lightning_stability.checkpointing.listing import NonfiniteByDesign, checked_tensors
+from lightning_stability.checkpointing.loops import SECTION, Place, TrainingPlaces
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
+from lightning_stability.checkpointing.section import make_section
 from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.events import EventLog
-from lightning_stability.health.values import nonfinite_names
 from lightning_stability.runtime import RunEvents, log_folder, runtime_of
 
 _OTHER_TRIGGERS = ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end", "save_on_exception")
@@ -124,7 +124,7 @@ class FractionalCheckpoint(ModelCheckpoint):
         self._ranked: Any = None
         self._missed_monitor = False
         self._pending: _Pending | None = None
-        self._nonfinite_at_start: dict[str, Tensor] = {}
+        self._by_design = NonfiniteByDesign([])
         self._snapshot: HostSnapshot | None = None
         self._writer: writing.Writer | None = None
         self._events = EventLog(None)
@@ -164,9 +164,7 @@ class FractionalCheckpoint(ModelCheckpoint):
         places.listen(self)
         self._batches_per_epoch(trainer)
         self._schedule.start_at(self._epochs_at_start(trainer))
-        buffers = [(name, buffer) for name, buffer in pl_module.named_buffers()]
-        named = dict(buffers)
-        self._nonfinite_at_start = {name: ~torch.isfinite(named[name]) for name in nonfinite_names(buffers)}
+        self._by_design = NonfiniteByDesign(pl_module.named_buffers())
         if self.save_weights_only:
             return
         if places.data.without_position:
@@ -333,34 +331,16 @@ class FractionalCheckpoint(ModelCheckpoint):
         with trainer.profiler.profile("save_checkpoint"):
             checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         if not self.save_weights_only:  # after everybody's `on_save_checkpoint`, which may draw random numbers
-            places = TrainingPlaces.of(trainer)
-            checkpoint[SECTION] = {
-                "format": FORMAT,
-                "inside_epoch": place.batches > 0,
-                "epochs": float(epochs),
-                "saved_at": time.time(),
-                "finite": True,
-                "nonfinite_by_design": list(self._nonfinite_at_start),
-                "reloaded_in_epoch": places.reloaded_in_epoch,
-                "stop_is_due": bool(trainer.should_stop) and not place.ending,
-                "metrics": _scalars(trainer.callback_metrics),
-                "ranks": _gather(trainer, places.capture(place)),
-            }
+            stop_is_due = bool(trainer.should_stop) and not place.ending
+            checkpoint[SECTION] = make_section(trainer, place, float(epochs), stop_is_due, self._by_design.names)
         return checkpoint
 
     def _nonfinite(self, trainer: Any, checkpoint: dict[str, Any]) -> list[str]:
         """The names of what is not finite and was not so by design, on whichever rank holds it."""
-        tensors = dict(checked_tensors(checkpoint))
-        names = [name for name in nonfinite_names(tensors.items()) if not self._is_by_design(name, tensors[name])]
+        names = self._by_design.unexpected(checked_tensors(checkpoint))
         if trainer.strategy.reduce_boolean_decision(not names, all=True):
             return []
         return names or ["what another rank holds"]
-
-    def _is_by_design(self, name: str, tensor: Tensor) -> bool:
-        mask = self._nonfinite_at_start.get(own_name(name))
-        if mask is None or mask.shape != tensor.shape:
-            return False
-        return not bool((~torch.isfinite(tensor) & ~mask.to(tensor.device)).any())
 
     def _submit(self, trainer: Any, job: writing.WriteJob, checkpoint: dict[str, Any]) -> None:
         assert self._writer is not None
@@ -454,6 +434,8 @@ class FractionalCheckpoint(ModelCheckpoint):
     def _epochs_at_start(self, trainer: Any) -> Fraction:
         progress = trainer.fit_loop.epoch_progress.current
         inside = trainer.fit_loop.epoch_loop.batch_progress.current.ready if progress.ready > progress.processed else 0
+        if TrainingPlaces.of(trainer).ends_a_batch_first:  # what is due with its window has not been saved
+            inside -= (inside - 1) % trainer.accumulate_grad_batches + 1
         place = Place(progress.processed, inside, stepped=True, ending=False)
         return place.epochs(self._batches_per_epoch(trainer))
 
@@ -495,28 +477,6 @@ def _writes_one_file(trainer: Any) -> bool:
         type(strategy).save_checkpoint.__qualname__ == "Strategy.save_checkpoint"
         and type(strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
     )
-
-
-def _gather(trainer: Any, state: dict[str, Any]) -> list[dict[str, Any]]:
-    if trainer.world_size == 1:
-        return [state]
-    states: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(states, _on_host(state))
-    return states
-
-
-def _on_host(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        return state.detach().cpu()
-    if isinstance(state, dict):
-        return {key: _on_host(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [_on_host(value) for value in state]
-    return state
-
-
-def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if torch.as_tensor(value).numel() == 1}
 
 
 def _copied(value: Any) -> Any:

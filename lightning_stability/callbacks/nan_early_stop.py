@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,8 +10,10 @@ from typing import Any, Literal, NoReturn
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
-from lightning_stability._compat import MisconfigurationException
+from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import RuntimeCallback, warn_always
+from lightning_stability.checkpointing.loops import Place, TrainingPlaces
+from lightning_stability.checkpointing.section import StopCheckpoint, is_of_a_stop
 from lightning_stability.health import StepRecord
 from lightning_stability.health.values import named_tensors, nonfinite_names
 from lightning_stability.recovery.stopping import (
@@ -62,7 +65,7 @@ class NaNEarlyStop(RuntimeCallback):
 
     After a stop no validation runs and no checkpoint callback saves any more. One message says what became
     non-finite, where, and how to resume. If updates were made since the last checkpoint, the good weights are kept
-    in `nan_early_stop.ckpt` beside the others.
+    in `nan_early_stop.ckpt` beside the others; the run that is resumed from it goes on right after the bad batch.
 
     Logged when an update is skipped:
 
@@ -114,7 +117,9 @@ class NaNEarlyStop(RuntimeCallback):
         self._announced = False
         self._summarised = False
         self._silenced: SilencedCheckpoints | None = None
-        self._loop_end: EndOfLoop | None = None
+        self._loop_ends: list[EndOfLoop] = []
+        self._stop_checkpoint: StopCheckpoint | None = None
+        self._goes_on_after_a_stop = False
         self._message = ""
         self._metrics_seen: set[str] = set()
 
@@ -140,6 +145,16 @@ class NaNEarlyStop(RuntimeCallback):
                 f"NaNEarlyStop: trained weights are not finite before the first step: {where}. Expected finite"
                 " values; check how they are initialised or which checkpoint they were loaded from.",
             )
+            return
+        self._stop_checkpoint = StopCheckpoint(trainer)
+        if self._goes_on_after_a_stop:
+            TrainingPlaces.of(trainer).listen(self, saves=False)
+
+    def on_place(self, trainer: Any, place: Place) -> None:
+        """Nothing: what is listened for is where a resumed run begins."""
+
+    def on_resumed(self, trainer: Any) -> None:
+        """Nothing."""
 
     def on_record(self, record: StepRecord) -> None:
         """Count the step in; one bad step too many ends the run."""
@@ -157,10 +172,11 @@ class NaNEarlyStop(RuntimeCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop here, before a validation or a checkpoint."""
+        """Stop when the batch's hooks are through, before a validation or a checkpoint."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if not window_is_open(trainer):
-            self._stop_if_due(trainer)
+        if self._incident is not None and not window_is_open(trainer):
+            self._silenced = self._silenced or SilencedCheckpoints(trainer)
+            self._end_loops(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Look at the monitored metrics."""
@@ -185,17 +201,35 @@ class NaNEarlyStop(RuntimeCallback):
         """Say what became of all updates."""
         super().on_train_end(trainer, pl_module)
         self._summarise()
+        TrainingPlaces.of(trainer).leave(self)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Say what became of all updates, and leave."""
+        if self._incident is not None and not self._announced and trainer.world_size == 1:
+            self._announced = True  # another callback failed over the bad batch: of several ranks one, maybe
+            with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
+                self._announce(trainer, self._incident)
         super().on_exception(trainer, pl_module, exception)
         self._summarise()
         self._let_checkpoints_be()
+        TrainingPlaces.of(trainer).leave(self)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave."""
         super().teardown(trainer, pl_module, stage)
         self._let_checkpoints_be()
+        self._stop_checkpoint = None
+        if stage == "fit":
+            TrainingPlaces.of(trainer).leave(self)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on right after the batch that a run was ended with."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.state.fn != "fit" or trainer.fast_dev_run or not is_of_a_stop(checkpoint):
+            return
+        if not any(is_instance_by_name(other, "FractionalCheckpoint") for other in trainer.callbacks):  # it does so too
+            TrainingPlaces.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
+            self._goes_on_after_a_stop = True
 
     def state_dict(self) -> dict[str, Any]:
         """The counts."""
@@ -302,17 +336,22 @@ class NaNEarlyStop(RuntimeCallback):
             self._announce(trainer, self._incident)
         if self.action == "raise" and self._announced:
             self._raise(self._incident)
-        # Both loops end on it, whatever `min_steps` and `min_epochs` say. The outer one does so before any hook at the
-        # end of an epoch runs, which may want metrics that are not there.
-        if self._loop_end is None:
-            self._loop_end = EndOfLoop(trainer, lambda: self._stop_if_due(trainer))
+        self._end_loops(trainer)
         raise StopIteration
+
+    def _end_loops(self, trainer: Any) -> None:
+        """Both loops end, whatever `min_steps` and `min_epochs` say, before a validation and before any hook at the end
+        of an epoch, which may want metrics that are not there.
+        """
+        if not self._loop_ends:
+            loops = trainer.fit_loop.epoch_loop, trainer.fit_loop
+            self._loop_ends = [EndOfLoop(loop, lambda: self._stop_if_due(trainer)) for loop in loops]
 
     def _announce(self, trainer: Any, incident: _Incident) -> None:
         assert self._runtime is not None
-        trainer.should_stop = True
+        stop_was_due, trainer.should_stop = trainer.should_stop, True
         RunEvents.of(trainer).stopped(f"NaNEarlyStop: {incident.why}")
-        checkpoint = self._keep_good_weights(trainer) or newest_checkpoint(trainer)
+        checkpoint = self._keep_good_weights(trainer, stop_was_due) or newest_checkpoint(trainer)
         self._silenced = self._silenced or SilencedCheckpoints(trainer)
         self._add_weights(trainer, incident)
         if trainer.is_global_zero:
@@ -365,25 +404,31 @@ class NaNEarlyStop(RuntimeCallback):
             incident.what = "weight"
             incident.why += f"; the weights {_listed(bad)} are not finite, which no update of the optimizer made them"
 
-    def _keep_good_weights(self, trainer: Any) -> str | None:
+    def _keep_good_weights(self, trainer: Any, stop_was_due: bool) -> str | None:
         """Save what was trained since the last checkpoint; it is finite, and otherwise lost."""
         folder = checkpoint_folder(trainer)
         assert self._incident is not None
+        assert self._stop_checkpoint is not None
         nothing_new = self._counts.updates <= self._updates_at_save
         if folder is None or nothing_new or self._incident.what == "metric":
             return None
+        assert self._runtime is not None
         path = str(trainer.strategy.broadcast(f"{folder}/{FILE_NAME}"))
         try:
-            trainer.save_checkpoint(path, weights_only=False)
+            self._runtime.drain()  # no bad batch may be left in the metrics
+            nonfinite = self._stop_checkpoint.write(path, stop_was_due)
         except Exception as error:  # whatever it is, it must not hide why the run ended
             warn_always(f"NaNEarlyStop: {path} could not be written ({error!r}); the run's other checkpoints stand.")
+            return None
+        if nonfinite:
+            warn_always(f"NaNEarlyStop: {path} was not written: {_listed(nonfinite)} would not be finite in it.")
             return None
         return path
 
     def _let_checkpoints_be(self) -> None:
-        if self._loop_end is not None:
-            self._loop_end.restore()
-            self._loop_end = None
+        for end in self._loop_ends:
+            end.restore()
+        self._loop_ends = []
         if self._silenced is not None:
             self._silenced.restore()
             self._silenced = None
@@ -399,7 +444,7 @@ class NaNEarlyStop(RuntimeCallback):
             warn_always(f"NaNEarlyStop(monitor={never}): never logged in this fit, so nobody watched it.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_silenced": None, "_loop_end": None}
+        return {**super().__getstate__(), "_silenced": None, "_loop_ends": [], "_stop_checkpoint": None}
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -211,6 +211,43 @@ def _section(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def own_name(name: str) -> str:
     """The module's name for one of `checked_tensors`: averaging moves its weights to another key."""
     return name.removeprefix("current_model_state.")
+
+
+class NonfiniteByDesign:
+    """Which buffers are not finite when training starts, and where: a causal mask's -inf is no damage.
+
+    Args:
+        buffers: Names and tensors, as `named_buffers` gives them.
+
+    Example:
+        >>> by_design = NonfiniteByDesign([("mask", torch.tensor([0.0, -torch.inf]))])
+        >>> by_design.unexpected([("mask", torch.tensor([1.0, -torch.inf])), ("weight", torch.tensor([torch.nan]))])
+        ['weight']
+    """
+
+    def __init__(self, buffers: Iterable[tuple[str, Tensor]]) -> None:
+        named = dict(buffers)
+        self._masks = {name: ~torch.isfinite(named[name]) for name in nonfinite_names(named.items())}
+
+    @property
+    def names(self) -> list[str]:
+        """The buffers."""
+        return list(self._masks)
+
+    def unexpected(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """The names of what is not finite and was not so by design.
+
+        Args:
+            tensors: `checked_tensors`.
+        """
+        named = dict(tensors)
+        return [name for name in nonfinite_names(named.items()) if not self._has(name, named[name])]
+
+    def _has(self, name: str, tensor: Tensor) -> bool:
+        mask = self._masks.get(own_name(name))
+        if mask is None or mask.shape != tensor.shape:
+            return False
+        return not bool((~torch.isfinite(tensor) & ~mask.to(tensor.device)).any())
 
 
 def _is_mask(tensor: Tensor) -> bool:

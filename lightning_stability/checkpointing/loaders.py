@@ -49,6 +49,11 @@ class TrainingData:
         """Whether other processes load."""
         return any(getattr(loader, "num_workers", 0) > 0 for loader in self.loaders)
 
+    @property
+    def has_fixed_order(self) -> bool:
+        """Whether a sampler gives the order that was drawn for one epoch until another one is drawn."""
+        return self._order is not None
+
     def capture(self, inside_epoch: bool) -> dict[str, Any]:
         """The state between two batches.
 
@@ -97,7 +102,8 @@ class TrainingData:
         if state["begun_again"] is not None:
             self._trainer.fit_loop._combined_loader._iterator._consumed = list(state["begun_again"])
         if inside_epoch and self._prefetches:
-            restore_random_state(state["fetch_random"])
+            if state["fetch_random"] is not None:  # nobody had listened: the batch read ahead is lost, as in Lightning
+                restore_random_state(state["fetch_random"])
             self._ahead = {name: state[name] for name in ("loaders", "begun_again")}
             self._ahead["random"] = state["fetch_random"]
             fetcher.batches.append(super(type(fetcher), fetcher).__next__())  # type: ignore[misc]

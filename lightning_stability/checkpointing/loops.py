@@ -9,7 +9,7 @@ these methods of the Trainer's loops are stood in for, as attributes of the inst
     fit_loop.on_advance_end      afterwards an epoch is over
     fit_loop.on_advance_start    a resumed run is put where it was
     epoch_loop.reset             left out once, where a resumed run is inside an epoch
-    epoch_loop.on_run_start      the loaders are iterated over
+    epoch_loop.on_run_start      the loaders are iterated over; a batch whose hooks alone were through is ended
     epoch_loop._on_before_fetch  a batch is fetched
 
 The private names of Lightning's loops are touched here alone.
@@ -35,7 +35,7 @@ from lightning_stability.checkpointing.random_state import capture_random_state,
 SECTION = "lightning_stability"
 """The key of what an exact resume needs, beside Lightning's own, in a checkpoint."""
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what is in the section changes, so that no half of it is taken for the whole."""
 
 _SET_AN_EPOCH_UP = ("GradientAccumulationScheduler", "StochasticWeightAveraging")
@@ -54,6 +54,8 @@ class Place:
     """Whether the optimizer has stepped in the last batch."""
     ending: bool
     """Whether the fit ends here."""
+    over: bool = True
+    """Whether the batch is over. If only its hooks are, a resumed run begins with what is left of it."""
 
     def epochs(self, batches_per_epoch: float) -> Fraction:
         """Epochs trained, as a fraction.
@@ -87,7 +89,9 @@ class TrainingPlaces:
         self._wrapped: list[tuple[Any, str, Any]] = []
         self._resume: dict[str, Any] | None = None
         self._goes_on_inside_epoch = False
+        self._batch_is_to_end = False
         self._begun = False
+        self._order_is_wanted = False
         self._global_step = 0
 
     @classmethod
@@ -105,13 +109,24 @@ class TrainingPlaces:
         assert trainer is not None, "the places do not outlive their Trainer"
         return trainer
 
-    def listen(self, listener: Listener) -> None:
-        """Begin to tell a listener; from `on_train_start` on."""
+    def begin(self) -> None:
+        """Note what a fit begins with, in `on_train_start`; enough for `capture`, and nothing in the loops' place."""
         if not self._listeners:
-            self._begun = False
+            self._begun = self._order_is_wanted = False
             self._data = TrainingData(self.trainer)
             self._global_step = self.trainer.global_step
             self._trained_at_start = self._trained()
+
+    def listen(self, listener: Listener, saves: bool = True) -> None:
+        """Begin to tell a listener; from `on_train_start` on.
+
+        Args:
+            listener: Who is told.
+            saves: Whether it saves at the places that it is told of: then each epoch's order has to be known.
+        """
+        self.begin()
+        self._order_is_wanted |= saves
+        if not self._listeners:
             fit, epoch = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop
             self._wrap(fit, "on_advance_start", self._on_epoch_about_to_start)
             self._wrap(epoch, "reset", self._on_epoch_loop_reset)
@@ -135,15 +150,50 @@ class TrainingPlaces:
 
     # Saving
 
+    def at_end_of_batch(self) -> Place | None:
+        """The place of now, where `epoch_loop.on_advance_end` would be called or a hook just before it has failed.
+
+        None if a batch has begun and not come to its end: nothing goes on from there.
+        """
+        fit, epoch_loop = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop
+        batches, epochs = epoch_loop.batch_progress.current, fit.epoch_progress.current
+        if batches.ready != batches.processed or epochs.ready == epochs.processed:
+            return None
+        return Place(self.trainer.current_epoch, batches.ready, stepped=True, ending=False, over=False)
+
+    def leave_the_end_of_batch(self, checkpoint: dict[str, Any], place: Place) -> None:
+        """Have Lightning's own resume do what it does best: as after a save in `on_train_batch_end`.
+
+        Args:
+            checkpoint: Of `at_end_of_batch`; its loops are changed.
+            place: What that returned.
+        """
+        loops = checkpoint["loops"]["fit_loop"]
+        batches = loops["epoch_loop.batch_progress"]
+        if batches["current"]["completed"] == batches["current"]["processed"]:
+            for counts in (batches["total"], batches["current"]):
+                counts["completed"] -= 1
+        if not self.has_more_batches(place):
+            loops["state_dict"].pop("combined_loader", None)  # from its end it would go on with an empty epoch
+
+    def has_more_batches(self, place: Place) -> bool:
+        """Whether more of the epoch's batches are to come."""
+        return place.batches > 0 and not self.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
     def capture(self, place: Place) -> dict[str, Any]:
         """What an exact resume needs of this rank, beside Lightning's own checkpoint."""
         return {
             "random": capture_random_state(),
-            "data": self._data.capture(inside_epoch=place.batches > 0),
+            "data": self._data.capture(self.has_more_batches(place)),
             "metrics": capture_metrics(self.trainer),
             "gradients": self._gradients(place),
             "trained": {name: on for name, on in self._trained().items() if on != self._trained_at_start.get(name)},
         }
+
+    @property
+    def ends_a_batch_first(self) -> bool:
+        """Whether the run that is resumed begins with what is left of a batch."""
+        return self._resume is not None and not self._resume["batch_is_over"]
 
     @property
     def data(self) -> TrainingData:
@@ -186,9 +236,14 @@ class TrainingPlaces:
             return
         loops = checkpoint["loops"]["fit_loop"]
         loops["state_dict"].pop("combined_loader", None)
+        if not section["batch_is_over"]:  # here it goes on as `leave_the_end_of_batch` cannot have Lightning do
+            for counts in loops["epoch_loop.batch_progress"]["total"], loops["epoch_loop.batch_progress"]["current"]:
+                counts["completed"] += 1
         self._resume = {
             "loops": copy.deepcopy(loops),
             "inside_epoch": section["inside_epoch"],
+            "more_batches": section["more_batches"],
+            "batch_is_over": section["batch_is_over"],
             "reloaded_in_epoch": section["reloaded_in_epoch"],
             "stop_is_due": section["stop_is_due"],
             "rank": section["ranks"][rank],
@@ -207,6 +262,7 @@ class TrainingPlaces:
         fit.load_state_dict(resume["loops"])
         fit.update_restart_stage()  # inside an epoch: the hooks of its start are not called again
         _not_restarting(fit)
+        self._batch_is_to_end = not resume["batch_is_over"]
         epoch_loop.reset_restart_stage()
         if not inside:
             fit.reset_restart_stage()
@@ -216,7 +272,7 @@ class TrainingPlaces:
         self._goes_on_inside_epoch = inside
         self.trainer.should_stop = resume["stop_is_due"]
         epoch = fit.epoch_progress.current.processed - (0 if inside else 1)
-        self._data.restore(rank["data"], epoch, inside)
+        self._data.restore(rank["data"], epoch, resume["more_batches"])
         restore_metrics(self.trainer, rank["metrics"])
         own = self.trainer.lightning_module.state_dict()
         for name, tensor in resume["rounded"].items():
@@ -228,7 +284,7 @@ class TrainingPlaces:
         if inside:
             self._set_epoch_up()
         restore_random_state(rank["random"])
-        self._global_step = self.trainer.global_step
+        self._global_step = self.trainer.global_step - (1 if self._batch_is_to_end else 0)
 
     def _load_data_as_in_epoch(self, epoch: int) -> None:
         """Ask for the loaders as in that epoch; they may be others than those of now."""
@@ -282,9 +338,13 @@ class TrainingPlaces:
 
     def _on_epoch_loop_run_start(self, original: Callable[..., None], fetcher: Any) -> None:
         fit = self.trainer.fit_loop
-        if self.trainer.current_epoch > 0 and not fit.is_resuming and not fit.epoch_loop.restarting:
+        wanted = self._order_is_wanted or self._data.has_fixed_order
+        if wanted and self.trainer.current_epoch > 0 and not fit.is_resuming and not fit.epoch_loop.restarting:
             self._data.before_epoch()
         original(fetcher)
+        ends, self._batch_is_to_end = self._batch_is_to_end, False
+        if ends:
+            fit.epoch_loop.on_advance_end(fetcher)
 
     def _on_before_fetch(self, original: Callable[..., None]) -> None:
         self._data.before_fetch()

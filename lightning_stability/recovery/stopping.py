@@ -42,21 +42,21 @@ class SilencedCheckpoints:
 
 
 class EndOfLoop:
-    """Calls a function where the Trainer's outer loop would begin with an epoch's end, until `restore`.
+    """Calls a function where a loop of the Trainer would begin with the end of an epoch or a batch, until `restore`.
 
     Args:
-        trainer: The Trainer.
+        loop: `fit_loop` for an epoch's end, `fit_loop.epoch_loop` for a batch's.
         instead: What to call; it may raise StopIteration, which ends the loop.
     """
 
-    def __init__(self, trainer: Any, instead: Callable[[], None]) -> None:
-        self._loop = trainer.fit_loop
-        self._instead = instead
+    def __init__(self, loop: Any, instead: Callable[[], None]) -> None:
+        self._loop = loop
+        self._instead = lambda *args: instead()
         self._before = vars(self._loop).get("on_advance_end")  # another callback's, maybe
-        self._loop.on_advance_end = instead
+        self._loop.on_advance_end = self._instead
 
     def restore(self) -> None:
-        """Let epochs end again."""
+        """Let them end again."""
         if vars(self._loop).get("on_advance_end") is not self._instead:
             return
         if self._before is None:
