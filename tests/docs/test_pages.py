@@ -12,7 +12,10 @@ import pytest
 
 from lightning_stability.cli import _HELP
 from lightning_stability.plugin import CALLBACKS
-from tests.docs.blocks import ROOT, pages
+from lightning_stability.status.run import find_run
+from tests.docs.blocks import ROOT, blocks_of, commands_of, pages
+from tests.docs.commands import SHOWN
+from tests.status.test_runs import told, train
 
 HEADINGS = ("What it guards against", "Options", "What is logged", "What it costs", "What it refuses")
 LARGEST_PICTURE = 100_000  # bytes
@@ -100,6 +103,19 @@ def test_commands_within_sentences_exist():
                 assert words[1] in ("fit", "validate", "test", "predict") or f" {words[1]} " in _HELP, f"{page}: {code}"
             if words[0] == "python" and words[-1].endswith(".py"):
                 assert (ROOT / words[-1]).is_file(), f"{page}: {code}"
+
+
+def test_the_status_of_a_run_that_goes_on_has_the_rows_that_the_page_shows(tmp_path):
+    train(tmp_path)
+    events = find_run(tmp_path) / "events.jsonl"
+    lines = events.read_text().splitlines(keepends=True)
+    events.write_text("".join(line for line in lines if "training_ended" not in line))  # as it was a moment before
+    report = told(tmp_path)
+    assert report.state == "running"
+    commands = [command for block in blocks_of("docs/status.md", "console") for command in commands_of(block)]
+    [shown] = [command.shown for command in commands if str(command) in SHOWN]
+    names = [name for line in shown if (name := re.split("  +", line)[0])]
+    assert names == [name for name, _ in report.lines if name]
 
 
 # The README's figures
