@@ -116,7 +116,8 @@ def input_check() -> Any:
     layers.set_xticks(range(len(names)), short, rotation=40, ha="right", fontsize=7)
     layers.set_title("what reaches each layer, before the first step", loc="left", fontweight="bold")
     batches.plot(series, color=BLUE, marker=".", label="a batch")
-    batches.plot(flagged, [series[batch] for batch in flagged], "x", color=RED, markersize=8, clip_on=False, label="flagged")
+    high = [series[batch] for batch in flagged]
+    batches.plot(flagged, high, "x", color=RED, markersize=8, clip_on=False, label="flagged")
     batches.set_title("each batch, where two of the recordings have an artefact", loc="left", fontweight="bold")
     batches.set_xlabel("batch")
     for axis in (layers, batches):
