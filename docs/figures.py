@@ -2,12 +2,13 @@
 
 usage: python docs/figures.py [NAME ...]
 
-`story` runs the command line on a synthetic corpus, which takes some minutes; the others take seconds. The picture of
-TensorBoard is made by `docs/screenshots.py`.
+`story` and `input_check` run the command line on a synthetic corpus, which takes some minutes; the others take seconds.
+The pictures of TensorBoard are made by `docs/screenshots.py`.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
@@ -44,6 +45,7 @@ def main() -> None:
         "nan_early_stop": nan_early_stop,
         "fractional_checkpoint": fractional_checkpoint,
         "precision_fallback": precision_fallback,
+        "input_check": input_check,
     }
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10})
     warnings.simplefilter("ignore")
@@ -59,10 +61,11 @@ def main() -> None:
 
 def story() -> Any:
     """The stable recipe in fp16 on recordings with artefacts, three times."""
+    none = "--trainer.callbacks=null"  # instead of the recipe's
     ways = {
-        "without callbacks": [],
-        "NaNEarlyStop": ["--trainer.callbacks+=NaNEarlyStop"],
-        "PrecisionFallback": ["--trainer.callbacks+=PrecisionFallback"],
+        "without callbacks": [none],
+        "NaNEarlyStop": [none, "--trainer.callbacks+=NaNEarlyStop"],
+        "PrecisionFallback": [none, "--trainer.callbacks+=PrecisionFallback"],
     }
     figure, rows = plt.subplots(3, 1, figsize=(8.6, 4.4), sharex=True, sharey=True, layout="constrained")
     with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +86,57 @@ def story() -> Any:
     rows[1].set_ylabel("training loss")
     rows[2].set_xlabel("batch")
     return figure
+
+
+# InputCheck: what reaches each layer, and each batch
+
+
+def input_check() -> Any:
+    """The scales of two recipes' layers, and the batches of the stable one on recordings with artefacts."""
+    figure, (layers, batches) = plt.subplots(2, 1, figsize=(8.6, 4.6), height_ratios=(3, 2), layout="constrained")
+    names: list[str] = []  # of the crash's layers: the stable recipe has no `input_stats`
+    with tempfile.TemporaryDirectory() as folder:
+        for recipe, column, color in (
+            ("tuab_crash", "fp32_input_deviation", RED),
+            ("tuab_stable", "input_deviation", BLUE),
+        ):
+            logs = check(folder, f"--config={recipe}", "--trainer.max_steps=1")
+            with next(logs.rglob("input_scales.csv")).open(newline="") as file:
+                deviations = {row["layer"]: float(row[column]) for row in csv.DictReader(file) if row[column]}
+            names = names or list(deviations)
+            places = [names.index(name) for name in deviations]
+            layers.plot(places, deviations.values(), color=color, marker="o", markersize=4, label=recipe)
+        stability(folder, "synthetic", "tuab_artefacts", "--artefacts", "3", "--seed", "3")
+        logs = check(folder, "--config=tuab_stable", "--data.root=tuab_artefacts", "--trainer.max_epochs=1")
+        series = scalars(logs, "input/std")
+        events = [json.loads(line) for line in next(logs.rglob("events.jsonl")).read_text().splitlines()]
+    flagged = [event["batch_idx"] for event in events if event["event"] == "input_flagged"]
+    layers.axhspan(1e-2, 1e2, color=GREEN, alpha=0.1, label="no warning")
+    short = [name.removeprefix("encoder.") for name in names]
+    layers.set_xticks(range(len(names)), short, rotation=40, ha="right", fontsize=7)
+    layers.set_title("what reaches each layer, before the first step", loc="left", fontweight="bold")
+    batches.plot(series, color=BLUE, marker=".", label="a batch")
+    high = [series[batch] for batch in flagged]
+    batches.plot(flagged, high, "x", color=RED, markersize=8, clip_on=False, label="flagged")
+    batches.set_title("each batch, where two of the recordings have an artefact", loc="left", fontweight="bold")
+    batches.set_xlabel("batch")
+    for axis in (layers, batches):
+        axis.set(yscale="log", ylabel="deviation")
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def check(folder: str, *words: str) -> Path:
+    """Fit with InputCheck alone, log every batch, and return where the logs are."""
+    logs = Path(tempfile.mkdtemp(dir=folder))
+    words = (*words, "--trainer.callbacks=null", "--trainer.callbacks+=InputCheck", "--trainer.limit_val_batches=0")
+    words = (*words, "--trainer.accumulate_grad_batches=1", "--trainer.log_every_n_steps=1")
+    error = stability(folder, "fit", *words, f"--trainer.default_root_dir={logs}")
+    assert not error, error
+    return logs
+
+
+# The story's parts
 
 
 def note_end(axis: Any, error: str, events: list[dict[str, Any]]) -> None:

@@ -238,16 +238,18 @@ def _find_last_good(trainer: Any, subcommand: str) -> str | None:
     """Return the newest complete, finite checkpoint where the configured run, or one before it, has put its own."""
     roots = [trainer.get("default_root_dir") or "."]
     given = trainer.get("callbacks") or []
-    roots += [c["init_args"]["dirpath"] for c in given if (c.get("init_args") or {}).get("dirpath")]
+    own = [str(c["init_args"]["dirpath"]) for c in given if (c.get("init_args") or {}).get("dirpath")]
     loggers = trainer.get("logger")
     given = [
         getattr(logger, "init_args", None) or {} for logger in (loggers if isinstance(loggers, list) else [loggers])
     ]
     roots += [options["save_dir"] for options in given if options.get("save_dir")]
     found = {}
-    for root in dict.fromkeys(str(root) for root in roots):
-        folders = [Path(root), *(Path(root) / name for name in ("lightning_logs",))]
-        found.update({info.path: info for folder in folders for info in find_checkpoints(folder)})
+    roots = list(dict.fromkeys([*map(str, roots), *own]))
+    for root in roots:
+        infos = [*find_checkpoints(root), *find_checkpoints(Path(root) / "lightning_logs")]
+        # what lies in the root itself, other people's weights say, no callback has written unless it was told to
+        found.update({info.path: info for info in infos if root in own or info.path.parent != Path(root)})
     path = newest_good(list(found.values()))
     if path is not None:
         rank_zero_info(f"The newest complete, finite checkpoint is {path}.")

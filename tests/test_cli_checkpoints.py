@@ -31,6 +31,7 @@ WORDS = (
 
 def test_a_run_is_listed_verified_and_gone_on_from(command: Launcher, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN_CLASSES)
+    torch.save({"state_dict": {}}, tmp_path / "weights_from_elsewhere.ckpt")  # no run has put it there
     begun = command(*WORDS, "--trainer.max_epochs=1", "--ckpt_path=last_good", cwd=tmp_path)
     assert begun.returncode == 0, begun.stderr
     assert "training starts from the beginning" in begun.stderr

@@ -12,7 +12,10 @@ import pytest
 
 from lightning_stability.cli import _HELP
 from lightning_stability.plugin import CALLBACKS
-from tests.docs.blocks import ROOT, pages
+from lightning_stability.status.run import find_run
+from tests.docs.blocks import ROOT, blocks_of, commands_of, pages
+from tests.docs.commands import SHOWN
+from tests.status.test_runs import told, train
 
 HEADINGS = ("What it guards against", "Options", "What is logged", "What it costs", "What it refuses")
 LARGEST_PICTURE = 100_000  # bytes
@@ -102,6 +105,19 @@ def test_commands_within_sentences_exist():
                 assert (ROOT / words[-1]).is_file(), f"{page}: {code}"
 
 
+def test_the_status_of_a_run_that_goes_on_has_the_rows_that_the_page_shows(tmp_path):
+    train(tmp_path)
+    events = find_run(tmp_path) / "events.jsonl"
+    lines = events.read_text().splitlines(keepends=True)
+    events.write_text("".join(line for line in lines if "training_ended" not in line))  # as it was a moment before
+    report = told(tmp_path)
+    assert report.state == "running"
+    commands = [command for block in blocks_of("docs/status.md", "console") for command in commands_of(block)]
+    [shown] = [command.shown for command in commands if str(command) in SHOWN]
+    names = [name for line in shown if (name := re.split("  +", line)[0])]
+    assert names == [name for name, _ in report.lines if name]
+
+
 # The README's figures
 
 
@@ -157,10 +173,10 @@ def test_the_readmes_figures_for_gradient_norms_are_the_measured_ones(row, way):
     ],
 )
 def test_the_readmes_figures_for_checkpoints_are_the_measured_ones(row, way):
-    assert compared()[row] == [f"{result('checkpoint_h200')['lost_seconds'][way]['median']:.3f}"]
+    assert compared()[row] == [f"{result('checkpoint_h100')['lost_seconds'][way]['median']:.3f}"]
 
 
 def test_the_readmes_figures_for_the_fallback_are_the_measured_ones():
-    medians = [w["ratio"]["PrecisionFallback"]["median"] for w in result("fallback_h200")["workloads"].values()]
+    medians = [w["ratio"]["PrecisionFallback"]["median"] for w in result("fallback_h100")["workloads"].values()]
     expected = f"`PrecisionFallback` costs {min(medians):.2f} to {max(medians):.2f} of the bare fp16 step"
     assert expected in " ".join(section((ROOT / "README.md").read_text(), "How it compares").split())
