@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import torch
+
 from tests.command import Launcher
 
 OWN_CLASSES = """
