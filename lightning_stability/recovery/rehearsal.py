@@ -66,6 +66,7 @@ class Rehearsal:
             random_state = RandomState.taken(trainer.strategy.root_device)
             stack.callback(random_state.put_back)
             stack.callback(Attributes(module).put_back)
+            stack.callback(_Schedule(trainer).put_back)
             module.log = module.log_dict = _do_nothing
             stack.callback(setattr, trainer, "loggers", trainer.loggers)
             trainer.loggers = [_dummy_logger(trainer) for _ in trainer.loggers]
@@ -119,6 +120,32 @@ class Rehearsal:
             return apply_to_collection(batch, Tensor, lambda t: t.float() if t.dtype == narrow else t.clone())
         wide = self._module._on_before_batch_transfer(copy.deepcopy(uncast), dataloader_idx=0)
         return self._trainer.strategy.batch_to_device(wide, dataloader_idx=0)
+
+
+class _Schedule:
+    """The optimizers' learning rates and other options, and the schedulers, which a `training_step` may reach for.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self._groups = [(group, {name: value for name, value in group.items() if name != "params"}) for group in groups]
+        # a rate that is a tensor may be written in place
+        self._tensors = [(v, v.clone()) for _, kept in self._groups for v in kept.values() if isinstance(v, Tensor)]
+        self._schedulers = [
+            (config.scheduler, copy.deepcopy(config.scheduler.state_dict())) for config in trainer.lr_scheduler_configs
+        ]
+
+    def put_back(self) -> None:
+        """All of it is as it was."""
+        for tensor, value in self._tensors:
+            tensor.copy_(value)
+        for scheduler, state in self._schedulers:
+            scheduler.load_state_dict(state)
+        for group, kept in self._groups:
+            group.update(kept)
 
 
 @contextlib.contextmanager

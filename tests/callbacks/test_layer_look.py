@@ -245,3 +245,25 @@ class TestWhatItSays:
         assert "`net.amplifier` multiplies by 30,000" in first
         assert "the input of `net.layer`" in second
         assert "so what comes before it multiplies by" in second
+
+
+def test_learning_rates_and_schedulers_that_the_training_step_changes_are_put_back(pl: Any) -> None:
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        for group in self.optimizers().param_groups:
+            group["lr"] *= 0.9
+        self.lr_schedulers().step()
+        return self.net(batch[0]).pow(2).mean()
+
+    def configure_optimizers(self: Any) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3)]
+
+    ends = []
+    for callbacks in ([], [InputCheck()]):
+        module = runs.make_module(pl, training_step=training_step, configure_optimizers=configure_optimizers)
+        trainer = runs.trainer(pl, callbacks=callbacks)
+        trainer.fit(module, runs.data(16))
+        scheduler = trainer.lr_scheduler_configs[0].scheduler
+        ends.append((trainer.optimizers[0].param_groups[0]["lr"], scheduler.last_epoch, module.state_dict()))
+    assert ends[0][:2] == ends[1][:2]
+    assert all(torch.equal(ends[0][2][name], ends[1][2][name]) for name in ends[0][2])
