@@ -247,7 +247,7 @@ class TrainingPlaces:
             "reloaded_in_epoch": section["reloaded_in_epoch"],
             "stop_is_due": section["stop_is_due"],
             "rank": section["ranks"][rank],
-            "rounded": self._rounded(checkpoint.get("current_model_state", checkpoint["state_dict"])),
+            "rounded": self._rounded(checkpoint.get("current_model_state", checkpoint.get("state_dict", {}))),
         }
 
     def _rounded(self, saved: dict[str, Any]) -> dict[str, Any]:
