@@ -166,6 +166,7 @@ def test_artefacts_with_precision_fallback_cost_no_auroc(tmp_path):
     bits = scalars(tmp_path / "fp16", "precision_bits")
     assert bits[0] == 16.0
     assert bits[-1] == 32.0
-    [event] = runs.incidents(next((tmp_path / "fp16").rglob("events.jsonl")).parent)
+    events = runs.incidents(next((tmp_path / "fp16").rglob("events.jsonl")).parent)
+    [event] = [event for event in events if event["event"] == "precision_changed"]
     assert event["event"] == "precision_changed"
     assert event["step"] > 0, "it is an artefact, not the first batch"
