@@ -17,13 +17,7 @@ WIDTH = 12  # of a row: `inputs.FIELDS`
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64's squares need torch's way
 ADOPTED = 8
 """After so many batches in a row of another scale, theirs is the usual."""
-_TILE = 1024
-"""Values that a program of the first kernel has in hand at a time."""
 _WARPS = 4
-_REGISTERS = 64
-"""For each thread: 8 programs then share a multiprocessor, and one computes while others wait for memory."""
-_PROGRAMS = 2112
-"""Twice as many as run at once on the 132 multiprocessors of an H100: with more, each has too little to do."""
 _DEPTH = 256
 """Tiles that a program adds up in float32 at most."""
 _JUDGED = 2048
@@ -206,7 +200,7 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         POSITIONS=plan.positions,
         EVEN=plan.even,
         num_warps=_WARPS,
-        maxnreg=_REGISTERS,
+        maxnreg=plan.registers,
     )
     module.judge_values[(1 + plan.judges,)](
         partials,
@@ -235,12 +229,33 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
 
 
 @dataclass(slots=True, frozen=True)
+class _Size:
+    """How much of a tensor a program of the first kernel has in hand.
+
+    Attributes:
+        tile: Values, at a time.
+        registers: For each of its threads; the fewer, the more programs share a multiprocessor, and one computes while
+            others wait for memory.
+        programs: The most there are: twice as many as run at once on an H100; with more, each has too little to do.
+    """
+
+    tile: int
+    registers: int
+    programs: int
+
+
+_LARGE = _Size(tile=2048, registers=128, programs=1056)
+_SMALL = _Size(tile=1024, registers=64, programs=2112)
+
+
+@dataclass(slots=True, frozen=True)
 class _Plan:
     """How a tensor is dealt out: tiles of some samples, channels and positions, in pieces, among programs."""
 
     samples: int  # of a tile
     channels: int  # of a tile
     positions: int  # of a tile
+    registers: int  # of a thread
     even: bool  # whether no tile reaches beyond the values
     groups: int  # of samples
     pieces: int  # in which the positions of a channel are cut
@@ -254,26 +269,33 @@ class _Plan:
 
 @functools.lru_cache(maxsize=256)
 def _plan(samples: int, channels: int, positions: int) -> _Plan:
-    """Deal a tensor out.
+    """Deal a tensor out, in large tiles if they come out even.
 
     Example:
         >>> plan = _plan(32, 19, 2048)
         >>> (plan.samples, plan.channels, plan.positions), plan.items, plan.programs
-        ((1, 1, 1024), 38, 38)
-        >>> plan = _plan(4096, 64, 1)
-        >>> (plan.samples, plan.channels, plan.positions), plan.groups, plan.programs
-        ((16, 64, 1), 256, 1)
+        ((1, 1, 2048), 19, 19)
+        >>> plan = _plan(256, 3, 224 * 224)
+        >>> (plan.samples, plan.channels, plan.positions), plan.items, plan.programs
+        ((1, 1, 1024), 21, 7)
     """
+    plan = _deal(samples, channels, positions, _LARGE)
+    return plan if plan.even else _deal(samples, channels, positions, _SMALL)
+
+
+def _deal(samples: int, channels: int, positions: int, size: _Size) -> _Plan:
     most_channels = _power_of_two(channels)
-    of_positions = min(_power_of_two(positions), _TILE)
+    of_positions = min(_power_of_two(positions), size.tile)
     # Smaller tiles where many places of a larger one would be empty and channels can fill it.
-    while of_positions > 128 and -positions % of_positions > positions // 8 and most_channels * of_positions > _TILE:
+    while (
+        of_positions > 128 and -positions % of_positions > positions // 8 and most_channels * of_positions > size.tile
+    ):
         of_positions //= 2
-    of_channels = min(most_channels, _TILE // of_positions)
-    of_samples = min(_power_of_two(samples), _TILE // of_positions // of_channels)
+    of_channels = min(most_channels, size.tile // of_positions)
+    of_samples = min(_power_of_two(samples), size.tile // of_positions // of_channels)
     groups, of_group = -(-samples // of_samples), -(-channels // of_channels)
     across = -(-positions // of_positions)
-    wanted = max(_PROGRAMS // groups, of_group * across // _DEPTH, 1)
+    wanted = max(size.programs // groups, of_group * across // _DEPTH, 1)
     of_piece = -(-across // min(wanted if of_group < wanted else 1, across))
     pieces = -(-across // of_piece)
     items = of_group * pieces
@@ -284,6 +306,7 @@ def _plan(samples: int, channels: int, positions: int) -> _Plan:
         of_samples,
         of_channels,
         of_positions,
+        size.registers,
         channels % of_channels == 0 and positions % of_positions == 0,
         groups,
         pieces,
