@@ -36,6 +36,7 @@ def ddp(pl: Any, rank: int) -> dict[str, Any]:
         results[f"stop fused={fused}"] = stop(pl, rank, fused)
         results[f"stop fp16 fused={fused}"] = stop(pl, rank, fused, 256.0)
     results["fallback"] = fall_back(pl, rank)
+    results["fallback in place"] = fall_back_from_a_batch_changed_in_place(pl, rank)
     return results
 
 
@@ -48,6 +49,25 @@ def fall_back(pl: Any, rank: int) -> list[str]:
         results.append(fit(pl, module, [callback], 256.0))
     precision = str(results[0]["trainer"].precision)
     return poison.differences(*results) + ([] if precision == "32-true" else [precision])
+
+
+def fall_back_from_a_batch_changed_in_place(pl: Any, rank: int) -> list[str]:
+    """Rank 1 alone has changed the batch that overflows, so neither trains it again."""
+    module = poison.make_module(pl, {}, FUSED[False], by_hand=False)
+    original = module.training_step
+
+    def training_step(batch: Any, batch_idx: int) -> torch.Tensor:
+        if rank == 1 and batch_idx == 4:
+            batch[0].mul_(1e6)
+        return original(batch, batch_idx)
+
+    module.training_step = training_step
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = fit(pl, module, [PrecisionFallback()], 256.0)
+    said = [str(w.message) for w in caught if "this batch is not trained again" in str(w.message)]
+    precision = str(result["trainer"].precision)
+    return [*([] if precision == "32-true" else [precision]), *([] if len(said) == (rank == 0) else said or ["silent"])]
 
 
 def gpus(pl: Any, rank: int) -> dict[str, Any]:

@@ -127,12 +127,13 @@ class Retries:
 
     def _retry(self, failed: StepRecord, optimizer: Optimizer, model: Any, result: Any, kwargs: Any) -> Any:
         retrier, runtime, window = self.retrier, self._runtime, self._window
-        if window is None or window.changed_in_place():
+        strategy = runtime.trainer.strategy
+        # (one rank may have changed its batch where the others have not: all of them train again, or none)
+        if window is None or strategy.reduce_boolean_decision(window.changed_in_place(), all=False):
             why = "manual optimization does not say which batches an update comes from"
             retrier.cannot_retry(failed, why if window is None else "`training_step` changes its batch in place")
             runtime.tell(failed)
             return result
-        strategy = runtime.trainer.strategy
         retrier.before_retry(failed)
         self._guard.forget_batch()
         window.restore()
