@@ -174,7 +174,9 @@ class StabilityCLI(LightningCLI):
             self.config = parser.parse_args(_after_configs(words, trained_with))
             if last_good:
                 self.config[self.config.subcommand]["ckpt_path"] = resolved
-        if options["trainer"]["logger"] is False:
+        trainer = self.config[self.config.subcommand]["trainer"]
+        trainer["callbacks"] = _one_of_each(trainer["callbacks"])
+        if trainer["logger"] is False:
             # it would go to the working folder, over the user's own config.yaml or in the next run's way
             self.save_config_callback = None
 
@@ -188,7 +190,6 @@ class StabilityCLI(LightningCLI):
                 "precision=16-mixed on a CPU: real fp16 with a gradient scaler, where Lightning would use bf16."
             )
             kwargs.update(precision=None, plugins=[MixedPrecision("16-mixed", "cpu")])
-        config["callbacks"] = _one_of_each(config["callbacks"])
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
@@ -265,8 +266,16 @@ def _one_of_each(callbacks: Any) -> Any:
     """Of our own callbacks, of which a Trainer takes one each, keep the last: the command line's, not the recipe's."""
     if not isinstance(callbacks, list):
         return callbacks
-    own = {type(callback): callback for callback in callbacks if type(callback) in CALLBACKS}
-    return [callback for callback in callbacks if own.get(type(callback), callback) is callback]
+    ours = {kind.__name__ for kind in CALLBACKS}
+    names = [
+        name if path.partition(".")[0] == "lightning_stability" and name in ours else None
+        for path, _, name in (callback["class_path"].rpartition(".") for callback in callbacks)
+    ]
+    return [
+        callback
+        for place, (callback, name) in enumerate(zip(callbacks, names, strict=True), start=1)
+        if name is None or name not in names[place:]
+    ]
 
 
 def _subcommand_place(words: list[str]) -> int | None:

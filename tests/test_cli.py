@@ -235,6 +235,9 @@ def test_a_callback_named_on_the_command_line_takes_the_place_of_the_recipes_own
     done = command("fit", "--config=mine.yaml", *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "PATIENCE [5]" in done.stdout
+    [saved] = folder.rglob("config.yaml")
+    callbacks = yaml.safe_load(saved.read_text())["trainer"]["callbacks"]
+    assert [callback["init_args"]["patience"] for callback in callbacks] == [5]
 
 
 def test_the_windows_length_is_given_once(command, folder):

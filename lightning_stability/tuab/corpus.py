@@ -7,6 +7,7 @@ Layout of the Temple University Abnormal EEG Corpus, v3.0.1::
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -58,7 +59,8 @@ def find_recordings(root: str | Path) -> list[Recording]:
     """List the recordings under ``root``: train before eval, normal before abnormal, by path within these.
 
     Raises:
-        MisconfigurationException: If there is no such folder, or it does not have TUAB's layout.
+        MisconfigurationException: If there is no such folder, it does not have TUAB's layout, or a folder in it cannot
+            be listed.
     """
     root = Path(root)
     if not root.is_dir():
@@ -70,7 +72,7 @@ def find_recordings(root: str | Path) -> list[Recording]:
         Recording(path.relative_to(root).as_posix(), path.name.partition("_")[0], label, split)
         for split in ("train", "eval")
         for label, name in enumerate(CLASSES)
-        for path in sorted((root / "edf" / split / name).rglob("*.edf"))
+        for path in _edf_files(root / "edf" / split / name)
     ]
     for split in ("train", "eval"):
         if not any(r.official_split == split for r in recordings):
@@ -80,6 +82,26 @@ def find_recordings(root: str | Path) -> list[Recording]:
                 + (f"; did you mean {root.parent}?" if root.name == "edf" else ".")
             )
     return recordings
+
+
+def _edf_files(folder: Path) -> list[Path]:
+    """What is called .edf or .EDF in a folder and all below it, behind links too, by path."""
+
+    def cannot_list(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # of a class without recordings, which its own check is for
+            raise MisconfigurationException(
+                f"The folder {error.filename} cannot be listed ({error.strerror}): what is in it would be missing "
+                "without a word. Make it readable, or move it out of the corpus."
+            ) from error
+
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, onerror=cannot_list, followlinks=True):
+        if os.path.realpath(parent) in seen:  # a link to a folder above itself
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        found += [Path(parent, name) for name in (*folders, *files) if name.lower().endswith(".edf")]
+    return sorted(found)
 
 
 def split_by_subject(recordings: Sequence[Recording], val_fraction: float, seed: int) -> dict[Split, list[Recording]]:

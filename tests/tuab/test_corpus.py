@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -77,6 +78,45 @@ def test_a_missing_folder_and_another_layout_are_refused_with_what_was_expected(
         find_recordings(tmp_path)
     with pytest.raises(MisconfigurationException, match=r"did you mean .*small"):
         find_recordings(corpus / "edf")
+
+
+def test_recordings_behind_links_and_in_capitals_are_found(tmp_path, corpus):
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus, root)
+    before = find_recordings(root)
+    folder = root / "edf" / "train" / "normal" / "01_tcp_ar"
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "again").symlink_to(folder.parent)  # which leads back to itself
+    assert find_recordings(root) == before
+    first = next((tmp_path / "elsewhere").glob("*.edf"))
+    first.rename(first.with_suffix(".EDF"))
+    assert len(find_recordings(root)) == len(before)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_a_smaller_corpus(tmp_path, corpus):
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus, root)
+    closed = root / "edf" / "train" / "abnormal" / "02_tcp_le"
+    closed.mkdir(mode=0)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)  # pytest's are its user's own
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.geteuid() == 0:  # who may list everything
+                os.setuid(65534)
+            find_recordings(root)
+        except MisconfigurationException as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        assert "02_tcp_le cannot be listed (Permission denied)" in said.read()
+    closed.chmod(0o755)
 
 
 def write_edf(path, signals, rate=250, unit="uV", suffix="-REF"):
