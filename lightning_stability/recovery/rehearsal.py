@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import operator
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_stability._compat import is_instance_by_name
-from lightning_stability.recovery.attributes import Attributes
+from lightning_stability.recovery.attributes import Attributes, put_dict_back
 from lightning_stability.recovery.precision import namespace_of
 from lightning_stability.recovery.retry import RandomState
 
@@ -39,8 +41,10 @@ def why_not(trainer: Any) -> str | None:
 class Rehearsal:
     """Runs `training_step` any number of times and leaves no trace: see `Attributes` for what is put back.
 
-    Besides, the random state is, the batch is a copy, no gradient is made, `self.log` does nothing and loggers are
-    dummies. Under DDP the module is called, not its wrapper. Compiled modules are run uncompiled.
+    Besides these, attributes of the Trainer, its callbacks and data module, learning rates and schedulers, and the
+    random state are. The batch is a copy, no gradient is made, `self.log` does nothing, loggers and the profiler are
+    dummies. A `training_step` that asks for the folder of the logs would write there, and gets an error. Under DDP the
+    module is called, not its wrapper. Compiled modules are run uncompiled.
 
     Args:
         trainer: The Trainer, when a batch is about to be trained.
@@ -65,11 +69,17 @@ class Rehearsal:
             trainer, module = self._trainer, self._module
             random_state = RandomState.taken(trainer.strategy.root_device)
             stack.callback(random_state.put_back)
-            stack.callback(Attributes(module).put_back)
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            stack.callback(
+                torch.clear_autocast_cache
+            )  # it may hold weights cast without gradients, if `fit` is in autocast
+            attributes = Attributes(module, trainer, trainer.strategy, trainer._logger_connector)
+            stack.callback(attributes.put_back)
+            loops = [trainer.fit_loop, trainer.fit_loop.epoch_loop]
+            for within_reach in (*loops, *trainer.callbacks, *filter(None, [trainer.datamodule])):
+                stack.callback(put_dict_back, vars(within_reach), dict(vars(within_reach)))
             stack.callback(_Schedule(trainer).put_back)
-            module.log = module.log_dict = _do_nothing
-            stack.callback(setattr, trainer, "loggers", trainer.loggers)
-            trainer.loggers = [_dummy_logger(trainer) for _ in trainer.loggers]
+            self._silence()
             stack.enter_context(torch.no_grad())
             if self.runs_uncompiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -78,6 +88,17 @@ class Rehearsal:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+    def _silence(self) -> None:
+        """Let nothing that is measured get anywhere; `Attributes` puts the loggers back."""
+        trainer, namespace = self._trainer, namespace_of(self._trainer)
+        for module in self._module.modules():
+            if is_instance_by_name(module, "LightningModule"):
+                module.log = module.log_dict = _do_nothing
+        epoch_loop = trainer.fit_loop.epoch_loop  # for whoever calls `super().log`
+        epoch_loop._results = type(epoch_loop._results)(training=True)
+        trainer.loggers = [_stand_in(logger, namespace) for logger in trainer.loggers]
+        trainer.profiler = importlib.import_module(f"{namespace}.profilers").PassThroughProfiler()
 
     def run(self, batch: Any, batch_idx: int) -> Any:
         """Run `training_step` in the precision that is trained in.
@@ -125,27 +146,43 @@ class Rehearsal:
 class _Schedule:
     """The optimizers' learning rates and other options, and the schedulers, which a `training_step` may reach for.
 
+    Of an optimizer's state the entries are put back, and not what is written into their tensors: copies of these would
+    take more memory than a training step has left.
+
     Args:
         trainer: The Trainer.
     """
 
     def __init__(self, trainer: Any) -> None:
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self._groups = [(group, {name: value for name, value in group.items() if name != "params"}) for group in groups]
-        # a rate that is a tensor may be written in place
-        self._tensors = [(v, v.clone()) for _, kept in self._groups for v in kept.values() if isinstance(v, Tensor)]
-        self._schedulers = [
-            (config.scheduler, copy.deepcopy(config.scheduler.state_dict())) for config in trainer.lr_scheduler_configs
-        ]
+        self._undo: list[Callable[[], None]] = []
+        for optimizer in trainer.optimizers:
+            groups = optimizer.param_groups
+            self._undo.append(partial(operator.setitem, groups, slice(None), list(groups)))
+            states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+            self._keep([optimizer.state, *states, *groups])
+        for config in trainer.lr_scheduler_configs:
+            state = copy.deepcopy(config.scheduler.state_dict())
+            self._undo.insert(0, partial(config.scheduler.load_state_dict, state))
 
     def put_back(self) -> None:
         """All of it is as it was."""
-        for tensor, value in self._tensors:
-            tensor.copy_(value)
-        for scheduler, state in self._schedulers:
-            scheduler.load_state_dict(state)
-        for group, kept in self._groups:
-            group.update(kept)
+        for undo in self._undo:
+            undo()
+
+    def _keep(self, mappings: list[Any]) -> None:
+        for mapping in mappings:
+            kept = dict(mapping)
+            self._undo += [partial(mapping.update, kept), partial(_drop, mapping, set(kept))]
+            for name, value in kept.items():
+                if isinstance(value, list):  # the weights of a group
+                    self._undo.append(partial(operator.setitem, value, slice(None), list(value)))
+                elif isinstance(value, Tensor) and name == "lr":  # may be written in place
+                    self._undo.append(partial(value.copy_, value.clone()))  # type: ignore[arg-type]
+
+
+def _drop(mapping: Any, kept: set[Any]) -> None:
+    for name in set(mapping) - kept:
+        del mapping[name]
 
 
 @contextlib.contextmanager
@@ -177,5 +214,13 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for `self.log`."""
 
 
-def _dummy_logger(trainer: Any) -> Any:
-    return importlib.import_module(f"{namespace_of(trainer)}.loggers.logger").DummyLogger()
+def _stand_in(logger: Any, namespace: str) -> Any:
+    """A dummy that goes by the logger's name, and refuses to say where that writes."""
+    dummy = importlib.import_module(f"{namespace}.loggers.logger").DummyLogger
+    own = {"name": property(lambda self: logger.name), "version": property(lambda self: logger.version)}
+    own |= dict.fromkeys(("save_dir", "log_dir", "root_dir"), property(_refuse))
+    return type("StandIn", (dummy,), own)()
+
+
+def _refuse(logger: Any) -> None:
+    raise RuntimeError("`training_step` asks for the folder of the logs, where it may write files")

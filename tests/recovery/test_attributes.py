@@ -119,3 +119,49 @@ def test_what_cannot_be_put_back_is_refused_by_name(attribute: Any, why: str) ->
     net.further = [attribute] if not isinstance(attribute, nn.Module) else attribute
     with pytest.raises(CannotPutBack, match=rf"`Sequential\.further.*` {why}"):
         Attributes(net)
+
+
+def test_an_iterator_that_a_method_has_from_the_function_around_it_is_refused() -> None:
+    weights = iter([1.0, 2.0])
+
+    class Weighted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return next(weights) * super().forward(x)
+
+    with pytest.raises(CannotPutBack, match=r"`Weighted\.forward` is an iterator"):
+        Attributes(Weighted(1, 1))
+
+
+def test_what_can_be_put_back_is_although_something_else_cannot() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.array, self.numbers = np.zeros(2), [1]
+
+    net = Net()
+    attributes = Attributes(net)
+    net.numbers.append(2)
+    net.array.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        attributes.put_back()
+    assert net.numbers == [1]
+
+
+def test_memory_that_was_given_up_is_had_again() -> None:
+    net = nn.Linear(2, 2)
+    before = net.weight.tolist()
+    attributes = Attributes(net)
+    net.weight.untyped_storage().resize_(0)
+    attributes.put_back()
+    assert net.weight.tolist() == before
+
+
+def test_sparse_and_expanded_tensors_are_left_alone() -> None:
+    net = nn.Linear(1, 1)
+    net.sparse, net.expanded = torch.eye(2).to_sparse(), torch.zeros(1).expand(3)
+    kept = net.sparse, net.expanded
+    attributes = Attributes(net)
+    net.sparse = net.expanded = None
+    attributes.put_back()
+    assert net.sparse is kept[0]
+    assert net.expanded is kept[1]
