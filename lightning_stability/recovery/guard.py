@@ -188,6 +188,10 @@ class Guard:
             self._buffers.give_back(bad)
             self._batch_bad = bad
 
+    def note_metrics(self) -> None:
+        """This bad batch's part in the metrics has been given back already: what is logged after it goes back to now."""
+        self._metrics.remember()
+
     def settle_all(self) -> None:
         """Before metrics are computed or saved: nothing of a bad batch may be left in them."""
         self.settle_batch()

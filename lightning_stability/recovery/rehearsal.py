@@ -70,9 +70,8 @@ class Rehearsal:
             random_state = RandomState.taken(trainer.strategy.root_device)
             stack.callback(random_state.put_back)
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-            stack.callback(
-                torch.clear_autocast_cache
-            )  # it may hold weights cast without gradients, if `fit` is in autocast
+            # which may hold weights cast without gradients, if `fit` is called within autocast
+            stack.callback(torch.clear_autocast_cache)
             attributes = Attributes(module, trainer, trainer.strategy, trainer._logger_connector)
             stack.callback(attributes.put_back)
             loops = [trainer.fit_loop, trainer.fit_loop.epoch_loop]

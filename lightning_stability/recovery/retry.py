@@ -66,6 +66,8 @@ class OpenWindow:
     def __init__(self, module: nn.Module, results: Callable[[], Any], device: torch.device) -> None:
         self._buffers = BufferUndo(module)
         self._metrics = MetricUndo(module, results)
+        # the same of the failed try, should the next one not help
+        self._tried = BufferUndo(module), MetricUndo(module, results)
         self._device = device
         self._batches: list[_Batch] = []
 
@@ -101,12 +103,19 @@ class OpenWindow:
         """Whether `training_step` wrote into a batch, so that training on it again would be something else."""
         return any(batch.changed_in_place() for batch in self._batches)
 
+    def remember_try(self) -> None:
+        """The batches are about to be trained again: keep what this try has left."""
+        for undo in self._tried:
+            undo.rescan()
+            undo.remember()
+
     def restore(self) -> None:
         """Put buffers and metric states back to before the first batch."""
-        always = torch.tensor(True)
-        self._buffers.nonfinite()
-        self._buffers.give_back(always)
-        self._metrics.give_back(always)
+        _give_back(self._buffers, self._metrics)
+
+    def restore_try(self) -> None:
+        """Put buffers and metric states back to what `remember_try` has kept."""
+        _give_back(*self._tried)
 
     def again(self, convert: Callable[[Any], Any]) -> Iterator[Callable[[], Any]]:
         """What runs the batches again, in order; to be run as it is asked for, since random numbers are put back then.
@@ -119,6 +128,13 @@ class OpenWindow:
                 batch.kwargs["batch"] = batch.uncast.converted(convert)
             batch.random.put_back()
             yield batch.closure
+
+
+def _give_back(buffers: BufferUndo, metrics: MetricUndo) -> None:
+    always = torch.tensor(True)
+    buffers.nonfinite()
+    buffers.give_back(always)
+    metrics.give_back(always)
 
 
 @dataclass(slots=True)

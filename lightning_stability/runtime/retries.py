@@ -134,6 +134,8 @@ class Retries:
             retrier.cannot_retry(failed, why if window is None else "`training_step` changes its batch in place")
             runtime.tell(failed)
             return result
+        self._guard.settle_batch()
+        window.remember_try()
         retrier.before_retry(failed)
         self._guard.forget_batch()
         window.restore()
@@ -155,7 +157,11 @@ class Retries:
             raise retrier.no_memory_for_retry(failed) from error
         again = self._arrived.pop()
         self._arrived.clear()
-        runtime.tell(retrier.after_retry(failed, again))
+        said = retrier.after_retry(failed, again)
+        if again.outcome != "taken":  # it is as if there had been the first try alone
+            window.restore_try()
+            self._guard.note_metrics()
+        runtime.tell(said)
         return result
 
     def _converted(self, batch: Any) -> Any:

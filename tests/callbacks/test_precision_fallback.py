@@ -351,6 +351,18 @@ class TestWhenPrecisionIsNotTheCause:
         assert poison.differences(*results) == []
         assert results[1]["trainer"].precision == "16-mixed"
 
+    @pytest.mark.parametrize("kind", ["nan_input", "nan_gradient"])
+    @pytest.mark.parametrize("accumulate", [1, 4])
+    def test_a_try_in_vain_leaves_nothing(self, one: Any, accumulate: int, kind: str) -> None:
+        """The window's good batches ran in fp32 as well, which rounds what they write otherwise."""
+        results = []
+        for callbacks in ([PrecisionFallback(), NaNEarlyStop(patience=1)], [NaNEarlyStop(patience=1)]):
+            module = poison.make_module(one, {2: kind}, OPTIMIZERS["foreach"], by_hand=False)
+            options = {"plugins": runs.fp16(one, init_scale=256.0), "accumulate_grad_batches": accumulate}
+            results.append(poison.fit(one, module, callbacks, **options))
+        assert str(results[0]["trainer"].precision) == "16-mixed"
+        assert_same(results, accumulate)
+
     def test_it_says_so(self, one: Any, tmp_path: Path) -> None:
         logger = one.loggers.CSVLogger(tmp_path)
         module = poison.make_module(one, {2: "nan_input"}, OPTIMIZERS["foreach"], by_hand=False)
