@@ -1,4 +1,4 @@
-"""One of two ranks that train with InputCheck; sample 37, which only rank 1 gets, is bad (see test_distributed.py).
+"""One of two ranks that train with InputCheck; a sample which only rank 1 gets is bad (see test_distributed.py).
 
 usage: distributed_inputs.py ddp NAMESPACE FOLDER
 """
@@ -22,19 +22,21 @@ from tests.recovery import poison
 BAD_BATCH = 4  # of 6 in each of two epochs
 
 
-def data(how: float) -> Any:
+def data(how: float, bad: int = 37) -> Any:
     torch.manual_seed(1)
     x = torch.randn(48, 6)
-    x[37] *= how
+    x[bad] *= how
     dataset, rank = TensorDataset(x), int(os.environ["LOCAL_RANK"])
     return DataLoader(dataset, batch_size=4, sampler=DistributedSampler(dataset, 2, rank, shuffle=False))
 
 
-def fit(pl: Any, how: float, callbacks: list[Any], by_hand: bool, fused: bool = False, **options: Any) -> Any:
+def fit(
+    pl: Any, how: float, callbacks: list[Any], by_hand: bool, fused: bool = False, bad: int = 37, **options: Any
+) -> Any:
     kinds = dict.fromkeys((BAD_BATCH, BAD_BATCH + 6), "rejected") if by_hand else {}
     module = poison.make_module(pl, kinds, lambda p: torch.optim.AdamW(p, lr=1e-2, fused=fused), by_hand)
     torch.manual_seed(3 + int(os.environ["LOCAL_RANK"]))
-    return poison.fit(pl, module, callbacks, data(how), devices=2, strategy="ddp", **options)
+    return poison.fit(pl, module, callbacks, data(how, bad), devices=2, strategy="ddp", **options)
 
 
 def skip(pl: Any, how: float, fused: bool, scale: float | None = None) -> list[str]:
@@ -47,9 +49,9 @@ def skip(pl: Any, how: float, fused: bool, scale: float | None = None) -> list[s
     return poison.differences(*results) + poison.nonfinite(results[0]["weights"])
 
 
-def stop(pl: Any) -> list[Any]:
+def stop(pl: Any, bad: int) -> list[Any]:
     try:
-        fit(pl, torch.nan, [InputCheck(action="raise")], by_hand=False)
+        fit(pl, torch.nan, [InputCheck(action="raise")], by_hand=False, bad=bad)
     except InputError as error:
         return [str(error), error.step, error.batch_idx, error.rank, error.sample]
     return []
@@ -74,7 +76,8 @@ if __name__ == "__main__":
         "skip nan": skip(pl, torch.nan, fused=False),
         "skip too large, fused": skip(pl, 1e5, fused=True),
         "skip nan, fp16": skip(pl, torch.nan, fused=False, scale=256.0),
-        "raise": stop(pl),
+        "raise": stop(pl, bad=37),
+        "raise for the first batch": stop(pl, bad=3),
         "write": write(pl, folder),
     }
     (folder / f"{rank}.json").write_text(json.dumps(results))

@@ -157,6 +157,10 @@ def test_an_input_flagged_on_one_rank_is_skipped_or_raised_by_both(tmp_path: Pat
     assert (
         "epoch 0, batch 4, rank 1: `batch[0]` holds 6 values that are not finite; sample 2 (dataset index 37)" in said
     )
+    assert first["raise for the first batch"][1:] == [0, 0, 1, -1]
+    said, *where = second["raise for the first batch"]
+    assert where == [0, 0, 1, 1]
+    assert said.endswith("sample 1 (dataset index 3). Its loss is not finite either.")
     assert first["write"]["rows"] == [["0", "4", "1", "37"], ["1", "4", "1", "37"]]
     assert first["write"]["said"] == []
     assert "rank 1" in second["write"]["said"][0]

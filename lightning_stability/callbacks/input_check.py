@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import RuntimeCallback, warn_always
+from lightning_stability.callbacks.input_report import InputReport, Seen
 from lightning_stability.callbacks.layer_look import LayerLook
 from lightning_stability.checkpointing.loaders import training_iterator
 from lightning_stability.checkpointing.sample_indices import SampleIndices
-from lightning_stability.flagged_inputs import FILE_NAME, FlaggedInput, append_flagged
 from lightning_stability.health import LateReads, StepRecord
-from lightning_stability.health.input_findings import (
-    Finding,
-    Ranges,
-    constant_by_design,
-    findings_of,
-    key_of,
-    small_members,
-)
-from lightning_stability.health.inputs import FIELDS, InputMeter, TensorLook
-from lightning_stability.health.late_reads import Array
+from lightning_stability.health.input_findings import Finding, small_members, why_nothing_to_look_at
+from lightning_stability.health.inputs import InputMeter
 from lightning_stability.runtime import logger_step
 
 Action = Literal["warn", "skip", "raise"]
 _ACTIONS = ("warn", "skip", "raise")
-MOST_WARNINGS = 6
-MOST_SAMPLES = 16  # of one finding that are named
 _ROWS_TOGETHER = 8  # that travel from a device to the host
 
 
@@ -76,16 +65,19 @@ class InputCheck(RuntimeCallback):
 
     A batch is flagged if one of its tensors, whatever their nesting,
 
-    - holds a value that is not finite;
+    - holds a value that is not finite, though most batches before held none; -inf beside nothing but 0 is a mask and
+      passes, and what is not finite in the first batch is named by a warning instead;
     - has a magnitude above `max_abs`;
-    - has a channel (dimension 1) that is constant over all samples and positions, though it varied in every batch
-      before; each channel is flagged once, and one that is constant in the first batch is named at the start instead;
+    - has three dimensions or more and a channel (dimension 1) that is constant over all samples and positions, though
+      it varied in every batch before; each channel is flagged once, and one that is constant in the first batch is
+      named at the start instead;
     - has a deviation that differs by more than `max_scale_ratio` from that of the earlier batches that were not
       flagged (their geometric mean).
 
-    Tensors with fewer than two dimensions are looked at for the first two alone; integers and bool not at all. In
-    16-true it is the batch before the cast to fp16, where its data loader left it; in every other precision the one
-    that `training_step` gets, after `on_after_batch_transfer`.
+    Tensors with fewer than two dimensions are looked at for the first two alone; integers and bool not at all: of a
+    first batch without any floating tensor a warning says so. In 16-true it is the batch before the cast to fp16, where
+    its data loader left it; in every other precision the one that `training_step` gets, after
+    `on_after_batch_transfer`.
 
     Once, before the first training step of a fit, it runs the first batch through `training_step` and states mean,
     deviation and range of the input of every layer, in the precision that is trained in and in fp32: the first and the
@@ -101,9 +93,11 @@ class InputCheck(RuntimeCallback):
 
     With `"warn"` nothing waits for the device. With `"skip"` the device discards the update of the batch's whole
     accumulation window, and gives back what its forward pass wrote, without a read of its own; with `"raise"` the
-    host reads one number per batch. Both make one small all-reduce per batch where several processes train together.
+    host reads one number per batch, and ends the run after the first batch as well, if that was not finite and neither
+    is its loss. Both make one small all-reduce per batch where several processes train together.
 
-    Each kind of finding is warned of once for each tensor, later ones are counted. Every flagged batch is a line in
+    Each kind of finding is warned of once for each tensor, later ones are counted. Once 8 updates in a row were
+    skipped, or all of a fit, a warning says what was flagged most and what to do. Every flagged batch is a line in
     `events.jsonl` in the log folder; with `"skip"`, the flagged samples are rows in `flagged_inputs.csv` there.
 
     Logged every `log_every_n_steps` steps, of one batch:
@@ -161,17 +155,16 @@ class InputCheck(RuntimeCallback):
 
     def _clear(self) -> None:
         self._meter = InputMeter(self.max_abs, self.max_scale_ratio)
-        self._counts = _Counts()
+        self._report = InputReport(self.action, self.max_abs, self.max_scale_ratio)
         self._reads = LateReads()
         self._indices = SampleIndices()
         self._first_batch = True
+        self._first_look = True
+        self._on_trial: Seen | None = None  # the first batch that was looked at, until its loss is known
         self._layers: LayerLook | None = None
         self._indices_known = False
         self._epoch_begins = True
         self._logged = 0  # log intervals begun so far
-        self._warned: set[tuple[str, str]] = set()
-        self._describes = True
-        self._newest: tuple[_Seen, list[Finding]] | None = None
 
     # A fit.
 
@@ -212,6 +205,8 @@ class InputCheck(RuntimeCallback):
         if self._layers is not None and self._runtime is not None:
             self._layers.after_step(trainer, self._runtime.events)
             self._layers = None
+        if self._on_trial is not None:
+            self._end_trial(trainer, outputs)
         self._reads.poll()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -223,7 +218,8 @@ class InputCheck(RuntimeCallback):
         """Read what is on its way, and say what was seen."""
         super().on_train_end(trainer, pl_module)
         self._reads.drain()
-        self._summarise(trainer)
+        if self._runtime is not None:
+            self._report.summarise(self._runtime, only_flagged=self.automatic)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Read what is on its way, which may say why, and leave."""
@@ -235,35 +231,19 @@ class InputCheck(RuntimeCallback):
     def state_dict(self) -> dict[str, Any]:
         """The usual scales, which channels varied, and the counts; in a distributed run those of rank 0."""
         self._reads.drain()
-        return {"inputs": self._meter.state_dict(), "counts": self._counts.state_dict()}
+        return {"inputs": self._meter.state_dict(), "counts": self._report.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._meter.load_state_dict(state_dict["inputs"])
-        self._counts = _Counts.from_state_dict(state_dict["counts"])
+        self._report.load_state_dict(state_dict["counts"])
 
     def on_record(self, record: StepRecord) -> None:
-        """Count the updates that were not made."""
-        if record.outcome == "bad":
-            self._counts.bad += 1
-        if record.outcome != "rejected":
-            return
-        self._counts.skipped += 1
+        """Count the updates that were made and those that were not."""
         assert self._runtime is not None
-        if self._runtime.trainer.is_global_zero:
-            self._runtime.events.write(
-                "update_skipped",
-                record.step,
-                record.epoch,
-                by=record.skipped_by,
-                ordinary=False,
-                what="input",
-                why="a batch of its window was flagged",
-                batch_idx=record.batch_idx,
-                batches=record.batches,
-                loss=record.loss,
-                loss_scale=record.loss_scale,
-            )
+        if self._report.note_update(self._runtime, record):
+            self._reads.drain()  # says what their batches were flagged for
+            self._report.warn_of_skips(self._runtime)
 
     # The look at the layers, once, at the start of the fit.
 
@@ -294,7 +274,10 @@ class InputCheck(RuntimeCallback):
         assert self._runtime is not None
         uncast = self._runtime.uncast
         looks = self._meter.look(batch if uncast is None else uncast)
-        seen = _Seen(
+        first, self._first_look = self._first_look, False
+        if first and not looks and not self.automatic and (why := why_nothing_to_look_at(batch)):
+            warn_always(f"InputCheck: {why}")
+        seen = Seen(
             trainer.global_step,
             trainer.current_epoch,
             batch_idx,
@@ -311,6 +294,12 @@ class InputCheck(RuntimeCallback):
             self._reads.send(parts, lambda arrays: self._arrived(seen, arrays))
         if self.action != "warn":
             self._act(trainer, seen)
+        if self.action == "raise" and first:
+            self._on_trial = seen
+
+    def _arrived(self, seen: Seen, arrays: Any) -> None:
+        if self._runtime is not None:
+            self._report.arrived(self._runtime, seen, arrays)
 
     def _is_log_due(self, trainer: Any) -> bool:
         """Whether this batch is the first of those looked at of a step that Lightning logs, or since."""
@@ -319,35 +308,50 @@ class InputCheck(RuntimeCallback):
         before, self._logged = self._logged, (logger_step(trainer) + 1) // trainer.log_every_n_steps
         return self._logged > before
 
-    def _act(self, trainer: Any, seen: _Seen) -> None:
+    def _act(self, trainer: Any, seen: Seen) -> None:
         """Have the batch's update discarded, or raise, on all ranks alike."""
         assert self._runtime is not None
         device = trainer.strategy.root_device
         flags = [look.flag.to(device, torch.float32, non_blocking=True) for look in seen.looks]
         flags = flags or [torch.zeros((), device=device)]
-        flag = flags[0] if len(flags) == 1 else torch.stack(flags).amax()
-        of_ranks = flag.reshape(1)
-        if trainer.world_size > 1:
-            of_ranks = torch.zeros(trainer.world_size, device=device)
-            of_ranks[trainer.global_rank] = flag
-            dist.all_reduce(of_ranks, op=dist.ReduceOp.MAX)
+        of_ranks = self._of_ranks(trainer, flags[0] if len(flags) == 1 else torch.stack(flags).amax())
         if self.action == "skip":
             self._runtime.reject_batch(of_ranks.amax())
-        else:
-            ranks = [rank for rank, value in enumerate(of_ranks.tolist()) if value]
-            if ranks:
-                self._raise(trainer, seen, ranks)
+        elif ranks := _where(of_ranks):
+            self._reads.drain()
+            newest = self._report.newest
+            self._raise(trainer, seen, ranks, newest[1][0] if newest is not None and newest[0] is seen else None)
 
-    def _raise(self, trainer: Any, seen: _Seen, ranks: list[int]) -> None:
-        self._newest = None
+    def _of_ranks(self, trainer: Any, flag: Tensor) -> Tensor:
+        """Every rank's flag, on every rank."""
+        if trainer.world_size == 1:
+            return flag.reshape(1)
+        of_ranks = torch.zeros(trainer.world_size, device=flag.device)
+        of_ranks[trainer.global_rank] = flag
+        dist.all_reduce(of_ranks, op=dist.ReduceOp.MAX)
+        return of_ranks
+
+    def _end_trial(self, trainer: Any, outputs: Any) -> None:
+        """What the first batch held that is not finite was taken as meant to be: its loss must be finite then."""
+        seen, self._on_trial = self._on_trial, None
+        assert seen is not None
         self._reads.drain()
-        place = f"epoch {seen.epoch}, batch {seen.batch_idx}"
-        if self._newest is None or trainer.global_rank not in ranks:
+        finding = self._report.taken_as_meant
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        hurts = finding is not None and isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all())
+        flag = torch.tensor(float(hurts), device=trainer.strategy.root_device)
+        if ranks := _where(self._of_ranks(trainer, flag)):
+            self._raise(trainer, seen, ranks, finding if hurts else None, "Its loss is not finite either")
+
+    def _raise(
+        self, trainer: Any, seen: Seen, ranks: list[int], finding: Finding | None, end: str = "It was not trained on"
+    ) -> None:
+        if finding is None:
+            place = f"epoch {seen.epoch}, batch {seen.batch_idx}"
             message = f"InputCheck ended the run at {place}: the batch of rank {ranks[0]} was flagged, which says why."
             raise InputError(message, "", "", seen.step, seen.epoch, seen.batch_idx, ranks[0])
-        _, [finding, *_] = self._newest
         raise InputError(
-            f"InputCheck ended the run: {self._sentence(trainer, seen, finding)}. It was not trained on.",
+            f"InputCheck ended the run: {self._report.sentence(trainer, seen, finding)}. {end}.",
             finding.reason,
             finding.tensor,
             seen.step,
@@ -356,114 +360,6 @@ class InputCheck(RuntimeCallback):
             trainer.global_rank,
             finding.samples[0][0] if finding.samples else -1,
         )
-
-    # Its numbers have arrived.
-
-    def _arrived(self, seen: _Seen, arrays: list[Array]) -> None:
-        if self._runtime is None:
-            return
-        trainer = self._runtime.trainer
-        arrived, findings, metrics = iter(arrays), [], {}
-        for look in seen.looks:
-            row = next(arrived).tolist()
-            self._counts.ranges.add(f"{look.name} abs_max", row[0])
-            prefix = f"input/{key_of(look.name)}" if len(seen.looks) > 1 else "input"
-            metrics[f"{prefix}/abs_max"] = row[0]
-            if look.has_scale:
-                self._counts.ranges.add(f"{look.name} std", row[1])
-                metrics[f"{prefix}/std"] = row[1]
-            if look.constant is not None:
-                self._say_what_is_constant(look, next(arrived))
-            if row[FIELDS.index("is_flagged")]:
-                findings += findings_of(look, row, self.max_abs, self.max_scale_ratio)
-        self._counts.looked += 1
-        if seen.is_logged and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=seen.logger_step)
-        if findings:
-            self._newest = seen, findings
-            self._report(trainer, seen, findings)
-
-    def _say_what_is_constant(self, look: TensorLook, constant: Array) -> None:
-        said = constant_by_design(look, constant.tolist())
-        if said is not None:
-            rank_zero_info(f"InputCheck: {said} in the first batch: taken as meant to be, and not looked at any more.")
-
-    def _report(self, trainer: Any, seen: _Seen, findings: list[Finding]) -> None:
-        assert self._runtime is not None
-        self._counts.flagged += 1
-        rows = []
-        for finding in findings:
-            self._counts.reasons[finding.reason] += 1
-            for sample, value in finding.samples[:MOST_SAMPLES] or [(None, finding.value)]:
-                index = seen.dataset_index(sample)
-                described = None if sample is None else self._describe(trainer, seen, sample)
-                place = (seen.epoch, seen.batch_idx, trainer.global_rank, sample, index, described)
-                rows.append(FlaggedInput(*place, finding.tensor, finding.reason, value))
-        events = self._runtime.events
-        listed = [
-            {name: getattr(row, name) for name in row.__slots__ if name not in ("epoch", "batch_idx", "rank")}
-            for row in rows
-        ]
-        events.write(
-            "input_flagged", seen.step, seen.epoch, batch_idx=seen.batch_idx, action=self.action, findings=listed
-        )
-        if self.action == "skip":
-            append_flagged(None if events.path is None else events.path.parent, rows)
-        for finding in findings if self.action != "raise" else ():
-            self._warn_once(trainer, seen, finding)
-
-    def _warn_once(self, trainer: Any, seen: _Seen, finding: Finding) -> None:
-        kind = (finding.tensor, finding.reason)
-        if kind in self._warned or len(self._warned) >= MOST_WARNINGS:
-            return
-        self._warned.add(kind)
-        where = ""
-        if self._runtime is not None and self._runtime.events.path is not None:
-            where = f" and listed in {FILE_NAME if self.action == 'skip' else self._runtime.events.path.name}"
-        done = "The update of its window is skipped. " if self.action == "skip" else ""
-        warn_always(
-            f"InputCheck: {self._sentence(trainer, seen, finding)}. {done}Further ones are counted{where}.",
-            on_this_rank=True,
-        )
-
-    def _sentence(self, trainer: Any, seen: _Seen, finding: Finding) -> str:
-        rank = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
-        sentence = f"epoch {seen.epoch}, batch {seen.batch_idx}{rank}: {finding.text}"
-        if not finding.samples:
-            return sentence
-        sample = finding.samples[0][0]
-        more = len(finding.samples) - 1
-        known = [f"dataset index {seen.dataset_index(sample)}"] if seen.dataset_index(sample) is not None else []
-        known += [described] if (described := self._describe(trainer, seen, sample)) else []
-        details = f" ({'; '.join(known)})" if known else ""
-        return f"{sentence}; sample {sample}{details}" + (f" and {more} more" if more else "")
-
-    def _describe(self, trainer: Any, seen: _Seen, sample: int) -> str | None:
-        for owner in (trainer.datamodule, trainer.lightning_module):
-            describe = getattr(owner, "describe_sample", None)
-            if describe is None or not self._describes:
-                continue
-            try:
-                return str(describe(seen.members, sample))
-            except Exception as error:  # what only names a sample must not end a run
-                self._describes = False
-                warn_always(f"InputCheck: {type(owner).__name__}.describe_sample failed: {error!r}", on_this_rank=True)
-        return None
-
-    def _summarise(self, trainer: Any) -> None:
-        if self._runtime is None:
-            return
-        counts = self._counts
-        looked, flagged = counts.looked, counts.flagged
-        if trainer.world_size > 1:
-            sums = torch.tensor([looked, flagged], device=trainer.strategy.root_device)
-            dist.all_reduce(sums)
-            looked, flagged = sums.tolist()
-        if self.automatic and not flagged:
-            return
-        guarded = any(is_instance_by_name(callback, "NaNEarlyStop") for callback in trainer.callbacks)
-        rank_zero_info(f"InputCheck: {looked} batches looked at, {flagged} flagged{counts.details(guarded)}.")
 
     def _leave(self) -> None:
         super()._leave()
@@ -474,62 +370,10 @@ class InputCheck(RuntimeCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is on its way, and who listens to samplers, belongs to this process's fit.
-        gone = {"_reads": LateReads(), "_indices": SampleIndices(), "_newest": None, "_layers": None}
+        gone = {"_reads": LateReads(), "_indices": SampleIndices(), "_layers": None, "_on_trial": None}
         return {**super().__getstate__(), **gone}
 
 
-@dataclass(slots=True, eq=False)
-class _Seen:
-    """What is kept of a batch until its numbers arrive."""
-
-    step: int
-    epoch: int
-    batch_idx: int
-    logger_step: int
-    is_logged: bool
-    looks: list[TensorLook]
-    indices: list[int] | None
-    members: Any
-
-    def dataset_index(self, sample: int | None) -> int | None:
-        """Where a sample is in the dataset; None if that is not sure."""
-        if sample is None or self.indices is None:
-            return None
-        sizes = {look.shape[0] for look in self.looks if look.shape}
-        return self.indices[sample] if sizes == {len(self.indices)} else None
-
-
-@dataclass(slots=True)
-class _Counts:
-    """What was seen; resumes with the run."""
-
-    looked: int = 0
-    flagged: int = 0
-    skipped: int = 0
-    bad: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    ranges: Ranges = field(default_factory=Ranges)
-
-    def details(self, guarded: bool) -> str:
-        parts = []
-        if self.reasons:
-            parts.append(" (" + ", ".join(f"{count} {reason}" for reason, count in self.reasons.items()) + ")")
-        if self.skipped:
-            parts.append(f"; {self.skipped} updates skipped for it")
-        if self.bad and not guarded:
-            parts.append(f"; {self.bad} more skipped because they were not finite")
-        names = dict.fromkeys(name.rpartition(" ")[0] for name in self.ranges.state_dict())
-        for name in names:
-            magnitudes, deviations = self.ranges.of(f"{name} abs_max"), self.ranges.of(f"{name} std")
-            for what, ends in (("largest magnitudes", magnitudes), ("deviations", deviations)):
-                if ends is not None:
-                    parts.append(f"; {what} of `{name}` {ends[0]:.4g} to {ends[1]:.4g}")
-        return "".join(parts)
-
-    def state_dict(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name) for name in ("looked", "flagged", "skipped", "bad")}
-        return {**numbers, "reasons": dict(self.reasons), "ranges": self.ranges.state_dict()}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> _Counts:
-        return cls(**{**state, "reasons": Counter(state["reasons"]), "ranges": Ranges(state["ranges"])})
+def _where(of_ranks: Tensor) -> list[int]:
+    """The ranks with a flag; waits for the device."""
+    return [rank for rank, value in enumerate(of_ranks.tolist()) if value]

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, strided
 
 from lightning_stability.health.inputs import FIELDS, TensorLook
+from lightning_stability.health.values import named_tensors
 
 Reason = Literal["nonfinite", "max_abs", "constant", "scale"]
 SMALL = 4096
@@ -58,9 +59,7 @@ def findings_of(look: TensorLook, row: Sequence[float], max_abs: float | None, m
         findings.append(Finding(look.name, reason, value, _worst_first(of_samples, at_fault), text))
 
     if said["is_nonfinite"]:
-        count = int(said["nonfinite"])
-        which = "a value that is" if count == 1 else f"{count:,} values that are"
-        add("nonfinite", count, f"{name} holds {which} not finite", samples[:, 1], samples[:, 1] > 0)
+        findings.append(_nonfinite(look, said, samples))
     if said["is_beyond_max_abs"]:
         largest = said["abs_max"]
         text = f"{name} has a magnitude of {largest:.4g}, beyond max_abs={max_abs:g}"
@@ -86,6 +85,26 @@ def findings_of(look: TensorLook, row: Sequence[float], max_abs: float | None, m
     return findings
 
 
+def nonfinite_by_design(look: TensorLook, row: Sequence[float]) -> Finding | None:
+    """What a tensor holds that is not finite and was not flagged; None for nothing and for a mask.
+
+    Args:
+        look: The look at it.
+        row: Its row, on the host.
+    """
+    said = dict(zip(FIELDS, row, strict=True))
+    if not said["nonfinite"] or said["is_nonfinite"] or said["is_mask"]:
+        return None
+    return _nonfinite(look, said, look.samples.numpy(force=True))
+
+
+def _nonfinite(look: TensorLook, said: Mapping[str, float], samples: Any) -> Finding:
+    count = int(said["nonfinite"])
+    which = "a value that is" if count == 1 else f"{count:,} values that are"
+    at_fault = _worst_first(samples[:, 1], samples[:, 1] > 0)
+    return Finding(look.name, "nonfinite", count, at_fault, f"`{look.name}` holds {which} not finite")
+
+
 def _worst_first(of_samples: Any, at_fault: Any) -> tuple[tuple[int, float], ...]:
     if of_samples is None:
         return ()
@@ -109,6 +128,25 @@ def constant_by_design(look: TensorLook, constant: Sequence[int]) -> str | None:
     )
     one = len(channels) == 1
     return f"{'channel' if one else 'channels'} {listed} of `{look.name}` {'is' if one else 'are'} constant"
+
+
+def why_nothing_to_look_at(batch: Any) -> str | None:
+    """Why no tensor of a batch is looked at, and what to do; None if it is for being empty alone.
+
+    Example:
+        >>> import torch
+        >>> why_nothing_to_look_at({"image": torch.zeros(1, 3, 4, 4, dtype=torch.uint8)}).split(",")[0]
+        "the first batch holds no floating tensor (`batch['image']` is uint8)"
+    """
+    tensors = list(named_tensors(batch))
+    if any(tensor.is_floating_point() and tensor.layout == strided for _, tensor in tensors):
+        return None
+    listed = [f"`{name}` is {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in tensors[:LISTED]]
+    return (
+        f"the first batch holds no floating tensor ({', '.join(listed) or 'nor any other'}), so that nothing is looked"
+        " at. Images of uint8 and the like are looked at if the dataset makes them floats or, but for 16-true, the"
+        " module's `on_after_batch_transfer` does."
+    )
 
 
 def small_members(batch: Any) -> Any:

@@ -94,11 +94,13 @@ def read_values(
     # Not exact if a value is not finite, squares overflow or underflow, or the pivot is far from the mean.
     is_exact = (square < float("inf")) & (square >= total * 1e-30) & (square <= 16.0 * spread)
     is_exact |= (least == largest) & (square == 0.0)
+    negative = tl.zeros((SAMPLES,), tl.float64)  # how many values are -inf
     if tl.min(is_exact.to(tl.int32), axis=0) == 0:
         origin = tl.where(tl.abs(least) < float("inf"), least, tl.where(tl.abs(largest) < float("inf"), largest, 0.0))
         origin = origin.to(tl.float64)
         magnitudes = tl.zeros((SAMPLES, CHANNELS, POSITIONS), tl.float32)
         counts = tl.zeros((SAMPLES, CHANNELS, POSITIONS), tl.int32)
+        negatives = tl.zeros((SAMPLES, CHANNELS, POSITIONS), tl.int32)
         wide_sums = tl.zeros((SAMPLES, CHANNELS, POSITIONS), tl.float64)
         wide_squares = tl.zeros((SAMPLES, CHANNELS, POSITIONS), tl.float64)
         for item in range(program, items, programs):
@@ -111,11 +113,13 @@ def read_values(
                 finite = inside & (tl.abs(value) < float("inf"))  # false for nan
                 magnitudes = tl.maximum(magnitudes, tl.where(finite, tl.abs(value), 0.0))
                 counts += finite.to(tl.int32)
+                negatives += (inside & (value == float("-inf"))).to(tl.int32)
                 far = tl.where(finite, value.to(tl.float64) - origin[:, None, None], 0.0)
                 wide_sums += far
                 wide_squares += far * far
         peak = tl.max(tl.max(magnitudes, axis=2), axis=1)
         total = tl.sum(tl.sum(counts, axis=2), axis=1).to(tl.float64)
+        negative += tl.sum(tl.sum(negatives, axis=2), axis=1).to(tl.float64)
         shift = tl.sum(tl.sum(wide_sums, axis=2), axis=1) / tl.maximum(total, 1.0)
         spread = tl.maximum(tl.sum(tl.sum(wide_squares, axis=2), axis=1) - total * shift * shift, 0.0)
     row = sample * programs + program
@@ -124,6 +128,7 @@ def read_values(
     tl.store(partials + stride + row, total)
     tl.store(partials + 2 * stride + row, origin + shift)
     tl.store(partials + 3 * stride + row, spread)
+    tl.store(partials + 4 * stride + row, negative)
 
 
 @triton.jit
@@ -192,7 +197,7 @@ def judge_values(
         square = tl.load(partials + 3 * stride + place, mask=inside, other=0.0)
         distance = tl.sum(square + counts * far * far, axis=1)
         count = tl.sum(counts, axis=1)
-        of_these = result + WIDTH + 4 + 3 * sample
+        of_these = result + WIDTH + 5 + 3 * sample
         peak = tl.max(tl.load(partials + place, mask=inside, other=0.0), axis=1)
         tl.store(of_these, peak, mask=sample < samples)
         tl.store(of_these + 1, of_sample - count, mask=sample < samples)
@@ -202,6 +207,13 @@ def judge_values(
         spread = tl.maximum(tl.sum(squares, axis=0) - total * shift * shift, 0.0)
         std = tl.sqrt(spread / tl.maximum(total, 1.0))
         nonfinite = samples.to(tl.float64) * of_sample - total
+        negative = tl.zeros((), tl.float64)
+        if nonfinite > 0.0:
+            negatives = tl.zeros((BLOCK,), tl.float64)
+            for start in range(0, stride, BLOCK):
+                place = start + tl.arange(0, BLOCK)
+                negatives += tl.load(partials + 4 * stride + place, mask=place < stride, other=0.0)
+            negative = tl.sum(negatives, axis=0)
 
         new = tl.zeros((), tl.int32)
         first_new = channels
@@ -218,9 +230,12 @@ def judge_values(
 
         log_mean = tl.load(scale + 1)
         log_std = tl.log(tl.where(std > 0.0, std, 1.0))
-        is_nonfinite = nonfinite > 0.0
+        is_mask = (nonfinite > 0.0) & (negative == nonfinite) & (total > 0.0) & (largest == 0.0)
+        is_held = (nonfinite > 0.0) & (is_mask == 0)
+        balance = tl.load(scale + 4)
+        is_nonfinite = is_held & (balance < 0.0)
         is_beyond = largest > max_abs
-        is_constant = (new > 0) & (may_flag != 0)
+        is_constant = (new > 0) & (may_flag != 0) & (batches > 0.0)
         is_drifted = (batches > 0.0) & (std > 0.0) & (tl.abs(log_std - log_mean) > log_ratio)
         flagged = is_nonfinite | is_beyond | is_constant | is_drifted
         usual = tl.where(batches > 0.0, tl.exp(log_mean), float("nan"))
@@ -233,6 +248,7 @@ def judge_values(
         tl.store(remember + 1, log_mean + weight * (log_std - log_mean))
         tl.store(remember + 2, usual_mean + weight * (mean - usual_mean))
         tl.store(remember + 3, tl.where(counted | adopted, 0.0, row))
+        tl.store(remember + 4, balance + tl.where(is_held, 1.0, -1.0))
 
         tl.store(result, largest)
         tl.store(result + 1, std)
@@ -245,4 +261,5 @@ def judge_values(
         tl.store(result + 8, is_drifted.to(tl.float64))
         tl.store(result + 9, new.to(tl.float64))
         tl.store(result + 10, tl.where(new > 0, first_new, -1).to(tl.float64))
-        tl.store(result + 11, flagged.to(tl.float64))
+        tl.store(result + 11, is_mask.to(tl.float64))
+        tl.store(result + 12, flagged.to(tl.float64))

@@ -13,7 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_stability.health.inputs import TensorState
 
-WIDTH = 12  # of a row: `inputs.FIELDS`
+WIDTH = 13  # of a row: `inputs.FIELDS`
+REMEMBERED = 5  # numbers of a tensor's earlier batches: `inputs.TensorState.scale`
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64's squares need torch's way
 ADOPTED = 8
 """After so many batches in a row of another scale, theirs is the usual."""
@@ -85,6 +86,7 @@ def scan_with_torch(values: Tensor, state: TensorState, limits: Limits) -> tuple
         squares = torch.square(shares, out=shares).sum(dim=each).to(dtype)
         squares = (squares - counts * rest.square()).clamp(min=0)
         means = about.flatten().to(dtype) + rest
+        negative = torch.zeros_like(peak[0])
     else:
         finite = torch.isfinite(values)
         kept = torch.where(finite, values, 0.0).to(dtype)
@@ -94,6 +96,7 @@ def scan_with_torch(values: Tensor, state: TensorState, limits: Limits) -> tuple
         kept /= scale[:, None, None]
         means = kept.sum(dim=each) / counts.clamp(min=1)
         squares = torch.where(finite, kept - means[:, None, None], 0.0).square().sum(dim=each)
+        negative = (values == -math.inf).sum().to(dtype)
     top = peak.max()
     unit = torch.where(top > 0, top, 1.0)
     # From here on in units of the largest magnitude, whose square may be beyond the range.
@@ -109,14 +112,23 @@ def scan_with_torch(values: Tensor, state: TensorState, limits: Limits) -> tuple
     std = (spread / total.clamp(min=1)).sqrt() * unit
     nonfinite = values.shape[1] * values.shape[2] - counts
     samples = torch.stack([peak, nonfinite, deviations], dim=1)
+    bad = nonfinite.sum()
+    is_mask = (bad > 0) & (negative == bad) & (total > 0) & (top == 0)
     constant = (least.amin(dim=0) == largest.amax(dim=0)) if limits.watch_channels else None
-    return _judge(top, std, mean * unit, nonfinite.sum(), constant, state, limits), samples
+    return _judge(top, std, mean * unit, bad, is_mask, constant, state, limits), samples
 
 
 def _judge(
-    peak: Tensor, std: Tensor, mean: Tensor, nonfinite: Tensor, constant: Tensor | None, state: TensorState, limits: Any
+    peak: Tensor,
+    std: Tensor,
+    mean: Tensor,
+    nonfinite: Tensor,
+    is_mask: Tensor,
+    constant: Tensor | None,
+    state: TensorState,
+    limits: Limits,
 ) -> Tensor:
-    count, log_mean, usual_mean, row = state.scale
+    count, log_mean, usual_mean, row, balance = state.scale
     zero = torch.zeros_like(peak)
     new, first = zero, zero - 1
     if constant is not None and state.channels is not None:
@@ -125,19 +137,24 @@ def _judge(
         first = torch.where(new > 0, fresh.to(torch.uint8).argmax().to(peak.dtype), -1.0)
         state.channels = torch.maximum(state.channels, constant.to(torch.int8))
     log_std = torch.log(torch.where(std > 0, std, 1.0))
-    is_nonfinite = nonfinite > 0
+    is_held = (nonfinite > 0) & ~is_mask
+    is_nonfinite = is_held & (balance < 0)
+    balance = balance + torch.where(is_held, 1.0, -1.0)
     is_beyond = peak > limits.max_abs
-    is_constant = (new > 0) & limits.may_flag_channels
+    is_constant = (new > 0) & limits.may_flag_channels & (count > 0)
     is_drifted = (count > 0) & (std > 0) & ((log_std - log_mean).abs() > limits.log_ratio)
     flagged = is_nonfinite | is_beyond | is_constant | is_drifted
     usual = torch.where(count > 0, log_mean.exp(), math.nan)
     counted = count + 1.0
-    scale = [counted, log_mean + (log_std - log_mean) / counted, usual_mean + (mean - usual_mean) / counted, zero]
-    kept = torch.stack([count, log_mean, usual_mean, row + is_drifted.to(row.dtype)])
-    adopted = torch.stack([zero + 1.0, log_std, mean, zero])
+    scale = [counted, log_mean + (log_std - log_mean) / counted, usual_mean + (mean - usual_mean) / counted]
+    scale += [zero, balance]
+    kept = torch.stack([count, log_mean, usual_mean, row + is_drifted.to(row.dtype), balance])
+    adopted = torch.stack([zero + 1.0, log_std, mean, zero, balance])
     state.scale = torch.where((std > 0) & ~flagged, torch.stack(scale), torch.where(kept[3] < ADOPTED, kept, adopted))
-    flags = [flag.to(peak.dtype) for flag in (is_nonfinite, is_beyond, is_constant, is_drifted)]
-    return torch.stack([peak, std, mean, nonfinite, usual, *flags, new, first, flagged.to(peak.dtype)])
+    of_mask, of_all, *flags = (
+        flag.to(peak.dtype) for flag in (is_mask, flagged, is_nonfinite, is_beyond, is_constant, is_drifted)
+    )
+    return torch.stack([peak, std, mean, nonfinite, usual, *flags, new, first, of_mask, of_all])
 
 
 # With kernels
@@ -174,10 +191,10 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
     plan = _plan(samples, channels, positions)
     device = values.device
     partials = state.partials
-    if partials is None or partials.numel() != 4 * samples * plan.programs:
-        partials = torch.empty(4 * samples * plan.programs, dtype=torch.float64, device=device)
+    if partials is None or partials.numel() != 5 * samples * plan.programs:
+        partials = torch.empty(5 * samples * plan.programs, dtype=torch.float64, device=device)
         state.partials = partials
-    result = torch.empty(WIDTH + 4 + 3 * samples, dtype=torch.float64, device=device)
+    result = torch.empty(WIDTH + REMEMBERED + 3 * samples, dtype=torch.float64, device=device)
     watch = limits.watch_channels
     if watch and state.stamps is None:
         state.stamps = torch.full((channels,), -1, dtype=torch.int32, device=device)
@@ -224,7 +241,7 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         ADOPTED=ADOPTED,
         num_warps=8,
     )
-    row, state.scale, of_samples = result.split_with_sizes((WIDTH, 4, 3 * samples))
+    row, state.scale, of_samples = result.split_with_sizes((WIDTH, REMEMBERED, 3 * samples))
     return row, of_samples.view(samples, 3)
 
 

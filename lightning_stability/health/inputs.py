@@ -28,6 +28,7 @@ FIELDS = (
     "is_drifted",
     "constant_channels",  # that are so for the first time
     "first_constant_channel",
+    "is_mask",  # -inf beside nothing but 0
     "is_flagged",
 )
 """What a row of a look holds, in this order, all float64."""
@@ -47,13 +48,15 @@ class TensorLook:
         samples: Float64, (samples, 3): for each position in dimension 0 the largest magnitude, the number of values
             that are not finite, and the root mean square of the distance to the usual mean. (The batch's own would let
             one outlier make all the others look like some; it serves where there is no earlier batch.)
-        constant: Which channels are constant, int8, if it is the first look at this tensor; else None.
+        is_first: Whether it is the first look at this tensor.
+        constant: Which channels are constant, int8, if it is the first look and there are channels; else None.
     """
 
     name: str
     shape: tuple[int, ...]
     row: Tensor
     samples: Tensor
+    is_first: bool
     constant: Tensor | None = None
 
     @property
@@ -73,7 +76,8 @@ class TensorState:
 
     Attributes:
         scale: Float64, how many batches were counted in, the mean of the logarithms of their deviations, the mean of
-            their means, and how many in a row have differed from it since.
+            their means, how many in a row have differed from it since, and by how many more batches held values that
+            are not finite (masks aside) than did not.
         channels: Int8, 1 for each channel that was constant in a batch before; None if dimension 1 does not number
             channels, since its size changes.
         batches: How many batches were looked at.
@@ -101,10 +105,18 @@ class InputMeter:
     On an NVIDIA GPU with Triton each tensor is read once, and again where float32 did not do, by two kernels
     (`input_scan`); elsewhere by torch, in a handful of passes.
 
-    A tensor is flagged if a value is not finite; if a magnitude exceeds `max_abs`; if a channel is constant that
-    varied in every batch before; if its deviation differs from the geometric mean of those of earlier batches by more
-    than `max_scale_ratio`. Flagged batches do not enter that mean; but once `input_scan.ADOPTED` in a row have differed
-    from it, the last of them is the usual from then on: an outlier in the first batch must not condemn all others.
+    A tensor is flagged if a value is not finite and most batches before held none such; if a magnitude exceeds
+    `max_abs`; if a channel is constant that varied in every batch before; if its deviation differs from the geometric
+    mean of those of earlier batches by more than `max_scale_ratio`. Flagged batches do not enter that mean; but once
+    `input_scan.ADOPTED` in a row have differed from it, the last of them is the usual from then on: an outlier in the
+    first batch must not condemn all others.
+
+    What is so by design must pass. -inf beside nothing but 0 is an additive attention mask, in whatever batch. Other
+    values that are not finite may code what is missing: the majority of the batches decides, since a batch in which by
+    chance nothing is missing must not condemn those that follow, nor a bad first one let all of them pass. Only
+    tensors with three dimensions or more have channels: a feature of (samples, features) that is rarely anything but
+    0 is constant in a small batch by chance. And a tensor that never had a deviation, as a mask without padding, has
+    no channel that could have lost it.
 
     Args:
         max_abs: The largest magnitude that is fine; None for any.
@@ -145,21 +157,24 @@ class InputMeter:
         limits = input_scan.Limits(
             self._max_abs if tensor.dtype == torch.float64 else self._max_abs_of_float32,
             self._log_ratio if has_scale else math.inf,
-            watch_channels=has_scale and state.channels is not None and samples * values.shape[2] > 1,
+            watch_channels=tensor.dim() > 2 and state.channels is not None and samples * values.shape[2] > 1,
             may_flag_channels=state.batches > 0,
         )
         row, of_samples = input_scan.scan(values, state, limits)
-        first = state.batches == 0 and state.channels is not None and limits.watch_channels
+        is_first, constant = state.batches == 0, None
+        if is_first and limits.watch_channels and state.channels is not None:
+            constant = state.channels.clone()
         state.batches += 1
-        constant = state.channels.clone() if first and state.channels is not None else None
-        return TensorLook(name, tuple(tensor.shape), row, of_samples, constant)
+        return TensorLook(name, tuple(tensor.shape), row, of_samples, is_first, constant)
 
     def _state_of(self, name: str, values: Tensor) -> TensorState:
         channels, device = values.shape[1], values.device
         state = self._states.get(name)
         if state is None:
             no_channels = torch.zeros(channels, dtype=torch.int8, device=device)
-            state = TensorState(torch.zeros(4, dtype=input_scan.wide(device), device=device), no_channels)
+            state = TensorState(
+                torch.zeros(input_scan.REMEMBERED, dtype=input_scan.wide(device), device=device), no_channels
+            )
             self._states[name] = state
         if state.scale.device != device:
             state.scale = state.scale.to(device, input_scan.wide(device))
@@ -183,9 +198,14 @@ class InputMeter:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what was remembered."""
         self._states = {
-            name: TensorState(state["scale"].clone(), _copied(state["channels"]), state["batches"])
+            name: TensorState(_scale_of(state["scale"]), _copied(state["channels"]), state["batches"])
             for name, state in state_dict.items()
         }
+
+
+def _scale_of(saved: Tensor) -> Tensor:
+    """Older checkpoints do not count the batches that are not finite: the next one is judged as a first one is."""
+    return torch.cat([saved, saved.new_zeros(input_scan.REMEMBERED - saved.numel())])
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:

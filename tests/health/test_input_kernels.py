@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_stability.health import input_scan
-from lightning_stability.health.inputs import InputMeter, TensorLook
+from lightning_stability.health.inputs import FIELDS, InputMeter, TensorLook
 from tests.health.same_look import assert_same_look
 
 pytest.importorskip("triton")
@@ -68,6 +68,25 @@ def test_an_outlier_in_the_first_batch_and_one_in_the_first_value() -> None:
     batches[11][0, 0, 0] = 1e30
     flagged = [bool(look.flag) for look in compare(batches)]
     assert flagged == [False, *[True] * input_scan.ADOPTED, False, False, True, False]
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 2100), (4, 3, 100), (2, 3, 5000)], ids=str)
+def test_masks_and_what_is_not_finite_by_design(shape: tuple[int, ...]) -> None:
+    def spoilt(x: torch.Tensor, value: float) -> torch.Tensor:
+        x.view(-1)[[0, 1, -1]] = value
+        return x
+
+    values = {kind: spoilt(torch.randn(shape), value) for kind, value in (("nan", math.nan), ("inf", math.inf))}
+    values |= {"-inf": spoilt(torch.randn(shape), -math.inf), "mask": spoilt(torch.zeros(shape), -math.inf)}
+    values |= {"both": spoilt(torch.zeros(shape), -math.inf), "none": torch.zeros(shape), "fine": torch.randn(shape)}
+    values["both"].view(-1)[2] = math.nan
+    values["all"] = torch.full(shape, -math.inf)
+    order = ["mask", "none", "mask", "nan", "both", "fine", "-inf", "-inf", "nan", "inf", "mask", "all"]
+    order += ["fine", "fine", "fine", "all", "nan", "fine"]
+    row = [look.row for look in compare([values[kind] for kind in order])]
+    assert [bool(numbers[FIELDS.index("is_mask")]) for numbers in row] == [kind == "mask" for kind in order]
+    flagged = [place for place, numbers in enumerate(row) if numbers[FIELDS.index("is_nonfinite")]]
+    assert flagged == [3, 4, 6, 7, 15]
 
 
 def test_all_values_bad_and_all_the_same() -> None:

@@ -33,7 +33,7 @@ def said(look: TensorLook) -> dict[str, float]:
 
 
 def flags(look: TensorLook) -> set[str]:
-    return {name for name in FIELDS if name.startswith("is_") and said(look)[name]} - {"is_flagged"}
+    return {name for name in FIELDS if name.startswith("is_") and said(look)[name]} - {"is_flagged", "is_mask"}
 
 
 X = torch.randn(4, 3, 5)
@@ -136,7 +136,9 @@ class TestFlags:
     def test_values_that_are_not_finite(self) -> None:
         x = X.clone()
         x[2, 1, 3] = math.nan
-        [look] = meter().look(x)
+        watching = meter()
+        watching.look(X)
+        [look] = watching.look(x)
         assert flags(look) == {"is_nonfinite"}
         assert look.samples[:, 1].tolist() == [0, 0, 1, 0]
 
@@ -221,12 +223,13 @@ class TestConstantChannels:
         watching.look(torch.randn(4, 3, 50))
         assert flags(watching.look(torch.randn(4, 3, 1).expand(4, 3, 50))[0]) == set()
 
-    def test_of_a_feature_as_well(self) -> None:
+    @pytest.mark.parametrize(("shape", "expected"), [((6, 3, 1), {"is_constant"}), ((6, 3), set())])
+    def test_only_tensors_with_three_dimensions_or_more_have_channels(self, shape: Any, expected: set[str]) -> None:
         watching = meter()
-        watching.look(torch.randn(6, 3))
-        x = torch.randn(6, 3)
+        watching.look(torch.randn(shape))
+        x = torch.randn(shape)
         x[:, 0] = 1.0
-        assert flags(watching.look(x)[0]) == {"is_constant"}
+        assert flags(watching.look(x)[0]) == expected
 
     def test_a_single_value_is_not_constant(self) -> None:
         watching = meter()

@@ -1,0 +1,349 @@
+"""What InputCheck says and writes of the batches that it has looked at, once their numbers are on the host."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+
+from lightning_stability._compat import is_instance_by_name
+from lightning_stability.callbacks.base import warn_always
+from lightning_stability.flagged_inputs import FILE_NAME, FlaggedInput, append_flagged
+from lightning_stability.health import StepRecord
+from lightning_stability.health.input_findings import (
+    Finding,
+    Ranges,
+    constant_by_design,
+    findings_of,
+    key_of,
+    nonfinite_by_design,
+)
+from lightning_stability.health.inputs import FIELDS, TensorLook
+from lightning_stability.health.late_reads import Array
+from lightning_stability.runtime import Runtime
+
+MOST_WARNINGS = 6
+MOST_SAMPLES = 16  # of one finding that are named
+MOST_IN_A_ROW = 8
+"""Updates skipped in a row that are warned of."""
+_REMEDIES = {
+    "nonfinite": "put finite values in the place of what is missing and give the model a mask",
+    "max_abs": "raise max_abs",
+    "constant": "leave out such channels",
+    "scale": "raise max_scale_ratio",
+}
+
+
+@dataclass(slots=True, eq=False)
+class Seen:
+    """What is kept of a batch until its numbers arrive."""
+
+    step: int
+    epoch: int
+    batch_idx: int
+    logger_step: int
+    is_logged: bool
+    looks: list[TensorLook]
+    indices: list[int] | None
+    members: Any
+
+    def dataset_index(self, sample: int | None) -> int | None:
+        """Where a sample is in the dataset; None if that is not sure."""
+        if sample is None or self.indices is None:
+            return None
+        sizes = {look.shape[0] for look in self.looks if look.shape}
+        return self.indices[sample] if sizes == {len(self.indices)} else None
+
+
+class InputReport:
+    """Counts, logs, lists and warns.
+
+    Args:
+        action: InputCheck's.
+        max_abs: InputCheck's.
+        max_scale_ratio: InputCheck's.
+
+    Attributes:
+        newest: The last batch that was flagged, and for what.
+        taken_as_meant: The first tensor whose values that are not finite were taken as meant to be.
+    """
+
+    def __init__(self, action: str, max_abs: float | None, max_scale_ratio: float) -> None:
+        self._action = action
+        self._max_abs = max_abs
+        self._max_scale_ratio = max_scale_ratio
+        self._counts = _Counts()
+        self._updates = _Updates()
+        self._warned: set[tuple[str, str]] = set()
+        self._describes = True
+        self.newest: tuple[Seen, list[Finding]] | None = None
+        self.taken_as_meant: Finding | None = None
+
+    def arrived(self, runtime: Runtime, seen: Seen, arrays: list[Array]) -> None:
+        """A batch's numbers are there.
+
+        Args:
+            runtime: Of the fit.
+            seen: The batch.
+            arrays: For each of its looks the row, and which channels are constant where that is known.
+        """
+        trainer = runtime.trainer
+        arrived, findings, metrics = iter(arrays), [], {}
+        for look in seen.looks:
+            row = next(arrived).tolist()
+            self._counts.ranges.add(f"{look.name} abs_max", row[0])
+            prefix = f"input/{key_of(look.name)}" if len(seen.looks) > 1 else "input"
+            metrics[f"{prefix}/abs_max"] = row[0]
+            if look.has_scale:
+                self._counts.ranges.add(f"{look.name} std", row[1])
+                metrics[f"{prefix}/std"] = row[1]
+            if look.constant is not None and (said := constant_by_design(look, next(arrived).tolist())):
+                rank_zero_info(
+                    f"InputCheck: {said} in the first batch: taken as meant to be, and not looked at any more."
+                )
+            if row[FIELDS.index("nonfinite")] and (look.name, "by design") not in self._warned:
+                self._take_as_meant(trainer, seen, look, nonfinite_by_design(look, row))
+            if row[FIELDS.index("is_flagged")]:
+                findings += findings_of(look, row, self._max_abs, self._max_scale_ratio)
+        self._counts.looked += 1
+        if seen.is_logged and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=seen.logger_step)
+        if findings:
+            self.newest = seen, findings
+            self._report(runtime, seen, findings)
+
+    def _take_as_meant(self, trainer: Any, seen: Seen, look: TensorLook, finding: Finding | None) -> None:
+        if finding is None:
+            return
+        self._warned.add((finding.tensor, "by design"))
+        self.taken_as_meant = self.taken_as_meant or finding
+        if sum(kind == "by design" for _, kind in self._warned) > MOST_WARNINGS:
+            return
+        why = "It is the first batch looked at" if look.is_first else "Half of the batches before held such, or more"
+        warn_always(
+            f"InputCheck: {self.sentence(trainer, seen, finding)}. {why}, so that this is taken as meant to be: such"
+            " values are flagged only while most batches hold none. If it is not meant, mend that data.",
+            on_this_rank=True,
+        )
+
+    def _report(self, runtime: Runtime, seen: Seen, findings: list[Finding]) -> None:
+        trainer, events = runtime.trainer, runtime.events
+        self._counts.flagged += 1
+        rows = []
+        for finding in findings:
+            self._counts.reasons[finding.reason] += 1
+            self._updates.flagged[finding.tensor, finding.reason] += 1
+            for sample, value in finding.samples[:MOST_SAMPLES] or [(None, finding.value)]:
+                index = seen.dataset_index(sample)
+                described = None if sample is None else self._describe(trainer, seen, sample)
+                place = (seen.epoch, seen.batch_idx, trainer.global_rank, sample, index, described)
+                rows.append(FlaggedInput(*place, finding.tensor, finding.reason, value))
+        listed = [
+            {name: getattr(row, name) for name in row.__slots__ if name not in ("epoch", "batch_idx", "rank")}
+            for row in rows
+        ]
+        events.write(
+            "input_flagged", seen.step, seen.epoch, batch_idx=seen.batch_idx, action=self._action, findings=listed
+        )
+        if self._action == "skip":
+            append_flagged(None if events.path is None else events.path.parent, rows)
+        for finding in findings if self._action != "raise" else ():
+            self._warn_once(runtime, seen, finding)
+
+    def _warn_once(self, runtime: Runtime, seen: Seen, finding: Finding) -> None:
+        kind = (finding.tensor, finding.reason)
+        if kind in self._warned or sum(kind != "by design" for _, kind in self._warned) >= MOST_WARNINGS:
+            return
+        self._warned.add(kind)
+        where, path = "", runtime.events.path
+        if path is not None:
+            where = f" and listed in {FILE_NAME if self._action == 'skip' else path.name}"
+        done = "The update of its window is skipped. " if self._action == "skip" else ""
+        warn_always(
+            f"InputCheck: {self.sentence(runtime.trainer, seen, finding)}. {done}Further ones are counted{where}.",
+            on_this_rank=True,
+        )
+
+    def sentence(self, trainer: Any, seen: Seen, finding: Finding) -> str:
+        """What is wrong with which batch, and which sample is the worst.
+
+        Args:
+            trainer: The Trainer.
+            seen: The batch.
+            finding: What is wrong with it.
+        """
+        rank = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
+        sentence = f"epoch {seen.epoch}, batch {seen.batch_idx}{rank}: {finding.text}"
+        if not finding.samples:
+            return sentence
+        sample = finding.samples[0][0]
+        more = len(finding.samples) - 1
+        known = [f"dataset index {seen.dataset_index(sample)}"] if seen.dataset_index(sample) is not None else []
+        known += [described] if (described := self._describe(trainer, seen, sample)) else []
+        details = f" ({'; '.join(known)})" if known else ""
+        return f"{sentence}; sample {sample}{details}" + (f" and {more} more" if more else "")
+
+    def _describe(self, trainer: Any, seen: Seen, sample: int) -> str | None:
+        for owner in (trainer.datamodule, trainer.lightning_module):
+            describe = getattr(owner, "describe_sample", None)
+            if describe is None or not self._describes:
+                continue
+            try:
+                return str(describe(seen.members, sample))
+            except Exception as error:  # what only names a sample must not end a run
+                self._describes = False
+                warn_always(f"InputCheck: {type(owner).__name__}.describe_sample failed: {error!r}", on_this_rank=True)
+        return None
+
+    # The updates.
+
+    def note_update(self, runtime: Runtime, record: StepRecord) -> bool:
+        """Count an update that was made, or that was not.
+
+        Args:
+            runtime: Of the fit.
+            record: Of the step.
+
+        Returns:
+            Whether so many in a row were skipped by now that `warn_of_skips` is due.
+        """
+        if record.outcome == "bad":
+            self._counts.bad += 1
+        self._updates.add(record.outcome)
+        if record.outcome != "rejected":
+            return False
+        self._counts.skipped += 1
+        if runtime.trainer.is_global_zero:
+            runtime.events.write(
+                "update_skipped",
+                record.step,
+                record.epoch,
+                by=record.skipped_by,
+                ordinary=False,
+                what="input",
+                why="a batch of its window was flagged",
+                batch_idx=record.batch_idx,
+                batches=record.batches,
+                loss=record.loss,
+                loss_scale=record.loss_scale,
+            )
+        return self._updates.in_a_row == MOST_IN_A_ROW
+
+    def warn_of_skips(self, runtime: Runtime) -> None:
+        """Nothing is learnt: say so once, on the ranks whose batches were flagged, and what to do.
+
+        Args:
+            runtime: Of the fit.
+        """
+        updates = self._updates
+        if updates.warned_of or not updates.flagged:
+            return
+        updates.warned_of = True
+        [((tensor, reason), count)] = updates.flagged.most_common(1)
+        row = "update was" if updates.in_a_row == 1 else f"{updates.in_a_row} updates were"
+        none = "" if updates.made else " and none of this fit was made"
+        listed = "" if runtime.events.path is None else f", or leave out what {FILE_NAME} lists"
+        warn_always(
+            f"InputCheck: the last {row} skipped because of what went in{none}; flagged most: `{tensor}` ({reason}, in"
+            f" {_counted(count, 'batch')}). Nothing is learnt from skipped updates. If that data is as it should be,"
+            f' {_REMEDIES[reason]}, or take action="warn"; if not, mend it{listed}.',
+            on_this_rank=True,
+        )
+
+    def summarise(self, runtime: Runtime, only_flagged: bool) -> None:
+        """Say at the end of a fit what was seen.
+
+        Args:
+            runtime: Of the fit.
+            only_flagged: Whether to say nothing if nothing was flagged.
+        """
+        trainer, counts = runtime.trainer, self._counts
+        if self._updates.in_a_row and not self._updates.made:
+            self.warn_of_skips(runtime)
+        looked, flagged = counts.looked, counts.flagged
+        if trainer.world_size > 1:
+            sums = torch.tensor([looked, flagged], device=trainer.strategy.root_device)
+            dist.all_reduce(sums)
+            looked, flagged = sums.tolist()
+        if only_flagged and not flagged:
+            return
+        guarded = any(is_instance_by_name(callback, "NaNEarlyStop") for callback in trainer.callbacks)
+        seen = f"{_counted(looked, 'batch')} looked at, {flagged} flagged"
+        rank_zero_info(f"InputCheck: {seen}{counts.details(guarded)}.")
+
+    # Resuming and copies.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts."""
+        return self._counts.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._counts = _Counts.from_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "newest": None}  # which holds a batch's labels, and tensors on a device
+
+
+def _counted(count: int, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{count} {noun if count == 1 else plural}"
+
+
+@dataclass(slots=True)
+class _Updates:
+    """The updates of this fit, and what its batches were flagged for."""
+
+    made: int = 0
+    in_a_row: int = 0  # that were skipped for their inputs since one was made
+    warned_of: bool = False
+    flagged: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, outcome: str) -> None:
+        if outcome == "rejected":
+            self.in_a_row += 1
+        elif outcome == "taken":
+            self.made += 1
+            self.in_a_row = 0
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What was seen; resumes with the run."""
+
+    looked: int = 0
+    flagged: int = 0
+    skipped: int = 0
+    bad: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    ranges: Ranges = field(default_factory=Ranges)
+
+    def details(self, guarded: bool) -> str:
+        parts = []
+        if self.reasons:
+            parts.append(" (" + ", ".join(f"{count} {reason}" for reason, count in self.reasons.items()) + ")")
+        if self.skipped:
+            parts.append(f"; {_counted(self.skipped, 'update')} skipped for that")
+        if self.bad and not guarded:
+            them = "it was" if self.bad == 1 else "they were"
+            parts.append(f"; {_counted(self.bad, 'update')} skipped because {them} not finite")
+        names = dict.fromkeys(name.rpartition(" ")[0] for name in self.ranges.state_dict())
+        for name in names:
+            magnitudes, deviations = self.ranges.of(f"{name} abs_max"), self.ranges.of(f"{name} std")
+            for what, ends in (("largest magnitudes", magnitudes), ("deviations", deviations)):
+                if ends is not None:
+                    parts.append(f"; {what} of `{name}` {ends[0]:.4g} to {ends[1]:.4g}")
+        return "".join(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        numbers = {name: getattr(self, name) for name in ("looked", "flagged", "skipped", "bad")}
+        return {**numbers, "reasons": dict(self.reasons), "ranges": self.ranges.state_dict()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> _Counts:
+        return cls(**{**state, "reasons": Counter(state["reasons"]), "ranges": Ranges(state["ranges"])})
