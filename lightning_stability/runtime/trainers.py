@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
-from lightning_stability.health.gradients import CPU_PIECE
+from lightning_stability.health.buckets import CPU_PIECE
 
 # Strategies whose gradients are not to be had where we look, and what to use in their place.
 _REFUSED = {
