@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_stability.recovery.undo import BufferUndo, MetricUndo, either
+from lightning_stability.recovery.metric_undo import MetricUndo
+from lightning_stability.recovery.undo import BufferUndo, either
 
 
 @dataclass(slots=True)

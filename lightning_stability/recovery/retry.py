@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stability.health.values import named_tensors
-from lightning_stability.recovery.undo import BufferUndo, MetricUndo
+from lightning_stability.recovery.metric_undo import MetricUndo
+from lightning_stability.recovery.undo import BufferUndo
 
 
 class UncastBatch:
