@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_stability.health.kernels import load_kernels
+
 if TYPE_CHECKING:
     from lightning_stability.health.inputs import TensorState
 
@@ -156,7 +158,7 @@ def kernels_suit(values: Tensor) -> bool:
         and values.dtype in _KERNEL_DTYPES
         and type(values) is Tensor
         and torch.cuda.current_device() == values.get_device()
-        and kernels() is not None
+        and load_kernels("input_kernels") is not None
     )
 
 
@@ -189,7 +191,7 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         state.stamps = torch.full((channels,), -1, dtype=torch.int32, device=device)
     stamps = state.stamps if watch else partials
     remembered = state.channels if watch else partials
-    module = kernels()
+    module = load_kernels("input_kernels")
     module.read_values[(plan.groups, plan.programs)](
         values,
         partials,
@@ -298,15 +300,3 @@ def _plan(samples: int, channels: int, positions: int) -> _Plan:
 
 def _power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
-
-
-@functools.lru_cache(maxsize=1)
-def kernels() -> Any:
-    """The module of kernels; None without a Triton that can take them."""
-    if torch.version.hip is not None:
-        return None
-    try:
-        from lightning_stability.health import input_kernels
-    except Exception:  # not installed, or too old or too new
-        return None
-    return input_kernels
