@@ -17,17 +17,6 @@ from lightning_stability.runtime import runtime_of
 from tests import runs
 from tests.recovery import poison
 
-
-@pytest.fixture(params=runs.NAMESPACES)
-def pl(request: pytest.FixtureRequest) -> Any:
-    return runs.load_namespace(request.param)
-
-
-@pytest.fixture
-def one() -> Any:
-    return runs.load_namespace("pytorch_lightning")
-
-
 OPTIMIZERS = {
     "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
