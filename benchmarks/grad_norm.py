@@ -342,15 +342,15 @@ class TimeHooks(pl.Callback):
 
         def ours(clip: bool) -> None:
             runtime.note_loss(loss)
-            runtime.begin_step(optimizer)
-            runtime.measure(optimizer, pl_module)
+            runtime.steps.begin_step(optimizer)
+            runtime.steps.measure(optimizer, pl_module)
             if clip:
-                assert runtime.clip_by_norm(optimizer, 1e6)
-            runtime.finish_step()
+                assert runtime.steps.clip_by_norm(optimizer, 1e6)
+            runtime.steps.finish_step()
 
         clips = bool(trainer.gradient_clip_val)
         ours(clips)  # makes the meter
-        meter = runtime._meters[optimizer]
+        meter = runtime.steps.meters[optimizer]
         pointers = meter.pointers
 
         def without_kernels() -> None:
@@ -372,10 +372,10 @@ class TimeHooks(pl.Callback):
             }
         self.result = interleaved(timed, self.device, self.repeats)
         if not clips:
-            runtime.begin_step(optimizer)
-            runtime.measure(optimizer, pl_module)
+            runtime.steps.begin_step(optimizer)
+            runtime.steps.measure(optimizer, pl_module)
             self.result["GradNormMonitor"]["way"] = way_of(meter)
-        runtime.begin_step(optimizer)  # leave the real step as it was found
+        runtime.steps.begin_step(optimizer)  # leave the real step as it was found
 
 
 def way_of(meter: Any) -> str:

@@ -175,7 +175,7 @@ class PrecisionFallback(RuntimeCallback):
         self._steps += 1
         self._loss_scale = record.loss_scale if record.loss_scale is not None else self._loss_scale
 
-    def before_retry(self, record: StepRecord) -> None:
+    def before_retry(self) -> None:
         """Change the precision, and watch what flows through the layers."""
         assert self._runtime is not None
         trainer = self._runtime.trainer
