@@ -164,11 +164,6 @@ class Writer:
         running, self._running = self._running, None
         return None if running is None else running.exception()
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing was submitted since the last `wait`."""
-        return self._running is None
-
     def close(self) -> None:
         """End the background thread."""
         if self._pool is not None:
