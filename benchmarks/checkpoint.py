@@ -17,17 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +39,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from common import machine, quiet, save, spread  # noqa: E402
 
 from lightning_stability import FractionalCheckpoint  # noqa: E402
 
@@ -63,9 +62,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print_report(report)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, options.json)
 
 
 def measure(device: torch.device, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -251,21 +248,6 @@ def copy_seconds(state: list[Tensor], device: torch.device) -> dict[str, float]:
 # The machine and the report
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "pytorch_lightning": pl.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def print_report(report: dict[str, Any]) -> None:
     print(json.dumps(report["machine"]))
     size, steps = report["bytes"] / 1e9, report["steps_in_a_block"]
@@ -279,15 +261,6 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"synchronous over ModelCheckpoint {report['sync_over_lightning']:.3f} (target 1.1)")
     print(f"asynchronous over the copy       {report['async_over_copy']:.3f} (target 1.3, on a GPU)")
     print(f"... the step that saves alone    {report['async_wait_over_copy']:.3f}")
-
-
-def quiet() -> None:
-    warnings.filterwarnings("ignore")
-    for name in (
-        "pytorch_lightning",
-        *(f"{n}.utilities.rank_zero" for n in ("pytorch_lightning", "lightning.pytorch")),
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def arguments() -> argparse.Namespace:

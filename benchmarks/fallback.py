@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import grad_norm as common  # noqa: E402
+import grad_norm  # noqa: E402
+from common import quiet, save, spread  # noqa: E402
 
 from lightning_stability import NaNEarlyStop, PrecisionFallback  # noqa: E402
 
@@ -36,9 +37,9 @@ BAD_STEP = 20
 
 def main() -> None:
     options = arguments()
-    common.quiet()
+    quiet()
     device = torch.device(options.device)
-    report: dict[str, Any] = {"machine": common.machine(device), "rounds": options.rounds, "workloads": {}}
+    report: dict[str, Any] = {"machine": grad_norm.described(device), "rounds": options.rounds, "workloads": {}}
     print(json.dumps(report["machine"]), flush=True)
     for name in options.workloads:
         for fused in (True, False):
@@ -50,13 +51,11 @@ def main() -> None:
             for way, ratio in result["ratio"].items():
                 print(f"  {way:32s} {ratio['median']:.3f} ({ratio['min']:.2f} to {ratio['max']:.2f})", flush=True)
             print("  " + ", ".join(f"{k} {v:.1f} ms" for k, v in result["retried_step_ms"].items()), flush=True)
-            if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(report, indent=1) + "\n")
+            save(report, options.json)
 
 
-def make_workload(name: str, device: torch.device, quick: bool, fused: bool) -> common.Workload:
-    workload = common.make_workload(name, device, quick)
+def make_workload(name: str, device: torch.device, quick: bool, fused: bool) -> grad_norm.Workload:
+    workload = grad_norm.make_workload(name, device, quick)
     assert workload is not None
     module = workload.module
 
@@ -74,11 +73,11 @@ WAYS: dict[str, Any] = {
 }
 
 
-def steady(workload: common.Workload, device: torch.device, rounds: int) -> dict[str, Any]:
+def steady(workload: grad_norm.Workload, device: torch.device, rounds: int) -> dict[str, Any]:
     def block(callbacks: list[pl.Callback]) -> float:
-        clock = common.Clock(device)
-        trainer = make_trainer(device, [*callbacks, clock], common.Clock.WARM_UP + workload.steps)
-        trainer.fit(workload.module, DataLoader(common.SameBatch(workload.batch), batch_size=None))
+        clock = grad_norm.Clock(device)
+        trainer = make_trainer(device, [*callbacks, clock], grad_norm.Clock.WARM_UP + workload.steps)
+        trainer.fit(workload.module, DataLoader(grad_norm.SameBatch(workload.batch), batch_size=None))
         return float(clock.seconds / workload.steps)
 
     block([])
@@ -90,8 +89,8 @@ def steady(workload: common.Workload, device: torch.device, rounds: int) -> dict
             bare.append(block([]))
             ratios[way].append(2 * seconds / (bare[-2] + bare[-1]))
     return {
-        "bare_ms": {key: 1e3 * value for key, value in common.spread(bare).items()},
-        "ratio": {way: common.spread(values) for way, values in ratios.items()},
+        "bare_ms": {key: 1e3 * value for key, value in spread(bare).items()},
+        "ratio": {way: spread(values) for way, values in ratios.items()},
     }
 
 
@@ -114,15 +113,15 @@ class TimeSteps(pl.Callback):
         self.times: list[float] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        common.synchronise(self.device)
+        grad_norm.synchronise(self.device)
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        common.synchronise(self.device)
+        grad_norm.synchronise(self.device)
         self.times.append(1e3 * (time.perf_counter() - self.start))
 
 
-def retried(workload: common.Workload, device: torch.device) -> dict[str, float]:
+def retried(workload: grad_norm.Workload, device: torch.device) -> dict[str, float]:
     module = workload.module
     original = module.training_step
 
@@ -156,7 +155,7 @@ def make_trainer(device: torch.device, callbacks: list[pl.Callback], steps: int)
         devices=1,
         plugins=[MixedPrecision("16-mixed", device.type, scaler)],  # real fp16 on a CPU too
         max_steps=steps,
-        logger=common.KeepNothing(),
+        logger=grad_norm.KeepNothing(),
         log_every_n_steps=50,
         callbacks=callbacks,
         enable_checkpointing=False,

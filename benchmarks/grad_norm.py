@@ -22,15 +22,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,6 +42,8 @@ from torch.utils.data import DataLoader, Dataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"  # a bare Trainer shall be bare where the package is installed
+
+from common import machine, quiet, save, spread  # noqa: E402
 
 from lightning_stability import GradNormMonitor  # noqa: E402
 from lightning_stability.runtime import runtime_of  # noqa: E402
@@ -343,15 +342,15 @@ class TimeHooks(pl.Callback):
 
         def ours(clip: bool) -> None:
             runtime.note_loss(loss)
-            runtime.begin_step(optimizer)
-            runtime.measure(optimizer, pl_module)
+            runtime.steps.begin_step(optimizer)
+            runtime.steps.measure(optimizer, pl_module)
             if clip:
-                assert runtime.clip_by_norm(optimizer, 1e6)
-            runtime.finish_step()
+                assert runtime.steps.clip_by_norm(optimizer, 1e6)
+            runtime.steps.finish_step()
 
         clips = bool(trainer.gradient_clip_val)
         ours(clips)  # makes the meter
-        meter = runtime._meters[optimizer]
+        meter = runtime.steps.meters[optimizer]
         pointers = meter.pointers
 
         def without_kernels() -> None:
@@ -373,10 +372,10 @@ class TimeHooks(pl.Callback):
             }
         self.result = interleaved(timed, self.device, self.repeats)
         if not clips:
-            runtime.begin_step(optimizer)
-            runtime.measure(optimizer, pl_module)
+            runtime.steps.begin_step(optimizer)
+            runtime.steps.measure(optimizer, pl_module)
             self.result["GradNormMonitor"]["way"] = way_of(meter)
-        runtime.begin_step(optimizer)  # leave the real step as it was found
+        runtime.steps.begin_step(optimizer)  # leave the real step as it was found
 
 
 def way_of(meter: Any) -> str:
@@ -446,16 +445,8 @@ def device_microseconds(function: Callable[[], Any], calls: int = STEPS) -> floa
 # The machine and the report
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "pytorch_lightning": pl.__version__,
-        "python": platform.python_version(),
-        "read_bytes_per_second": read_bandwidth(device),
-    }
+def described(device: torch.device) -> dict[str, Any]:
+    return {**machine(device), "read_bytes_per_second": read_bandwidth(device)}
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -478,10 +469,6 @@ def read_bandwidth(device: torch.device) -> float:
     return tensor.numel() * 4 / best
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -492,14 +479,14 @@ class Report:
 
     def __init__(self, path: Path | None, device: torch.device, rounds: int) -> None:
         self.path = path
-        self.content: dict[str, Any] = {"machine": machine(device), "rounds": rounds, "workloads": {}}
+        self.content: dict[str, Any] = {"machine": described(device), "rounds": rounds, "workloads": {}}
         print(json.dumps(self.content["machine"]))
 
     def add_hooks(self, name: str, workload: Workload, hooks: dict[str, Any]) -> None:
         trained = [p for p in workload.module.parameters() if p.requires_grad]
         numbers = sum(p.numel() for p in trained)
         self.content["workloads"][name] = {"parameters": numbers, "tensors": len(trained), "hooks": hooks}
-        self._save()
+        save(self.content, self.path)
         print(f"\n{name}: {numbers:,} trained numbers in {len(trained)} tensors")
         print(f"{'hook':40s} {'host us':>10s} {'ratio':>7s} {'device us':>10s} {'ratio':>7s}")
         for hook, times in hooks.items():
@@ -512,7 +499,7 @@ class Report:
 
     def add_steps(self, name: str, steps: dict[str, Any]) -> None:
         self.content["workloads"][name]["steps"] = steps
-        self._save()
+        save(self.content, self.path)
 
     def print_steps(self, name: str) -> None:
         steps = self.content["workloads"][name].get("steps")
@@ -524,18 +511,6 @@ class Report:
         print(f"{'way':40s} {'step ratio':>10s}   range")
         for way, ratio in steps["ratio"].items():
             print(f"{way:40s} {ratio['median']:10.3f}   {ratio['min']:.3f} to {ratio['max']:.3f}")
-
-    def _save(self) -> None:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.content, indent=1) + "\n")
-
-
-def quiet() -> None:
-    warnings.filterwarnings("ignore")
-    for name in ("pytorch_lightning", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
 
 
 def arguments() -> argparse.Namespace:

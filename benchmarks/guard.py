@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import grad_norm as common  # noqa: E402
+import grad_norm  # noqa: E402
+from common import quiet, save, spread  # noqa: E402
 
 from lightning_stability import GradNormMonitor, InputCheck, NaNEarlyStop  # noqa: E402
 from tests.recovery import poison  # noqa: E402
@@ -45,9 +46,9 @@ FUSED = {"fused": True, "foreach": False}
 
 def main() -> None:
     options = arguments()
-    common.quiet()
+    quiet()
     device = torch.device(options.device)
-    report: dict[str, Any] = {"machine": common.machine(device), "rounds": options.rounds, "workloads": {}}
+    report: dict[str, Any] = {"machine": grad_norm.described(device), "rounds": options.rounds, "workloads": {}}
     print(json.dumps(report["machine"]), flush=True)
     if options.inputs:
         report["inputs"] = looks(device, options.quick, report["machine"]["read_bytes_per_second"])
@@ -150,7 +151,7 @@ class TimeLook(pl.Callback):
             check._reads.poll()
 
         timed = {"look": look, "amax": lambda: batch.amax()}
-        self.result = common.interleaved(timed, self.device, self.repeats)
+        self.result = grad_norm.interleaved(timed, self.device, self.repeats)
         self.result["kernels"] = kernels_of(look) if self.device.type == "cuda" else None
         trainer.should_stop = True
 
@@ -172,11 +173,11 @@ def looks(device: torch.device, quick: bool, bandwidth: float) -> dict[str, Any]
     for name, shape in BATCHES.items():
         shape = (max(shape[0] // 16, 2), *shape[1:]) if quick and device.type == "cpu" else shape
         batch = torch.randn(shape).to(device)
-        module = common.Module(FirstValues())
-        workload = common.Workload(module, batch, 8, "32-true")
+        module = grad_norm.Module(FirstValues())
+        workload = grad_norm.Workload(module, batch, 8, "32-true")
         timer = TimeLook(device, repeats=5 if quick else 60)
-        trainer = common.make_trainer(workload, device, [InputCheck(), timer], None, 8)
-        trainer.fit(module, common.DataLoader(common.SameBatch(batch), batch_size=None))
+        trainer = grad_norm.make_trainer(workload, device, [InputCheck(), timer], None, 8)
+        trainer.fit(module, grad_norm.DataLoader(grad_norm.SameBatch(batch), batch_size=None))
         read = 1e6 * batch.numel() * batch.element_size() / bandwidth
         result[name] = {"shape": shape, "read_us": read, **timer.result}
     return result
@@ -196,12 +197,12 @@ class FirstValues(torch.nn.Module):
 # Step ratios
 
 
-def make_workload(name: str, device: torch.device, quick: bool, fused: bool) -> common.Workload:
+def make_workload(name: str, device: torch.device, quick: bool, fused: bool) -> grad_norm.Workload:
     if name == "batch_norm":
         images = torch.randn(16, 3, 32, 32).to(device)
-        workload = common.Workload(common.Module(batch_norm_net()), images, 20, "32-true")
+        workload = grad_norm.Workload(grad_norm.Module(batch_norm_net()), images, 20, "32-true")
     else:
-        made = common.make_workload(name, device, quick)
+        made = grad_norm.make_workload(name, device, quick)
         assert made is not None
         workload = made
     if quick:
@@ -225,9 +226,9 @@ def batch_norm_net() -> torch.nn.Module:
     return torch.nn.Sequential(*layers)
 
 
-def step_ratios(workload: common.Workload, device: torch.device, rounds: int) -> dict[str, Any]:
+def step_ratios(workload: grad_norm.Workload, device: torch.device, rounds: int) -> dict[str, Any]:
     def block(callbacks: list[pl.Callback]) -> float:
-        return common.run_block(workload, device, callbacks, None, workload.steps)
+        return grad_norm.run_block(workload, device, callbacks, None, workload.steps)
 
     block([])  # compiles, allocates, warms caches
     ways = [way for way in WAYS if way != "EarlyStopping(check_finite=True)"]  # it looks once an epoch: costs nothing
@@ -241,8 +242,8 @@ def step_ratios(workload: common.Workload, device: torch.device, rounds: int) ->
             seconds = block(WAYS[way]())
             bare.append(block([]))
             ratios[way].append(2 * seconds / (bare[-2] + bare[-1]))
-    summary = {way: common.spread(values) for way, values in ratios.items()}
-    return {"bare_ms": {k: 1e3 * v for k, v in common.spread(bare).items()}, "ratio": summary}
+    summary = {way: spread(values) for way, values in ratios.items()}
+    return {"bare_ms": {k: 1e3 * v for k, v in spread(bare).items()}, "ratio": summary}
 
 
 # Survival
@@ -325,12 +326,6 @@ def print_survival(table: dict[str, dict[str, str]]) -> None:
         print(f"\n{way}")
         for scenario, verdict in row.items():
             print(f"  {scenario:40s} {verdict}")
-
-
-def save(report: dict[str, Any], path: Path | None) -> None:
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def arguments() -> argparse.Namespace:

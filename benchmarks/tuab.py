@@ -21,7 +21,6 @@ import os
 import platform
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,6 +42,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"
+
+from common import save, spread  # noqa: E402
 
 from lightning_stability.tuab import (  # noqa: E402
     CHANNELS,
@@ -73,9 +74,7 @@ def main() -> None:
         for name, part in (("real_size", opening), ("preprocessing", preprocessing_speed), ("reading", reading)):
             (folder / name).mkdir()
             report[name] = part(folder / name, options)
-            if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(report, indent=1) + "\n")
+            save(report, options.json)
             shutil.rmtree(folder / name)
     finally:
         shutil.rmtree(folder)
@@ -268,10 +267,6 @@ def copied(cache: WindowCache, count: int, length: int, windows: int) -> list[fl
             rows[start : start + length].copy()
         speeds.append(windows / (time.perf_counter() - started))
     return speeds
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def show(values: dict[str, float], digits: int = 3) -> str:

@@ -1,14 +1,16 @@
-"""Corpora that many tests read."""
+"""What many tests take: a namespace of Lightning, corpora, the command line."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_stability.tuab import SyntheticCorpus
+from tests import runs
 from tests.command import Launcher
 
 # An editable install has the entry points too: without this, every Trainer of every test, in processes that tests
@@ -21,6 +23,18 @@ collect_ignore = [
     "distributed_look.py",
     "checkpoint_fit.py",
 ]  # scripts that tests start
+
+
+@pytest.fixture(params=runs.NAMESPACES)
+def pl(request: pytest.FixtureRequest) -> Any:
+    """Lightning, in each of its namespaces."""
+    return runs.load_namespace(request.param)
+
+
+@pytest.fixture
+def one() -> Any:
+    """Lightning in one namespace, for what cannot differ between the two."""
+    return runs.load_namespace("pytorch_lightning")
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,43 @@ def test_nothing_but_the_command_line_imports_the_trainer():
     assert users == {"cli.py", "commands.py"}  # the second holds the commands that train nothing
 
 
+MAY_IMPORT = {
+    # the rooms, from the ground up: each may import itself and what stands here
+    "_compat": set(),
+    "events": set(),
+    "flagged_inputs": set(),
+    "processes": set(),
+    "health": {"_compat"},
+    "recovery": {"_compat", "health"},
+    "checkpointing": {"_compat", "health", "processes"},
+    "runtime": {"_compat", "events", "health", "recovery"},
+    "status": {"_compat", "events", "processes"},
+    "callbacks": {"_compat", "checkpointing", "events", "flagged_inputs", "health", "recovery", "runtime"},
+    "plugin": {"_compat", "callbacks"},
+    "tuab": {""},
+    "commands": {"_compat", "checkpointing", "tuab"},
+    "cli": {"callbacks", "checkpointing", "commands", "plugin", "status", "tuab"},
+    "": {"callbacks"},  # `__init__.py`: the public names
+    "__main__": {"cli", "status"},
+}
+
+
+def room(module: str) -> str:
+    return [*module.split("."), ""][1]
+
+
+def test_no_room_imports_one_that_stands_above_it():
+    package = ROOT / "lightning_stability"
+    wrong, seen = set(), set()
+    for path in sorted(package.rglob("*.py")):
+        own = path.relative_to(package).parts[0].removesuffix(".py").replace("__init__", "")
+        seen.add(own)
+        ours = {name for name in imports(path) if name.split(".")[0] == "lightning_stability"}
+        wrong |= {(path.name, name) for name in ours if room(name) not in MAY_IMPORT[own] | {own}}
+    assert not wrong
+    assert seen == set(MAY_IMPORT)
+
+
 def pyproject() -> dict:
     tomllib = pytest.importorskip("tomllib", reason="it came with Python 3.11")
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

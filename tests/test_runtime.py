@@ -17,11 +17,6 @@ from lightning_stability.runtime import log_folder, runtime_of
 from tests import runs
 
 
-@pytest.fixture(params=runs.NAMESPACES)
-def pl(request: pytest.FixtureRequest) -> Any:
-    return runs.load_namespace(request.param)
-
-
 def fit(pl: Any, module: Any, loader: Any = None, **options: Any) -> list[Any]:
     recorder = runs.RecordCallback()
     runs.trainer(pl, callbacks=[recorder], **options).fit(module, loader or runs.data())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -14,10 +15,10 @@ from torch import Tensor
 from lightning_stability._compat import MisconfigurationException, ModelCheckpoint
 from lightning_stability.callbacks.base import warn_of_forgotten_precision
 from lightning_stability.checkpointing import writing
-from lightning_stability.checkpointing.listing import NonfiniteByDesign, checked_tensors
+from lightning_stability.checkpointing.listing import NonfiniteByDesign
 from lightning_stability.checkpointing.loops import SECTION, Place, TrainingPlaces
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
-from lightning_stability.checkpointing.section import make_section
+from lightning_stability.checkpointing.section import dump_checkpoint, make_section, nonfinite_on_any_rank
 from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.events import EventLog
 from lightning_stability.runtime import RunEvents, log_folder, runtime_of
@@ -257,7 +258,7 @@ class FractionalCheckpoint(ModelCheckpoint):
         if place.batches == 0:
             self._look_for_monitor(candidates)
         checkpoint = self._dump(trainer, place, epochs)
-        if bad := self._nonfinite(trainer, checkpoint):
+        if bad := nonfinite_on_any_rank(trainer, checkpoint, self._by_design):
             self._restore_bookkeeping(before)
             self._refuse(trainer, bad)
             return
@@ -329,18 +330,11 @@ class FractionalCheckpoint(ModelCheckpoint):
 
     def _dump(self, trainer: Any, place: Place, epochs: Fraction) -> dict[str, Any]:
         with trainer.profiler.profile("save_checkpoint"):
-            checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+            checkpoint = dump_checkpoint(trainer, self.save_weights_only)
         if not self.save_weights_only:  # after everybody's `on_save_checkpoint`, which may draw random numbers
             stop_is_due = bool(trainer.should_stop) and not place.ending
             checkpoint[SECTION] = make_section(trainer, place, float(epochs), stop_is_due, self._by_design.names)
         return checkpoint
-
-    def _nonfinite(self, trainer: Any, checkpoint: dict[str, Any]) -> list[str]:
-        """The names of what is not finite and was not so by design, on whichever rank holds it."""
-        names = self._by_design.unexpected(checked_tensors(checkpoint))
-        if trainer.strategy.reduce_boolean_decision(not names, all=True):
-            return []
-        return names or ["what another rank holds"]
 
     def _submit(self, trainer: Any, job: writing.WriteJob, checkpoint: dict[str, Any]) -> None:
         assert self._writer is not None
@@ -458,16 +452,18 @@ class FractionalCheckpoint(ModelCheckpoint):
         return {**state, "_writer": None, "_snapshot": None, "_pending": None, "_ranked": None}
 
 
+@dataclass
 class _Pending:
     """A save that is under way."""
 
-    def __init__(self, job: writing.WriteJob, before: dict[str, Any], epochs: float, step: int, epoch: int) -> None:
-        self.job = job
-        self.before = before
-        self.epochs = epochs
-        self.step = step
-        self.epoch = epoch
-        self.seconds = 0.0
+    job: writing.WriteJob
+    before: dict[str, Any]
+    """The books as they were, should it fail."""
+    epochs: float
+    step: int
+    epoch: int
+    seconds: float = 0.0
+    """How long training has waited for it."""
 
 
 def _writes_one_file(trainer: Any) -> bool:

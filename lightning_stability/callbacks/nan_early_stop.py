@@ -15,7 +15,8 @@ from lightning_stability.callbacks.base import RuntimeCallback, warn_always
 from lightning_stability.checkpointing.loops import Place, TrainingPlaces
 from lightning_stability.checkpointing.section import StopCheckpoint, is_of_a_stop
 from lightning_stability.health import StepRecord
-from lightning_stability.health.values import named_tensors, nonfinite_names
+from lightning_stability.health.incident import Incident, listed
+from lightning_stability.health.values import nonfinite_names
 from lightning_stability.recovery.stopping import (
     FILE_NAME,
     EndOfLoop,
@@ -25,8 +26,6 @@ from lightning_stability.recovery.stopping import (
     resume_command,
 )
 from lightning_stability.runtime import RunEvents, window_is_open
-
-SHOWN_NAMES = 3
 
 
 class NonFiniteError(RuntimeError):
@@ -113,7 +112,7 @@ class NaNEarlyStop(RuntimeCallback):
         self._clear()
 
     def _clear(self) -> None:
-        self._incident: _Incident | None = None
+        self._incident: Incident | None = None
         self._announced = False
         self._summarised = False
         self._silenced: SilencedCheckpoints | None = None
@@ -136,10 +135,10 @@ class NaNEarlyStop(RuntimeCallback):
         """Refuse weights that are not finite: nothing good can come of them."""
         super().on_train_start(trainer, pl_module)
         self._updates_at_save = self._counts.updates
-        bad = nonfinite_names((name, p) for name, p in pl_module.named_parameters() if p.requires_grad)
+        bad = _nonfinite_weights(pl_module)
         # Each rank may hold other shards of them, and all have to decide alike.
         if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
-            where = _listed(bad) if bad else "on another rank"
+            where = listed(bad) if bad else "on another rank"
             self._refuse(
                 trainer,
                 f"NaNEarlyStop: trained weights are not finite before the first step: {where}. Expected finite"
@@ -175,7 +174,7 @@ class NaNEarlyStop(RuntimeCallback):
         """Stop when the batch's hooks are through, before a validation or a checkpoint."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._incident is not None and not window_is_open(trainer):
-            self._silenced = self._silenced or SilencedCheckpoints(trainer)
+            self._silence_checkpoints(trainer)
             self._end_loops(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -278,35 +277,10 @@ class NaNEarlyStop(RuntimeCallback):
             for logger in trainer.loggers:
                 logger.log_metrics({"skipped_updates": float(counts.skipped)}, step=record.logger_step)
 
-    def _incident_of(self, record: StepRecord) -> _Incident:
-        what, why = self._explain(record)
+    def _incident_of(self, record: StepRecord) -> Incident:
         assert self._runtime is not None
-        several = self._runtime.trainer.world_size > 1
-        rank = record.bad_loss_ranks[0] if several and record.bad_loss_ranks else None
-        return _Incident(what, why, record.step, record.epoch, record.batch_idx, rank)
-
-    def _explain(self, record: StepRecord) -> tuple[str, str]:
-        """What became non-finite, in a word and in a sentence."""
-        assert self._runtime is not None
-        if record.outcome == "ordinary_skip":
-            return "gradient", "a gradient overflowed"
-        if record.bad_loss_ranks or not record.loss_finite:
-            batch = self._runtime.recent_batch(record)
-            bad = [] if batch is None else nonfinite_names(named_tensors(batch))
-            value = "not finite" if record.loss is None or record.loss_finite else f"{record.loss:g}"
-            if bad:
-                return "input", f"the loss was {value}, and so was the input: {_listed(bad)} holds non-finite values"
-            return "loss", f"the loss was {value}"
-        if record.nonfinite_buffer is not None:
-            return "buffer", f"the forward pass made the buffer `{record.nonfinite_buffer}` non-finite (undone)"
-        if record.skipped_by == "GradScaler":
-            scale = f"{record.loss_scale:g}" if record.loss_scale is not None else "unknown"
-            return "loss_scale", f"gradients overflow at every loss scale; it has fallen to {scale}"
-        where = f"the gradient of `{record.culprit}`" if record.culprit else "a gradient"
-        if record.gradients == "overflow":
-            return "gradient", f"the gradients were finite but their squares overflow fp32; the largest is {where}"
-        verdict = "not finite" if record.gradients_finite else record.gradients
-        return "gradient", f"{where} was {verdict} while the loss was finite"
+        batch = self._runtime.recent_batch(record)
+        return Incident.of(record, batch, several_ranks=self._runtime.trainer.world_size > 1)
 
     # Metrics.
 
@@ -321,9 +295,9 @@ class NaNEarlyStop(RuntimeCallback):
             value = float(metrics[name])
             if not math.isfinite(value):
                 why = f"the metric `{name}` was {value:g}"
-                self._incident = _Incident("metric", why, trainer.global_step, trainer.current_epoch, -1, None)
+                self._incident = Incident("metric", why, trainer.global_step, trainer.current_epoch, -1, None)
                 # this very moment's save would rank it as best
-                self._silenced = self._silenced or SilencedCheckpoints(trainer)
+                self._silence_checkpoints(trainer)
                 return
 
     # The stop.
@@ -331,7 +305,7 @@ class NaNEarlyStop(RuntimeCallback):
     def _stop_if_due(self, trainer: Any, may_save: bool = True) -> None:
         if self._incident is None:
             return
-        if self._announced is False and may_save:
+        if may_save and not self._announced:
             self._announced = True
             self._announce(trainer, self._incident)
         if self.action == "raise" and self._announced:
@@ -347,12 +321,12 @@ class NaNEarlyStop(RuntimeCallback):
             loops = trainer.fit_loop.epoch_loop, trainer.fit_loop
             self._loop_ends = [EndOfLoop(loop, lambda: self._stop_if_due(trainer)) for loop in loops]
 
-    def _announce(self, trainer: Any, incident: _Incident) -> None:
+    def _announce(self, trainer: Any, incident: Incident) -> None:
         assert self._runtime is not None
         stop_was_due, trainer.should_stop = trainer.should_stop, True
         RunEvents.of(trainer).stopped(f"NaNEarlyStop: {incident.why}")
         checkpoint = self._keep_good_weights(trainer, stop_was_due) or newest_checkpoint(trainer)
-        self._silenced = self._silenced or SilencedCheckpoints(trainer)
+        self._silence_checkpoints(trainer)
         self._add_weights(trainer, incident)
         if trainer.is_global_zero:
             self._runtime.events.write(
@@ -376,10 +350,10 @@ class NaNEarlyStop(RuntimeCallback):
             except Exception as error:  # a tracker that fails must not hide why the run ended
                 warn_always(f"NaNEarlyStop: {type(logger).__name__} could not be saved: {error!r}")
 
-    def _raise(self, incident: _Incident) -> NoReturn:
+    def _raise(self, incident: Incident) -> NoReturn:
         raise NonFiniteError(self._message, incident.what, incident.step, incident.epoch, incident.batch_idx)
 
-    def _compose(self, incident: _Incident, checkpoint: str | None) -> str:
+    def _compose(self, incident: Incident, checkpoint: str | None) -> str:
         counts = self._counts
         lines = [f"NaNEarlyStop ended the run: {incident.why}.", f"  where: {incident.place}"]
         lines.append(f"  updates: {counts.updates} good, {counts.skipped} skipped (none of these reached the weights)")
@@ -397,12 +371,12 @@ class NaNEarlyStop(RuntimeCallback):
             )
         return "\n".join(lines)
 
-    def _add_weights(self, trainer: Any, incident: _Incident) -> None:
+    def _add_weights(self, trainer: Any, incident: Incident) -> None:
         """Weights are never made non-finite by a step; if they are, something else wrote them and is the cause."""
-        bad = nonfinite_names((n, p) for n, p in trainer.lightning_module.named_parameters() if p.requires_grad)
+        bad = _nonfinite_weights(trainer.lightning_module)
         if bad:
             incident.what = "weight"
-            incident.why += f"; the weights {_listed(bad)} are not finite, which no update of the optimizer made them"
+            incident.why += f"; the weights {listed(bad)} are not finite, which no update of the optimizer made them"
 
     def _keep_good_weights(self, trainer: Any, stop_was_due: bool) -> str | None:
         """Save what was trained since the last checkpoint; it is finite, and otherwise lost."""
@@ -421,9 +395,12 @@ class NaNEarlyStop(RuntimeCallback):
             warn_always(f"NaNEarlyStop: {path} could not be written ({error!r}); the run's other checkpoints stand.")
             return None
         if nonfinite:
-            warn_always(f"NaNEarlyStop: {path} was not written: {_listed(nonfinite)} would not be finite in it.")
+            warn_always(f"NaNEarlyStop: {path} was not written: {listed(nonfinite)} would not be finite in it.")
             return None
         return path
+
+    def _silence_checkpoints(self, trainer: Any) -> None:
+        self._silenced = self._silenced or SilencedCheckpoints(trainer)
 
     def _let_checkpoints_be(self) -> None:
         for end in self._loop_ends:
@@ -445,24 +422,6 @@ class NaNEarlyStop(RuntimeCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_silenced": None, "_loop_ends": [], "_stop_checkpoint": None}
-
-
-@dataclass(slots=True)
-class _Incident:
-    """A bad step, or metric."""
-
-    what: str
-    why: str
-    step: int
-    epoch: int
-    batch_idx: int
-    rank: int | None
-
-    @property
-    def place(self) -> str:
-        batch = f", batch {self.batch_idx}" if self.batch_idx >= 0 else ""
-        rank = f", rank {self.rank}" if self.rank is not None else ""
-        return f"epoch {self.epoch}{batch}, global step {self.step}{rank}"
 
 
 @dataclass(slots=True)
@@ -493,6 +452,5 @@ class _Counts:
         return "; ".join(parts)
 
 
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:SHOWN_NAMES])
-    return shown if len(names) <= SHOWN_NAMES else f"{shown} and {len(names) - SHOWN_NAMES} more"
+def _nonfinite_weights(module: Any) -> list[str]:
+    return nonfinite_names((name, p) for name, p in module.named_parameters() if p.requires_grad)

@@ -12,7 +12,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import RuntimeCallback
 from lightning_stability.health import StepRecord
+from lightning_stability.health.incident import listed
 from lightning_stability.health.layer_scales import LayerScales
+from lightning_stability.health.values import named_tensors, nonfinite_names
 from lightning_stability.recovery.precision import BITS, Higher, WiderWeights, go_on_in, make_plugin
 from lightning_stability.runtime import logger_step, runtime_of, window_is_open
 
@@ -152,7 +154,8 @@ class PrecisionFallback(RuntimeCallback):
         super().on_train_end(trainer, pl_module)
         if self._runtime is not None or self._change is not None:
             changed = self._change.told() if self._change is not None else "no change"
-            tried = f"; tried {self._not_the_cause} times in vain" if self._not_the_cause else ""
+            count = self._not_the_cause
+            tried = f"; it was not the cause of {count} bad step{'s' if count > 1 else ''}" if count else ""
             rank_zero_info(f"PrecisionFallback: {changed}{tried}.")
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,7 +178,7 @@ class PrecisionFallback(RuntimeCallback):
         self._steps += 1
         self._loss_scale = record.loss_scale if record.loss_scale is not None else self._loss_scale
 
-    def before_retry(self, record: StepRecord) -> None:
+    def before_retry(self) -> None:
         """Change the precision, and watch what flows through the layers."""
         assert self._runtime is not None
         trainer = self._runtime.trainer
@@ -191,11 +194,8 @@ class PrecisionFallback(RuntimeCallback):
         ranges = self._stop_watching()
         low = self._low_plugin.precision
         if again.outcome != "taken":
-            self._not_the_cause += 1
             self._lower_precision()
-            why = f"not finite in {self.to} either: {low} was not the cause"
-            self._write("precision_kept", failed, precision=low, why=why)
-            rank_zero_warn(f"PrecisionFallback: epoch {failed.epoch}, batch {failed.batch_idx} is {why}.")
+            self._say_not_the_cause(failed, low, f"not finite in {self.to} either")
             return again
         why = self._reason(failed)
         beyond = ranges.first_beyond(FP16_MAX) if ranges is not None and low.startswith("16") else None
@@ -219,11 +219,30 @@ class PrecisionFallback(RuntimeCallback):
         )
 
     def cannot_retry(self, record: StepRecord, why: str) -> None:
-        """Change once the batch is over."""
+        """Change once the batch is over, unless its input says that this would not help."""
         assert self._runtime is not None
+        trainer = self._runtime.trainer
+        bad = self._nonfinite_inputs(record)
+        if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
+            where = listed(bad) if bad else "the input of another rank"
+            self._say_not_the_cause(record, str(trainer.precision), f"not finite, and {where} was so before")
+            return
         self._change_next = True
-        self._note_change(record, str(self._runtime.trainer.precision), self._reason(record), retried=False)
+        self._note_change(record, str(trainer.precision), self._reason(record), retried=False)
         self._say_change(f"Training goes on in {{to}}, but this batch is not trained again: {why}.")
+
+    def _nonfinite_inputs(self, record: StepRecord) -> list[str]:
+        """Which of the batch's tensors no precision would help."""
+        assert self._runtime is not None
+        if record.loss_finite or hasattr(self._runtime.trainer.precision_plugin, "_desired_input_dtype"):
+            return []  # (what it was before a cast to fp16 is not known here)
+        return nonfinite_names(named_tensors(self._runtime.recent_batch(record)))
+
+    def _say_not_the_cause(self, record: StepRecord, low: str, what: str) -> None:
+        self._not_the_cause += 1
+        why = f"{what}: {low} was not the cause"
+        self._write("precision_kept", record, precision=low, why=why)
+        rank_zero_warn(f"PrecisionFallback: epoch {record.epoch}, batch {record.batch_idx} is {why}.")
 
     def _reason(self, record: StepRecord) -> str:
         if not record.loss_finite:

@@ -12,7 +12,7 @@ these methods of the Trainer's loops are stood in for, as attributes of the inst
     epoch_loop.on_run_start      the loaders are iterated over; a batch whose hooks alone were through is ended
     epoch_loop._on_before_fetch  a batch is fetched
 
-The private names of Lightning's loops are touched here alone.
+What a resume needs of the private names of Lightning's loops is touched here, those of the data in `loaders.py`.
 """
 
 from __future__ import annotations

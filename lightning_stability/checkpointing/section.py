@@ -73,16 +73,40 @@ class StopCheckpoint:
             batches = trainer.num_training_batches
             epochs = place.epoch if batches == float("inf") else place.epochs(batches)
             section = make_section(trainer, place, float(epochs), stop_is_due, self._by_design.names)
-        checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(False)
-        bad = self._by_design.unexpected(checked_tensors(checkpoint))
-        if not trainer.strategy.reduce_boolean_decision(not bad, all=True):
-            return bad or ["what another rank holds"]
+        checkpoint = dump_checkpoint(trainer, weights_only=False)
+        if bad := nonfinite_on_any_rank(trainer, checkpoint, self._by_design):
+            return bad
         if place is not None:
             places.leave_the_end_of_batch(checkpoint, place)
             checkpoint[SECTION] = section
         trainer.strategy.save_checkpoint(checkpoint, path)
         trainer.strategy.barrier("StopCheckpoint")
         return []
+
+
+def dump_checkpoint(trainer: Any, weights_only: bool) -> dict[str, Any]:
+    """Lightning's own checkpoint of now; calls everybody's `on_save_checkpoint`.
+
+    Args:
+        trainer: A Trainer of either namespace.
+        weights_only: Whether to leave out what a resume needs.
+    """
+    checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+    return checkpoint
+
+
+def nonfinite_on_any_rank(trainer: Any, checkpoint: dict[str, Any], by_design: NonfiniteByDesign) -> list[str]:
+    """The names of what is not finite and was not so by design, on whichever rank holds it; the same verdict on all.
+
+    Args:
+        trainer: A Trainer of either namespace.
+        checkpoint: This rank's.
+        by_design: What was not finite when training began.
+    """
+    names = by_design.unexpected(checked_tensors(checkpoint))
+    if trainer.strategy.reduce_boolean_decision(not names, all=True):
+        return []
+    return names or ["what another rank holds"]
 
 
 def is_of_a_stop(checkpoint: dict[str, Any]) -> bool:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from lightning_fabric.utilities.cloud_io import get_filesystem
 
+from lightning_stability.processes import is_alive
+
 _PART = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)-(?P<pid>\d+)\.part$")
 
 
@@ -95,7 +97,7 @@ def remove_parts(folder: str) -> None:
         return
     for path in Path(folder).iterdir():
         match = _PART.match(path.name)
-        if match and match["host"] == _host() and not _is_alive(int(match["pid"])):
+        if match and match["host"] == _host() and not _is_being_written(path, int(match["pid"])):
             delete(str(path))
 
 
@@ -162,11 +164,6 @@ class Writer:
         running, self._running = self._running, None
         return None if running is None else running.exception()
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing was submitted since the last `wait`."""
-        return self._running is None
-
     def close(self) -> None:
         """End the background thread."""
         if self._pool is not None:
@@ -226,15 +223,12 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _is_being_written(part: Path, pid: int) -> bool:
+    try:
+        return is_alive(pid, started_before=part.lstat().st_mtime)
+    except FileNotFoundError:  # it has just been moved into place
+        return True
+
+
 def _host() -> str:
     return re.sub(r"[^\w-]", "_", socket.gethostname())
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from lightning_stability.health.kernels import load_kernels
 
 if TYPE_CHECKING:
     from lightning_stability.health.inputs import TensorState
@@ -167,7 +169,7 @@ def kernels_suit(values: Tensor) -> bool:
         and values.dtype in _KERNEL_DTYPES
         and type(values) is Tensor
         and torch.cuda.current_device() == values.get_device()
-        and kernels() is not None
+        and load_kernels("input_kernels") is not None
     )
 
 
@@ -200,7 +202,7 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         state.stamps = torch.full((channels,), -1, dtype=torch.int32, device=device)
     stamps = state.stamps if watch else partials
     remembered = state.channels if watch else partials
-    module = kernels()
+    module = load_kernels("input_kernels")
     module.read_values[(plan.groups, plan.programs)](
         values,
         partials,
@@ -338,15 +340,3 @@ def _deal(samples: int, channels: int, positions: int, size: _Size) -> _Plan:
 
 def _power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
-
-
-@functools.lru_cache(maxsize=1)
-def kernels() -> Any:
-    """The module of kernels; None without a Triton that can take them."""
-    if torch.version.hip is not None:
-        return None
-    try:
-        from lightning_stability.health import input_kernels
-    except Exception:  # not installed, or too old or too new
-        return None
-    return input_kernels

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_stability.health.kernels import load_kernels
+
 CHUNK = 2**14
 """Elements that one program adds up."""
 BLOCK = 2**12
@@ -69,7 +71,7 @@ class PointerNorms:
             and parameters[0].device.type == "cuda"
             and all(p.dtype in _DTYPES and not hasattr(p, "device_mesh") for p in parameters)
             and any(p.numel() for p in parameters)
-            and kernels() is not None
+            and load_kernels("pointer_kernels") is not None
         )
 
     def measure(self, riders: Sequence[Tensor] = ()) -> Tensor | None:
@@ -183,7 +185,7 @@ class PointerNorms:
             self._launches[self._aligned] = self._make_launches(self._aligned)
 
     def _make_launches(self, aligned: bool) -> tuple[list[_Launch], _Launch]:
-        found = kernels()
+        found = load_kernels("pointer_kernels")
         assert found is not None
         tables = (self._chunk_tensor, self._chunk_start, self._chunk_length, self._partials)
         sums = []
@@ -245,18 +247,6 @@ class _Launch:
         compiled = self._kernel[self._grid](*self._tensors, *more, *self._constants, num_warps=self._warps)
         if compiled is not None and self._may_skip:  # Triton's interpreter returns None
             self._compiled = compiled[self._grid]
-
-
-@functools.lru_cache(maxsize=1)
-def kernels() -> Any:
-    """The module of kernels; None without a Triton that can take them."""
-    if torch.version.hip is not None:
-        return None
-    try:
-        from lightning_stability.health import pointer_kernels
-    except Exception:  # not installed, or too old or too new
-        return None
-    return pointer_kernels
 
 
 def _fills_its_memory(gradient: Tensor) -> bool:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_stability.recovery.undo import BufferUndo, MetricUndo, either
+from lightning_stability.recovery.metric_undo import MetricUndo
+from lightning_stability.recovery.undo import BufferUndo, either
 
 
 @dataclass(slots=True)
@@ -189,7 +190,7 @@ class Guard:
             self._batch_bad = bad
 
     def note_metrics(self) -> None:
-        """This bad batch's part in the metrics has been given back already: what is logged after it goes back to now."""
+        """A bad batch's part in the metrics has been given back already: what it logs from now on goes back to this."""
         self._metrics.remember()
 
     def settle_all(self) -> None:

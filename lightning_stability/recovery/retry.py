@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stability.health.values import named_tensors
-from lightning_stability.recovery.undo import BufferUndo, MetricUndo
+from lightning_stability.recovery.metric_undo import MetricSnapshot, MetricUndo
+from lightning_stability.recovery.undo import BufferUndo
 
 
 class UncastBatch:
@@ -67,7 +68,8 @@ class OpenWindow:
         self._buffers = BufferUndo(module)
         self._metrics = MetricUndo(module, results)
         # the same of the failed try, should the next one not help
-        self._tried = BufferUndo(module), MetricUndo(module, results)
+        self._tried_buffers = BufferUndo(module)
+        self._tried_metrics: list[MetricSnapshot] = []
         self._device = device
         self._batches: list[_Batch] = []
 
@@ -105,17 +107,22 @@ class OpenWindow:
 
     def remember_try(self) -> None:
         """The batches are about to be trained again: keep what this try has left."""
-        for undo in self._tried:
-            undo.rescan()
-            undo.remember()
+        self._tried_buffers.rescan()
+        self._tried_buffers.remember()
+        self._tried_metrics = self._metrics.snapshot()
 
     def restore(self) -> None:
         """Put buffers and metric states back to before the first batch."""
-        _give_back(self._buffers, self._metrics)
+        always = torch.tensor(True)
+        self._buffers.nonfinite()
+        self._buffers.give_back(always)
+        self._metrics.give_back(always)
 
     def restore_try(self) -> None:
         """Put buffers and metric states back to what `remember_try` has kept."""
-        _give_back(*self._tried)
+        self._tried_buffers.give_back(torch.tensor(True))
+        self._metrics.put_back(self._tried_metrics)
+        self._tried_metrics = []
 
     def again(self, convert: Callable[[Any], Any]) -> Iterator[Callable[[], Any]]:
         """What runs the batches again, in order; to be run as it is asked for, since random numbers are put back then.
@@ -128,13 +135,6 @@ class OpenWindow:
                 batch.kwargs["batch"] = batch.uncast.converted(convert)
             batch.random.put_back()
             yield batch.closure
-
-
-def _give_back(buffers: BufferUndo, metrics: MetricUndo) -> None:
-    always = torch.tensor(True)
-    buffers.nonfinite()
-    buffers.give_back(always)
-    metrics.give_back(always)
 
 
 @dataclass(slots=True)

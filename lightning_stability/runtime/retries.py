@@ -24,7 +24,7 @@ class Retrier(Protocol):
     def wants_retry(self) -> bool:
         """Whether it could do anything about a bad step now; if so, each step is read at once."""
 
-    def before_retry(self, record: StepRecord) -> None:
+    def before_retry(self) -> None:
         """Change what has to be changed; the batches are trained again next."""
 
     def after_retry(self, failed: StepRecord, again: StepRecord) -> StepRecord:
@@ -106,12 +106,12 @@ class Retries:
         return arrived
 
     def after_step(self, optimizer: Optimizer, model: Any, result: Any, kwargs: dict[str, Any]) -> Any:
-        """The plugin's `optimizer_step` has returned; if it was bad, the retrier may have it done again.
+        """The plugin's `optimizer_step` has returned; if the step was bad, the retrier may have it done again.
 
         Args:
             optimizer: The bare torch optimizer.
             model: The LightningModule.
-            result: What it returned.
+            result: What the plugin returned.
             kwargs: What else it was called with.
         """
         arrived = self.take_arrived()
@@ -136,10 +136,10 @@ class Retries:
             return result
         self._guard.settle_batch()
         window.remember_try()
-        retrier.before_retry(failed)
+        retrier.before_retry()
         self._guard.forget_batch()
         window.restore()
-        runtime.forget_window()
+        runtime.steps.forget_window()
 
         def zero_grad() -> None:
             model.optimizer_zero_grad(runtime.trainer.current_epoch, failed.batch_idx, optimizer)

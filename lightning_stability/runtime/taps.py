@@ -17,6 +17,7 @@ from lightning_stability._compat import MisconfigurationException
 if TYPE_CHECKING:
     from lightning_stability.runtime.retries import Retries
     from lightning_stability.runtime.runtime import Runtime
+    from lightning_stability.runtime.stepping import Stepping
 
 
 class PluginTap:
@@ -53,13 +54,14 @@ class PluginTap:
 
     def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
         result = self.step(optimizer, model, closure, kwargs)
-        return self._runtime.after_step(optimizer, model, result, kwargs)
+        retries = self._runtime.retries
+        return result if retries is None else retries.after_step(optimizer, model, result, kwargs)
 
     def step(self, optimizer: Any, model: Any, closure: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
         """One try of an optimizer step."""
-        self._runtime.begin_step(optimizer)
+        self._runtime.steps.begin_step(optimizer)
         result = self._originals["optimizer_step"](optimizer, model=model, closure=closure, **kwargs)
-        self._runtime.finish_step()
+        self._runtime.steps.finish_step()
         self._runtime.settle_batch()
         return result
 
@@ -69,12 +71,12 @@ class PluginTap:
 
     def _clip_gradients(self, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         module = self._runtime.trainer.lightning_module
-        self._runtime.measure(optimizer, module)
+        self._runtime.steps.measure(optimizer, module)
         self._originals["_clip_gradients"](model, optimizer, *args, **kwargs)
-        self._runtime.after_clipping(optimizer, module)
+        self._runtime.steps.after_clipping(optimizer, module)
 
     def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
-        if not self._runtime.clip_by_norm(optimizer, clip_val):
+        if not self._runtime.steps.clip_by_norm(optimizer, clip_val):
             self._originals["clip_grad_by_norm"](optimizer, clip_val)
 
 
@@ -112,7 +114,7 @@ def zero_quietly(closure: Any, zero_grad: Callable[[], None]) -> None:
 class StepStandIn:
     """Stands in for one optimizer's `step`, as learning-rate schedulers do, until it is removed."""
 
-    def __init__(self, optimizer: Optimizer, runtime: Runtime) -> None:
+    def __init__(self, optimizer: Optimizer, steps: Stepping) -> None:
         self._optimizer = optimizer
         self._own = vars(optimizer).get("step")  # a scheduler's, usually
         self._active = True
@@ -120,7 +122,7 @@ class StepStandIn:
 
         @functools.wraps(original)
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            return runtime.update(optimizer, original, args, kwargs) if self._active else original(*args, **kwargs)
+            return steps.update(optimizer, original, args, kwargs) if self._active else original(*args, **kwargs)
 
         # A bound method, since a scheduler that is made later (SWA's) wraps its `__func__`.
         self._step = types.MethodType(step, optimizer)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 
-from lightning_stability._compat import MisconfigurationException, is_instance_by_name
-from lightning_stability.health.gradients import CPU_PIECE
+from lightning_stability._compat import MisconfigurationException, is_instance_by_name, is_overridden
+from lightning_stability.health.buckets import CPU_PIECE
 
 # Strategies whose gradients are not to be had where we look, and what to use in their place.
 _REFUSED = {
@@ -44,6 +45,14 @@ def log_folder(trainer: Any) -> str | None:
 
 
 def refuse_strategy(trainer: Any) -> None:
+    """Refuse a strategy under which gradients cannot be measured.
+
+    Args:
+        trainer: The Trainer.
+
+    Raises:
+        MisconfigurationException: If it has one.
+    """
     for name, reason in _REFUSED.items():
         if is_instance_by_name(trainer.strategy, name):
             raise MisconfigurationException(
@@ -52,6 +61,14 @@ def refuse_strategy(trainer: Any) -> None:
 
 
 def refuse_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose updates cannot be guarded.
+
+    Args:
+        optimizer: The bare torch optimizer.
+
+    Raises:
+        MisconfigurationException: If it cannot be told what to skip, or makes non-finite weights by itself.
+    """
     name = type(optimizer).__name__
     if isinstance(optimizer, LBFGS):
         raise MisconfigurationException(
@@ -66,6 +83,45 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
                 f"{name}(eps={eps:g}) with fp16 weights: eps is 0 in fp16, so the first update divides by zero. Give"
                 " eps=1e-4 or larger, or train in 16-mixed, bf16-true or 32-true."
             )
+
+
+def say_what_it_costs(trainer: Any, optimizer: Optimizer) -> None:
+    """One line for an optimizer that cannot be told to skip without a host read.
+
+    Args:
+        trainer: The Trainer.
+        optimizer: One of its.
+    """
+    group = optimizer.param_groups[0]
+    if group.get("fused"):
+        return
+    name = type(optimizer).__name__
+    has_fused = isinstance(optimizer, (SGD, Adam, AdamW, Adagrad))
+    if "foreach" in group:
+        on_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
+        foreach = not on_cpu if group["foreach"] is None else group["foreach"]
+        name += "(foreach)" if foreach else "(for-loop)"
+    # Lightning refuses to clip with a fused optimizer under a GradScaler
+    clips = trainer.gradient_clip_val and getattr(trainer.strategy.precision_plugin, "scaler", None) is not None
+    rank_zero_info(f"{name}: one read per step" + ("; fused=True removes it" if has_fused and not clips else ""))
+
+
+def clips_by_norm(trainer: Any) -> bool:
+    """Whether Lightning itself clips the gradients of this Trainer's module, by their norm.
+
+    Args:
+        trainer: The Trainer.
+    """
+    module, plugin_class = trainer.lightning_module, type(trainer.strategy.precision_plugin)
+    return bool(
+        trainer.gradient_clip_val
+        and str(trainer.gradient_clip_algorithm or "norm").lower().endswith("norm")
+        and module.automatic_optimization
+        and not is_overridden("configure_gradient_clipping", module)
+        # a plugin of the user's, or of a strategy that clips in its own way
+        and plugin_class.clip_grad_by_norm.__qualname__ == "Precision.clip_grad_by_norm"
+        and plugin_class.main_params.__qualname__ == "Precision.main_params"
+    )
 
 
 def is_clipped_to_the_bit(optimizer: Optimizer) -> bool:

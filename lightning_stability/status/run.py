@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME
+from lightning_stability.processes import is_alive
 from lightning_stability.status.files import EventsFile, Logs, Point, board_files
 
 _DEPTH = 4
@@ -80,7 +80,7 @@ class Run:
         """Whether the process that trains is there; None if that cannot be known from here."""
         if self.started is None or self.started["host"] != socket.gethostname():
             return None
-        return _is_alive(int(self.started["pid"]), started_before=self.started["time"])
+        return is_alive(int(self.started["pid"]), started_before=self.started["time"])
 
     def _add(self, event: dict[str, Any]) -> None:
         self.last_event = event
@@ -149,21 +149,3 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:  # a file that has just been renamed
         return 0.0
-
-
-def _is_alive(pid: int, started_before: float) -> bool:
-    """Whether a process of this machine runs; another one that was given the same number later does not count."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        booted = time.time() - float(Path("/proc/uptime").read_text().split()[0])
-    except OSError:  # no Linux, or gone by now
-        return True
-    began = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    # a minute: clocks are set
-    return fields[0] != "Z" and began < started_before + 60.0

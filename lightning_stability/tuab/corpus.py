@@ -58,6 +58,9 @@ def window_samples(seconds: float) -> int:
 def find_recordings(root: str | Path) -> list[Recording]:
     """List the recordings under ``root``: train before eval, normal before abnormal, by path within these.
 
+    Args:
+        root: The folder that holds TUAB's ``edf`` folder.
+
     Raises:
         MisconfigurationException: If there is no such folder, it does not have TUAB's layout, or a folder in it cannot
             be listed.
@@ -145,8 +148,11 @@ def read_recording(path: str | Path) -> npt.NDArray[np.float32]:
     The 19 channels in the order of :data:`~lightning_stability.tuab.channels.CHANNELS`, band-pass filtered to 0.5-50 Hz
     (mne's zero-phase FIR), resampled to 256 Hz, then z-scored by :func:`robust_z_score`.
 
+    Args:
+        path: The EDF file.
+
     Returns:
-        Array of shape (channels, samples).
+        Array of shape (channels, samples), without a unit.
 
     Raises:
         ValueError: If the file cannot be read, is cut short, lacks a channel, is sampled too slowly, is too short for

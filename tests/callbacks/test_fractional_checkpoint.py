@@ -8,7 +8,6 @@ import random
 import shutil
 import socket
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ from tests import checkpoint_fit as fits
 from tests import runs
 
 pl = runs.load_namespace("pytorch_lightning")
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[fits.Fits]:
-    launcher = fits.Fits()
-    yield launcher
-    launcher.close()
 
 
 def fit(folder: Path, **options: Any) -> Any:

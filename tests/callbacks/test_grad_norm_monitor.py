@@ -15,11 +15,6 @@ from lightning_stability.runtime import runtime_of
 from tests import runs
 
 
-@pytest.fixture(params=runs.NAMESPACES)
-def pl(request: pytest.FixtureRequest) -> Any:
-    return runs.load_namespace(request.param)
-
-
 def scripted(pl: Any, norms: list[float], **options: Any) -> Any:
     """A module with one weight whose gradient's norm at step i is `norms[i]`."""
 

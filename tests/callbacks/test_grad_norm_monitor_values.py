@@ -10,11 +10,6 @@ from lightning_stability import GradNormMonitor
 from tests import runs
 
 
-@pytest.fixture(params=runs.NAMESPACES)
-def pl(request: pytest.FixtureRequest) -> Any:
-    return runs.load_namespace(request.param)
-
-
 def fit_and_compare(
     pl: Any,
     module: Any,

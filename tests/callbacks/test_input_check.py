@@ -25,11 +25,6 @@ from tests import runs
 one = runs.load_namespace("pytorch_lightning")
 
 
-@pytest.fixture(params=runs.NAMESPACES)
-def pl(request: pytest.FixtureRequest) -> Any:
-    return runs.load_namespace(request.param)
-
-
 class Samples(Dataset[Any]):
     """24 samples with their number; `spoil` makes some of them bad."""
 
@@ -391,7 +386,7 @@ class TestLiving:
             def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
                 runtime = runtime_of(trainer)
                 assert runtime is not None
-                assert (runtime._meters, runtime._window.batches) == ({}, 0)
+                assert (runtime.steps.meters, runtime.steps.window.batches) == ({}, 0)
 
         fit(one, InputCheck(action=action), loader(), callbacks=[Look()])
 

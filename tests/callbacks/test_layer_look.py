@@ -16,17 +16,6 @@ from lightning_stability.recovery.rehearsal import why_not
 from tests import rehearsed_module, runs
 from tests.rehearsed_module import differences, fit
 
-
-@pytest.fixture(params=runs.NAMESPACES)
-def pl(request: pytest.FixtureRequest) -> Any:
-    return runs.load_namespace(request.param)
-
-
-@pytest.fixture
-def one() -> Any:
-    return runs.load_namespace("pytorch_lightning")
-
-
 PRECISIONS: dict[str, Any] = {
     "32-true": lambda pl: {},
     "16-mixed": lambda pl: {"plugins": runs.fp16(pl)},

@@ -17,16 +17,6 @@ from tests import runs
 from tests.recovery import poison
 
 
-@pytest.fixture(params=runs.NAMESPACES)
-def pl(request: pytest.FixtureRequest) -> Any:
-    return runs.load_namespace(request.param)
-
-
-@pytest.fixture
-def one() -> Any:
-    return runs.load_namespace("pytorch_lightning")
-
-
 def adamw(parameters: Any) -> Any:
     return torch.optim.AdamW(parameters, lr=1e-2)
 

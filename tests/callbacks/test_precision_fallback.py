@@ -17,17 +17,6 @@ from lightning_stability.runtime import runtime_of
 from tests import runs
 from tests.recovery import poison
 
-
-@pytest.fixture(params=runs.NAMESPACES)
-def pl(request: pytest.FixtureRequest) -> Any:
-    return runs.load_namespace(request.param)
-
-
-@pytest.fixture
-def one() -> Any:
-    return runs.load_namespace("pytorch_lightning")
-
-
 OPTIMIZERS = {
     "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
@@ -421,6 +410,30 @@ class TestTogether:
         with pytest.warns(UserWarning, match="this batch is not trained again: manual optimization"):
             trainer.fit(module, runs.data())
         assert trainer.precision == "32-true"
+        assert not poison.nonfinite(module.state_dict())
+
+    @pytest.mark.parametrize("manual", [True, False], ids=["manual", "in place"])
+    def test_nor_changes_it_the_precision_for_a_batch_that_is_not_finite_itself(self, one: Any, manual: bool) -> None:
+        def training_step(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
+            if batch_idx == 1:
+                batch[0][0, 0] = torch.nan
+            x = batch[0] if manual else batch[0].mul_(0.5)
+            loss = self.net(x).float().pow(2).mean()
+            if manual:
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+        module = runs.make_module(
+            one, training_step=training_step, on_before_optimizer_step=lambda self, optimizer: None
+        )
+        module.automatic_optimization = not manual
+        callbacks = [NaNEarlyStop(patience=1), PrecisionFallback()]
+        trainer = runs.trainer(one, callbacks=callbacks, plugins=runs.fp16(one))
+        with pytest.warns(UserWarning, match=r"not finite, and `batch\[0\]` was so before: 16-mixed was not the cause"):
+            trainer.fit(module, runs.data())
+        assert trainer.precision == "16-mixed"
         assert not poison.nonfinite(module.state_dict())
 
     def test_a_batch_that_was_changed_in_place_is_not_trained_again(self, one: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,6 @@ from tests import runs
 from tests.callbacks.test_fractional_checkpoint import assert_same, log, ranked, result
 
 one = runs.load_namespace("pytorch_lightning")
-
-
-@pytest.fixture
-def pl(request: pytest.FixtureRequest) -> Any:
-    return runs.load_namespace(request.param)
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[fits.Fits]:
-    made = fits.Fits()
-    yield made
-    made.close()
 
 
 # Killed processes
@@ -133,7 +120,6 @@ def weights(module: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("flag", ["16-true", "bf16-mixed", "bf16-true", "32-true"])
-@pytest.mark.parametrize("pl", runs.NAMESPACES, indirect=True)
 def test_whatever_the_flag_says_it_goes_on_in_the_precision_it_had_fallen_back_to(
     pl: Any, tmp_path: Path, flag: str
 ) -> None:

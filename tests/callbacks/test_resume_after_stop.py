@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +83,6 @@ def test_with_several_ranks_or_workers_it_ends_as_the_run_that_went_on(
         assert processes.run(tmp_path / name, **options, **more) == 0
     for rank in range(ranks):
         assert_same(result(tmp_path / "resumed", rank), result(tmp_path / "reference", rank))
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[fits.Fits]:
-    launcher = fits.Fits()
-    yield launcher
-    launcher.close()
 
 
 def free_port() -> int:

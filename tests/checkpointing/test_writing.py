@@ -109,6 +109,15 @@ def test_what_a_dead_process_left_is_deleted_and_what_a_live_one_writes_is_not(t
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(keep)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not say when it began")
+def test_another_process_that_was_given_a_dead_ones_number_keeps_nothing_of_it(tmp_path: Path) -> None:
+    left = tmp_path / f".a.ckpt.{os.uname().nodename.replace('.', '_')}-{os.getpid()}.part"
+    left.write_text("x")
+    os.utime(left, (0, 0))  # long before this process began
+    remove_parts(str(tmp_path))
+    assert not left.exists()
+
+
 def test_writes_to_any_file_system_that_fsspec_knows() -> None:
     import fsspec
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_stability.health import GradientMeter, LateReads, ParameterGroups, StepRecord
-from lightning_stability.health.gradients import CPU_PIECE, Measurement
+from lightning_stability.health.buckets import CPU_PIECE
+from lightning_stability.health.gradients import Measurement
 from lightning_stability.health.record import FP32_LARGEST_NORM
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_stability.health import GradientMeter, LateReads, pointer_norms
+from lightning_stability.health.kernels import load_kernels
 from lightning_stability.health.pointer_norms import CHUNK, PointerNorms
 
 Gradients = list[torch.Tensor | None]
@@ -188,7 +189,7 @@ class Compiled:
 
 @pytest.mark.parametrize(("takes", "expected"), [(None, ["jit", "direct", "direct"]), (TypeError, ["jit"] * 3)])
 def test_a_compiled_kernel_is_called_by_itself_where_that_works(takes: Any, expected: list[str]) -> None:
-    found = pointer_norms.kernels()
+    found = load_kernels("pointer_kernels")
     kernel = Compiled(found.fill_row, takes)
     launch = pointer_norms._Launch(
         kernel, 4, (torch.ones(3, dtype=torch.float64), torch.tensor([0, 3, 0, 3], dtype=torch.int32)), (16,), warps=4

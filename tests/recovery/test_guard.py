@@ -69,16 +69,6 @@ def compare(
     return results[0]
 
 
-@pytest.fixture(params=runs.NAMESPACES)
-def pl(request: pytest.FixtureRequest) -> Any:
-    return runs.load_namespace(request.param)
-
-
-@pytest.fixture
-def one() -> Any:
-    return runs.load_namespace("pytorch_lightning")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_bad_leaves_no_trace(pl: Any, kind: str) -> None:
     compare(pl, {2: kind, 7: kind})

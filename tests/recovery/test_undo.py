@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import BinaryAUROC, BinaryPrecision, BinaryRecall
 
-from lightning_stability.recovery import BufferUndo, MetricUndo
-from lightning_stability.recovery import undo as undo_module
+from lightning_stability.recovery import BufferUndo, MetricUndo, metric_undo, undo
 
 
 @pytest.fixture(params=["host", "device"])
@@ -19,7 +18,8 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
     """On a device nobody may look at the flag; the code for that runs on the CPU just as well."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "device":
-            patch.setattr(undo_module, "_is_on_host", lambda flag: False)
+            for module in (undo, metric_undo):
+                patch.setattr(module, "is_on_host", lambda flag: False)
         yield
 
 

@@ -1,0 +1,37 @@
+"""Whether a process of this machine that wrote something down is still there."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+_CLOCK_CHANGE = 60.0
+"""Seconds by which a clock may have been set in between."""
+
+
+def is_alive(pid: int, started_before: float) -> bool:
+    """Whether a process of this machine runs; another one that was given the same number later does not count.
+
+    Args:
+        pid: Its number.
+        started_before: A time at which it was running, in seconds since 1970.
+
+    Example:
+        >>> import os, time
+        >>> is_alive(os.getpid(), started_before=time.time())
+        True
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        booted = time.time() - float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:  # no Linux, or gone by now
+        return True
+    began = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return fields[0] != "Z" and began < started_before + _CLOCK_CHANGE
