@@ -209,6 +209,24 @@ print(sorted(k for k in keys if "norm" in k), "grad_norm/total" in tags, len(eve
     assert named.strip().endswith("True 20")
 
 
+def test_a_loggers_log_metrics_is_called_with_what_the_run_itself_logs_and_no_more(run):
+    run("""
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+calls = []
+class Board(pl.loggers.TensorBoardLogger):
+    def log_metrics(self, metrics, step=None):
+        calls.append((set(metrics), step)); super().log_metrics(metrics, step)
+class Logs(BoringModel):
+    def training_step(self, *args):
+        out = super().training_step(*args); self.log("loss", out["loss"]); return out
+board = Board("board", prefix="run")
+make(callbacks=[], logger=board, log_every_n_steps=1, max_steps=3, limit_val_batches=0).fit(Logs())
+assert calls == [({"loss", "epoch"}, step) for step in range(3)], calls
+events = EventAccumulator(board.log_dir); events.Reload()
+assert [event.step for event in events.Scalars("run-grad_norm/total")] == [0, 1, 2]
+""")
+
+
 def test_a_run_that_cannot_be_served_goes_on_with_one_line(run):
     done = run("""
 warnings.simplefilter("always")
