@@ -52,10 +52,7 @@ SUITE = """## Lightning's own tests
 
 Of Lightning's own tests, those that `python -m tests.lightning_suite` has been run on end the same with this package
 installed as without, but for these. The package's one entry point is in every Trainer's list of callbacks, and during a
-fit the automatic ones are too. While updates are guarded, the closure that makes the gradients is run before the
-optimizer's `step` is called, as Lightning does itself under `16-mixed`; without the package it is `step` that runs it.
-An optimizer of your own that moves the weights in `step` before it calls its closure therefore gets the gradients of
-other weights: leave `NaNEarlyStop` out there.
+fit the automatic ones are too.
 """
 
 

@@ -26,13 +26,8 @@ EXPECTED = {
     "test_checkpoint_callbacks_are_last": "asserts the exact list of callbacks",
     "test_attach_model_callbacks": "asserts the exact list of callbacks",
     "test_callbacks_state_fit_ckpt_path": "asserts that there are as many callbacks during a fit as after it",
-    "test_train_loop_system": "asserts that an optimizer's `step` is entered before its closure is run",
 }
-"""Tests whose outcome differs, and why.
-
-The entry point's one callback is in the list, and during a fit the automatic ones are. A guarded step runs its closure
-before the optimizer is called, as Lightning's own steps do under `16-mixed`: it is decided by then whether to call it.
-"""
+"""Tests whose outcome differs, and why: the entry point's one callback is in the list; in a fit the automatic ones are."""
 
 
 def outcomes(environment: Environment, folder: Path, paths: list[str], report: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +36,14 @@ from lightning_stability.runtime.outcomes import Outcomes
 from lightning_stability.runtime.retries import Retries
 from lightning_stability.runtime.run_events import RunEvents
 from lightning_stability.runtime.steps import GRAD_SCALER, NO_LOSS, OpenStep, RecordDraft, Window
-from lightning_stability.runtime.taps import Once, PluginTap, StepStandIn
+from lightning_stability.runtime.taps import (
+    Gate,
+    Once,
+    PluginTap,
+    StepStandIn,
+    UpdateNotWanted,
+    has_a_step_of_its_own,
+)
 from lightning_stability.runtime.trainers import (
     is_clipped_to_the_bit,
     log_folder,
@@ -105,6 +113,7 @@ class Runtime:
         self._reads = LateReads()
         self._meters: dict[Optimizer, GradientMeter] = {}
         self._stand_ins: dict[Optimizer, StepStandIn] = {}
+        self._looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._window = Window()
         self._last_window = Window()
         self._step: OpenStep | None = None
@@ -404,6 +413,8 @@ class Runtime:
     ) -> Any:
         arguments = {**dict(zip(("closure",), args, strict=False)), **kwargs}
         closure, result = arguments.get("closure"), None
+        if closure is not None and has_a_step_of_its_own(optimizer):
+            return self._guarded_within(guard, optimizer, original, arguments)
         once: Once | None = None
         if closure is not None:
             # The closure makes the gradients, so it has to run before anything can be said of them.
@@ -425,6 +436,50 @@ class Runtime:
             once.check()
         step.found_inf = step.verdict.found_inf
         guard.after_step()
+        return result
+
+    def _guarded_within(
+        self, guard: Guard, optimizer: Optimizer, original: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
+        """The same where the optimizer's `step` shall run the closure itself: it may have begun something before."""
+        versions = None if optimizer in self._looked_at else _versions(optimizer)
+        self._looked_at.add(optimizer)
+
+        def look() -> None:
+            if versions is not None and versions != _versions(optimizer):
+                self._refuse_to_guard(
+                    MisconfigurationException(
+                        f"{type(optimizer).__name__}.step moves the weights before it calls its closure, and an update"
+                        " that is skipped there would leave them moved"
+                    )
+                )
+
+        def decide() -> bool:
+            step = self._step
+            if step is None or self._guard is not guard:
+                return True
+            if step.meter is None:
+                self.measure(optimizer, self.trainer.lightning_module)
+            if step.verdict is None:
+                return True
+            step.called = True
+            self._forgive(step)
+            return decision.enter_context(guard.decide(optimizer, step.verdict))
+
+        with ExitStack() as decision:
+            gate = arguments["closure"] = Gate(arguments["closure"], optimizer, look, decide)
+            try:
+                result = original(**arguments)
+            except UpdateNotWanted as stopped:
+                if stopped.gate is not gate:
+                    raise
+                result = gate.result
+        step = self._step
+        if step is not None and self._guard is not guard:
+            step.called = True
+        elif step is not None and step.called and step.verdict is not None:
+            step.found_inf = step.verdict.found_inf
+            guard.after_step()
         return result
 
     def clip_by_norm(self, optimizer: Optimizer, max_norm: float) -> bool:
@@ -515,12 +570,16 @@ class Runtime:
             for optimizer in self.trainer.optimizers if guarding else ():
                 refuse_optimizer(optimizer)
         except MisconfigurationException as refusal:
-            if not all(policy.automatic for policy in guarding):
-                raise
-            for policy in guarding:
-                policy.stand_aside(self.trainer, refusal)
+            self._refuse_to_guard(refusal)
             return False
         return bool(guarding)
+
+    def _refuse_to_guard(self, refusal: MisconfigurationException) -> None:
+        guarding = [policy for policy in self._policies if policy.guards]
+        if not all(policy.automatic for policy in guarding):
+            raise refusal
+        for policy in guarding:
+            policy.stand_aside(self.trainer, refusal)
 
     def _hand_over(self, record: StepRecord) -> None:
         if self._guard is not None:
@@ -604,6 +663,10 @@ class Runtime:
             if candidate is optimizer:
                 return index
         return 0
+
+
+def _versions(optimizer: Optimizer) -> list[int]:
+    return [parameter._version for group in optimizer.param_groups for parameter in group["params"]]
 
 
 _RUNTIMES: weakref.WeakKeyDictionary[Any, Runtime] = weakref.WeakKeyDictionary()

@@ -244,6 +244,36 @@ for callbacks in ([look], [GradNormMonitor(), look]):
     assert "GradNormMonitor is active" in done.stderr
 
 
+def test_an_optimizer_that_moves_the_weights_before_its_closure_trains_as_without_the_package(run):
+    done = run("""
+warnings.simplefilter("always")
+import os
+class Ahead(torch.optim.SGD):
+    def step(self, closure=None):
+        weights = [p for g in self.param_groups for p in g["params"]]
+        with torch.no_grad(): [p.add_(0.1) for p in weights]
+        with torch.enable_grad(): loss = closure()
+        with torch.no_grad(): [p.sub_(0.1) for p in weights]
+        super().step()
+        return loss
+class Module(BoringModel):
+    def training_step(self, batch, batch_idx): return self.layer(batch).pow(2).mean()
+    def configure_optimizers(self): return Ahead(self.parameters(), lr=0.05)
+ends = []
+for logger in (True, False):
+    for automatic in ("none", ""):
+        os.environ["LIGHTNING_STABILITY_CALLBACKS"] = automatic
+        pl.seed_everything(0)
+        module = Module()
+        make(logger=pl.loggers.CSVLogger(".") if logger else False, enable_checkpointing=False).fit(module)
+        ends.append(module.layer.weight.detach().clone())
+assert all(torch.equal(ends[0], end) for end in ends)
+""")
+    aside = [line for line in done.stderr.splitlines() if "stands aside" in line]
+    assert len(aside) == 2, done.stderr
+    assert "NaNEarlyStop stands aside in this run: Ahead.step moves the weights before it calls its closure" in aside[0]
+
+
 def test_what_the_user_asks_for_is_refused_as_ever(run):
     run("""
 from lightning_stability import NaNEarlyStop
