@@ -27,7 +27,10 @@ EXPECTED = {
     "test_attach_model_callbacks": "asserts the exact list of callbacks",
     "test_callbacks_state_fit_ckpt_path": "asserts that there are as many callbacks during a fit as after it",
 }
-"""Tests whose outcome differs, and why: the entry point's one callback is in the list; in a fit the automatic ones are."""
+"""Tests whose outcome differs, and why.
+
+The entry point's one callback is in every list of callbacks, and during a fit the automatic ones are too.
+"""
 
 
 def outcomes(environment: Environment, folder: Path, paths: list[str], report: Path) -> dict[str, str]:
