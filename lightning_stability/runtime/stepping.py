@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stability._compat import is_overridden
+from lightning_stability._compat import MisconfigurationException, is_overridden
 from lightning_stability.health import GradientMeter
 from lightning_stability.health.loss_scale import forgive_, scale_tensor, unscales_itself
 from lightning_stability.recovery import Guard
 from lightning_stability.runtime.steps import GRAD_SCALER, NO_LOSS, OpenStep, RecordDraft, Window
-from lightning_stability.runtime.taps import Once, StepStandIn
+from lightning_stability.runtime.taps import Gate, Once, StepStandIn, UpdateNotWanted, has_a_step_of_its_own
 from lightning_stability.runtime.trainers import clips_by_norm, is_clipped_to_the_bit, logger_step
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Stepping:
         self._last_window = Window()
         self._step: OpenStep | None = None
         self._stand_ins: dict[Optimizer, StepStandIn] = {}
+        self._looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     def stand_in_for(self, optimizer: Optimizer) -> None:
         """Be asked when this optimizer steps, from now on."""
@@ -144,6 +147,8 @@ class Stepping:
     ) -> Any:
         arguments = {**dict(zip(("closure",), args, strict=False)), **kwargs}
         closure, result = arguments.get("closure"), None
+        if closure is not None and has_a_step_of_its_own(optimizer):
+            return self._guarded_within(guard, optimizer, original, arguments)
         once: Once | None = None
         if closure is not None:
             # The closure makes the gradients, so it has to run before anything can be said of them.
@@ -165,6 +170,51 @@ class Stepping:
             once.check()
         step.found_inf = step.verdict.found_inf
         guard.after_step()
+        return result
+
+    def _guarded_within(
+        self, guard: Guard, optimizer: Optimizer, original: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
+        """The same where the optimizer's `step` shall run the closure itself: it may have begun something before."""
+        runtime = self._runtime
+        versions = None if optimizer in self._looked_at else _versions(optimizer)
+        self._looked_at.add(optimizer)
+
+        def look() -> None:
+            if versions is not None and versions != _versions(optimizer):
+                runtime.refuse_to_guard(
+                    MisconfigurationException(
+                        f"{type(optimizer).__name__}.step moves the weights before it calls its closure, and an update"
+                        " that is skipped there would leave them moved"
+                    )
+                )
+
+        def decide() -> bool:
+            step = self._step
+            if step is None or runtime.guard is not guard:
+                return True
+            if step.meter is None:
+                self.measure(optimizer, runtime.trainer.lightning_module)
+            if step.verdict is None:
+                return True
+            step.called = True
+            self._forgive(step)
+            return decision.enter_context(guard.decide(optimizer, step.verdict))
+
+        with ExitStack() as decision:
+            gate = arguments["closure"] = Gate(arguments["closure"], optimizer, look, decide)
+            try:
+                result = original(**arguments)
+            except UpdateNotWanted as stopped:
+                if stopped.gate is not gate:
+                    raise
+                result = gate.result
+        step = self._step
+        if step is not None and runtime.guard is not guard:
+            step.called = True
+        elif step is not None and step.called and step.verdict is not None:
+            step.found_inf = step.verdict.found_inf
+            guard.after_step()
         return result
 
     def clip_by_norm(self, optimizer: Optimizer, max_norm: float) -> bool:
@@ -237,3 +287,7 @@ class Stepping:
             if candidate is optimizer:
                 return index
         return 0
+
+
+def _versions(optimizer: Optimizer) -> list[int]:
+    return [parameter._version for group in optimizer.param_groups for parameter in group["params"]]

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -154,12 +155,7 @@ class Once:
         if not self._asked:
             self._asked = True
             return self._result
-        if self._optimizer not in _ASKS_AGAIN:
-            _ASKS_AGAIN.add(self._optimizer)
-            rank_zero_warn(
-                f"{type(self._optimizer).__name__} evaluates its closure more than once a step: only the first"
-                " gradients of each step are checked, later ones can still be non-finite."
-            )
+        _say_that_it_asks_again(self._optimizer)
         return self._closure()
 
     def check(self) -> None:
@@ -173,3 +169,55 @@ class Once:
                 f"The closure hasn't been executed: {type(self._optimizer).__name__}.step was given one, which makes"
                 " the gradients, and did not run it. Call it in `step`, or hand it on to `super().step(closure)`."
             )
+
+
+class Gate:
+    """A closure that is run where the `step` of a user's own optimizer asks for it; a bad update ends it there."""
+
+    def __init__(
+        self, closure: Callable[[], Any], optimizer: Optimizer, look: Callable[[], None], decide: Callable[[], bool]
+    ) -> None:
+        self.result: Any = None
+        self._closure = closure
+        self._optimizer = optimizer
+        self._look = look
+        self._decide = decide
+        self._asked = False
+
+    def __call__(self) -> Any:
+        if self._asked:
+            _say_that_it_asks_again(self._optimizer)
+            return self._closure()
+        self._asked = True
+        self._look()
+        with torch.enable_grad():
+            self.result = self._closure()
+        if not self._decide():
+            raise UpdateNotWanted(self)
+        return self.result
+
+
+class UpdateNotWanted(BaseException):
+    """Ends an optimizer's `step` from within its closure; no error, so nothing of the user's shall catch it."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.gate = gate
+
+
+def has_a_step_of_its_own(optimizer: Optimizer) -> bool:
+    """Whether its `step` may do something before it calls its closure; torch's call it first.
+
+    Args:
+        optimizer: The bare torch optimizer.
+    """
+    return not type(optimizer).step.__module__.startswith("torch.optim")
+
+
+def _say_that_it_asks_again(optimizer: Optimizer) -> None:
+    if optimizer not in _ASKS_AGAIN:
+        _ASKS_AGAIN.add(optimizer)
+        rank_zero_warn(
+            f"{type(optimizer).__name__} evaluates its closure more than once a step: only the first"
+            " gradients of each step are checked, later ones can still be non-finite."
+        )

@@ -209,6 +209,24 @@ print(sorted(k for k in keys if "norm" in k), "grad_norm/total" in tags, len(eve
     assert named.strip().endswith("True 20")
 
 
+def test_a_loggers_log_metrics_is_called_with_what_the_run_itself_logs_and_no_more(run):
+    run("""
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+calls = []
+class Board(pl.loggers.TensorBoardLogger):
+    def log_metrics(self, metrics, step=None):
+        calls.append((set(metrics), step)); super().log_metrics(metrics, step)
+class Logs(BoringModel):
+    def training_step(self, *args):
+        out = super().training_step(*args); self.log("loss", out["loss"]); return out
+board = Board("board", prefix="run")
+make(callbacks=[], logger=board, log_every_n_steps=1, max_steps=3, limit_val_batches=0).fit(Logs())
+assert calls == [({"loss", "epoch"}, step) for step in range(3)], calls
+events = EventAccumulator(board.log_dir); events.Reload()
+assert [event.step for event in events.Scalars("run-grad_norm/total")] == [0, 1, 2]
+""")
+
+
 def test_a_run_that_cannot_be_served_goes_on_with_one_line(run):
     done = run("""
 warnings.simplefilter("always")
@@ -224,6 +242,36 @@ for callbacks in ([look], [GradNormMonitor(), look]):
     assert len(aside) == 2, done.stderr
     assert "lightning-stability: NaNEarlyStop stands aside in this run: LBFGS cannot be guarded" in aside[0]
     assert "GradNormMonitor is active" in done.stderr
+
+
+def test_an_optimizer_that_moves_the_weights_before_its_closure_trains_as_without_the_package(run):
+    done = run("""
+warnings.simplefilter("always")
+import os
+class Ahead(torch.optim.SGD):
+    def step(self, closure=None):
+        weights = [p for g in self.param_groups for p in g["params"]]
+        with torch.no_grad(): [p.add_(0.1) for p in weights]
+        with torch.enable_grad(): loss = closure()
+        with torch.no_grad(): [p.sub_(0.1) for p in weights]
+        super().step()
+        return loss
+class Module(BoringModel):
+    def training_step(self, batch, batch_idx): return self.layer(batch).pow(2).mean()
+    def configure_optimizers(self): return Ahead(self.parameters(), lr=0.05)
+ends = []
+for logger in (True, False):
+    for automatic in ("none", ""):
+        os.environ["LIGHTNING_STABILITY_CALLBACKS"] = automatic
+        pl.seed_everything(0)
+        module = Module()
+        make(logger=pl.loggers.CSVLogger(".") if logger else False, enable_checkpointing=False).fit(module)
+        ends.append(module.layer.weight.detach().clone())
+assert all(torch.equal(ends[0], end) for end in ends)
+""")
+    aside = [line for line in done.stderr.splitlines() if "stands aside" in line]
+    assert len(aside) == 2, done.stderr
+    assert "NaNEarlyStop stands aside in this run: Ahead.step moves the weights before it calls its closure" in aside[0]
 
 
 def test_what_the_user_asks_for_is_refused_as_ever(run):

@@ -273,12 +273,44 @@ class TestWhatElseHappens:
             def step(self, closure: Any = None) -> Any:
                 return super().step()
 
-        executed = "The closure hasn't been executed"
-        for callbacks, said in ([], executed), ([NaNEarlyStop()], f"{executed}: Forgets.step was given one"):
+        for callbacks in ([], [NaNEarlyStop()]):
             module = runs.make_module(pl, optimizer=lambda module: Forgets(module.parameters(), lr=0.1))
             trainer = runs.trainer(pl, callbacks=callbacks)
-            with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=said):
+            refusal = pl.utilities.exceptions.MisconfigurationException
+            with pytest.raises(refusal, match="The closure hasn't been executed"):
                 trainer.fit(module, runs.data())
+
+    def test_an_optimizers_own_step_runs_its_closure_itself_and_a_bad_one_ends_it_there(self, one: Any) -> None:
+        class Noted(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                order.append("step")
+                loss = super().step(closure)
+                order.append("stepped")
+                return loss
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+            order.append("training_step")
+            return self.net(batch[0] * (torch.nan if batch_idx == 1 else 1.0)).pow(2).mean()
+
+        order: list[str] = []
+        module = runs.make_module(
+            one, optimizer=lambda module: Noted(module.parameters(), lr=0.1), training_step=training_step
+        )
+        runs.trainer(one, callbacks=[NaNEarlyStop(patience=1)], max_steps=3).fit(module, runs.data())
+        whole = ["step", "training_step", "stepped"]
+        assert order == [*whole, "step", "training_step", *whole]
+
+    def test_an_optimizer_that_moves_the_weights_before_its_closure_is_refused(self, one: Any) -> None:
+        class Ahead(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                with torch.no_grad():
+                    self.param_groups[0]["params"][0].add_(0.1)
+                return super().step(closure)
+
+        module = runs.make_module(one, optimizer=lambda module: Ahead(module.parameters(), lr=0.1))
+        refusal = one.utilities.exceptions.MisconfigurationException
+        with pytest.raises(refusal, match=r"Ahead\.step moves the weights before it calls its closure"):
+            runs.trainer(one, callbacks=[NaNEarlyStop()]).fit(module, runs.data())
 
     def test_a_validation_inside_a_window_sees_no_bad_buffer(self, one: Any) -> None:
         module = poison.make_module(one, {0: "nan_input"}, OPTIMIZERS["AdamW foreach"], by_hand=False)
