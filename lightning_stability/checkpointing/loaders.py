@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning_fabric.utilities.data import _set_sampler_epoch
+from lightning_fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stability._compat import is_instance_by_name
@@ -64,6 +64,7 @@ class TrainingData:
         ahead = self._ahead if inside_epoch and self._prefetches else None
         return {
             "loaders": self._loader_states() if ahead is None else ahead["loaders"],
+            "lengths": self._lengths(),
             "begun_again": self._begun_again() if ahead is None else ahead["begun_again"],
             "fetch_random": None if ahead is None else ahead["random"],
             "generators": _generator_states(self.loaders),
@@ -71,24 +72,45 @@ class TrainingData:
             "order": self._order,
         }
 
-    def restore(self, state: dict[str, Any], epoch: int, inside_epoch: bool) -> None:
+    def restore(self, state: dict[str, Any], epoch: int, inside_epoch: bool) -> bool:
         """Go to a saved position. The global generators are used on the way: restore them afterwards.
 
         Args:
             state: What `capture` returned.
             epoch: The epoch that the position is in, or just after.
             inside_epoch: Whether more of that epoch's batches are to come.
+
+        Returns:
+            Whether there is such a position in this data. If not, the epoch begins again.
         """
         made_anew = not inside_epoch and self._trainer.fit_loop._should_reload_train_dl
-        if state["loaders"] and not made_anew:
+        found = True
+        if not made_anew:
             try:
-                self._go_to(state, epoch, inside_epoch)
+                if inside_epoch:
+                    self._check_lengths(state, epoch)
+                if state["loaders"]:
+                    self._go_to(state, epoch, inside_epoch)
             except Exception as error:  # a StopIteration would end the fit without a word
-                self._begin_epoch_again(error)
+                found = not inside_epoch
+                self._begin_again(error, inside_epoch)
         _set_generators(self.loaders, state["generators"])
         if state["validation_generators"]:
             self._make_validation_loaders()
             _set_generators(self._validation_loaders, state["validation_generators"])
+        return found
+
+    def _check_lengths(self, state: dict[str, Any], epoch: int) -> None:
+        """In batches of another size a number of samples is another number of batches."""
+        for loader in self.loaders:
+            _set_sampler_epoch(loader, epoch)  # some have epochs of different length
+        before, now = state.get("lengths"), self._lengths()
+        if before is not None and before != now:
+            had, has = (", ".join("unknown" if n is None else str(n) for n in lengths) for lengths in (before, now))
+            raise ValueError(f"an epoch had {had} batches and has {has}")
+
+    def _lengths(self) -> list[int | None]:
+        return [sized_len(loader) for loader in self.loaders]
 
     def _go_to(self, state: dict[str, Any], epoch: int, inside_epoch: bool) -> None:
         # What is at its end stays there, until Lightning begins the next epoch itself.
@@ -108,13 +130,15 @@ class TrainingData:
             self._ahead["random"] = state["fetch_random"]
             fetcher.batches.append(super(type(fetcher), fetcher).__next__())  # type: ignore[misc]
 
-    def _begin_epoch_again(self, error: Exception) -> None:
+    def _begin_again(self, error: Exception, inside_epoch: bool) -> None:
         rank_zero_warn(
             "The position in the training data could not be restored, because the data is not that of the checkpoint"
-            f" ({type(error).__name__}: {error}). It starts from the beginning."
+            f" ({type(error).__name__}: {error}). It starts from the beginning"
+            + (", and the epoch under way begins again with its first batch." if inside_epoch else ".")
         )
         for loader in self.loaders:
             vars(loader)["next_iter_state"] = None  # a StatefulDataLoader that did not get through it keeps it
+        self.before_epoch()
         iter(self._trainer.fit_loop._data_fetcher)
 
     def _make_validation_loaders(self) -> None:

@@ -272,7 +272,11 @@ class TrainingPlaces:
         self._goes_on_inside_epoch = inside
         self.trainer.should_stop = resume["stop_is_due"]
         epoch = fit.epoch_progress.current.processed - (0 if inside else 1)
-        self._data.restore(rank["data"], epoch, resume["more_batches"])
+        if not self._data.restore(rank["data"], epoch, resume["more_batches"]):
+            # else it would be short of as many batches of these data as it has had of those
+            epoch_loop.batch_progress.reset_on_run()
+            self._batch_is_to_end = False
+            rank = {**rank, "gradients": {}}
         restore_metrics(self.trainer, rank["metrics"])
         own = self.trainer.lightning_module.state_dict()
         for name, tensor in resume["rounded"].items():
