@@ -444,7 +444,7 @@ class _Counts:
         return self.skipped_by_scaler + self.skipped_bad
 
     def summary(self) -> str:
-        parts = [f"{self.updates} updates, {self.skipped} skipped"]
+        parts = [f"{self.updates} update{'' if self.updates == 1 else 's'}, {self.skipped} skipped"]
         if self.skipped_by_scaler:
             parts.append(f"{self.skipped_by_scaler} of these for a loss scale that was too high, which is ordinary")
         if self.first_incident:

@@ -103,7 +103,8 @@ def say_what_it_costs(trainer: Any, optimizer: Optimizer) -> None:
         name += "(foreach)" if foreach else "(for-loop)"
     # Lightning refuses to clip with a fused optimizer under a GradScaler
     clips = trainer.gradient_clip_val and getattr(trainer.strategy.precision_plugin, "scaler", None) is not None
-    rank_zero_info(f"{name}: one read per step" + ("; fused=True removes it" if has_fused and not clips else ""))
+    removed = "; fused=True removes it" if has_fused and not clips else ""
+    rank_zero_info(f"Guarding {name} takes one read of the device per step{removed}.")
 
 
 def clips_by_norm(trainer: Any) -> bool:

@@ -363,11 +363,13 @@ class TestWhatItSays:
             caplog.clear()
             with caplog.at_level("INFO"):
                 Run(one, {}, optimizer=optimizer)
-            lines[name] = [r.getMessage() for r in caplog.records if "one read per step" in r.getMessage()]
+            lines[name] = [
+                r.getMessage() for r in caplog.records if "one read of the device per step" in r.getMessage()
+            ]
         assert lines == {
-            "foreach": ["AdamW(foreach): one read per step; fused=True removes it"],
+            "foreach": ["Guarding AdamW(foreach) takes one read of the device per step; fused=True removes it."],
             "fused": [],
-            "rprop": ["Rprop(for-loop): one read per step"],
+            "rprop": ["Guarding Rprop(for-loop) takes one read of the device per step."],
         }
 
     def test_skips_and_the_stop_are_events(self, pl: Any, tmp_path: Path) -> None:
