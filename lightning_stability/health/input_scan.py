@@ -19,7 +19,7 @@ WIDTH = 13  # of a row: `inputs.FIELDS`
 REMEMBERED = 5  # numbers of a tensor's earlier batches: `inputs.TensorState.scale`
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64's squares need torch's way
 ADOPTED = 8
-"""After so many batches in a row of another scale, theirs is the usual."""
+"""After so many batches in a row of another scale, or more than were counted before, theirs is the usual."""
 _WARPS = 4
 _DEPTH = 256
 """Tiles that a program adds up in float32 at most."""
@@ -150,9 +150,10 @@ def _judge(
     counted = count + 1.0
     scale = [counted, log_mean + (log_std - log_mean) / counted, usual_mean + (mean - usual_mean) / counted]
     scale += [zero, balance]
-    kept = torch.stack([count, log_mean, usual_mean, row + is_drifted.to(row.dtype), balance])
+    kept = torch.stack([count, log_mean, usual_mean, row + (is_drifted & ~is_beyond).to(row.dtype), balance])
     adopted = torch.stack([zero + 1.0, log_std, mean, zero, balance])
-    state.scale = torch.where((std > 0) & ~flagged, torch.stack(scale), torch.where(kept[3] < ADOPTED, kept, adopted))
+    outvoted = kept[3] >= torch.clamp(counted, max=ADOPTED)
+    state.scale = torch.where((std > 0) & ~flagged, torch.stack(scale), torch.where(outvoted, adopted, kept))
     of_mask, of_all, *flags = (
         flag.to(peak.dtype) for flag in (is_mask, flagged, is_nonfinite, is_beyond, is_constant, is_drifted)
     )

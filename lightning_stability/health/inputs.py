@@ -108,8 +108,8 @@ class InputMeter:
     A tensor is flagged if a value is not finite and most batches before held none such; if a magnitude exceeds
     `max_abs`; if a channel is constant that varied in every batch before; if its deviation differs from the geometric
     mean of those of earlier batches by more than `max_scale_ratio`. Flagged batches do not enter that mean; but once
-    `input_scan.ADOPTED` in a row have differed from it, the last of them is the usual from then on: an outlier in the
-    first batch must not condemn all others.
+    more in a row have differed from it than it was made of, or `input_scan.ADOPTED` have, the last of them is the usual
+    from then on: an outlier in the first batch must not condemn all others.
 
     What is so by design must pass. -inf beside nothing but 0 is an additive attention mask, in whatever batch. Other
     values that are not finite may code what is missing: the majority of the batches decides, since a batch in which by

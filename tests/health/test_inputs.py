@@ -182,7 +182,7 @@ class TestFlags:
             assert ("is_drifted" in flags(look)) == drifted
             assert said(look)["usual_std"] == pytest.approx(mean or math.nan, rel=1e-5, nan_ok=True)
             row += drifted
-            if row >= ADOPTED:
+            if row >= min(len(usual) + 1, ADOPTED):
                 usual, row = [std], 0
             elif std > 0 and not flags(look):
                 usual, row = [*usual, std], 0
@@ -191,7 +191,22 @@ class TestFlags:
         watching = meter()
         watching.look(torch.randn(4, 3, 50) * 1e5)
         flagged = [bool(flags(watching.look(torch.randn(4, 3, 50))[0])) for _ in range(20)]
-        assert flagged == [True] * ADOPTED + [False] * (20 - ADOPTED)
+        assert flagged == [True] * 2 + [False] * 18
+
+    def test_what_is_beyond_the_limit_never_is_the_usual(self) -> None:
+        watching = meter(max_abs=100.0)
+        watching.look(torch.randn(4, 3, 50))
+        for _ in range(20):
+            watching.look(torch.randn(4, 3, 50) * 1e5)
+        assert flags(watching.look(torch.randn(4, 3, 50))[0]) == set()
+
+    def test_batches_that_are_outnumbered_by_later_ones_are_not_the_usual(self) -> None:
+        for before in (1, 3, 20):
+            watching = meter()
+            for _ in range(before):
+                watching.look(torch.randn(4, 3, 50) * 1e5)
+            flagged = [bool(flags(watching.look(torch.randn(4, 3, 50))[0])) for _ in range(30)]
+            assert sum(flagged) == min(before + 1, ADOPTED), before
 
 
 class TestConstantChannels:
