@@ -247,11 +247,12 @@ def _norm_and_trend(run: Run, tag: str) -> str:
 
 
 def _why_no_norm(run: Run) -> str:
-    started = run.started or {}
-    if run.started is not None and _MONITOR not in started["callbacks"]:
-        return f"{_MONITOR} does"
-    if run.started is None or (_MONITOR in started.get("unasked", []) and not board_files(run.folder)):
+    started = run.started
+    may_be_unasked = started is None or _MONITOR in started.get("unasked", [])
+    if may_be_unasked and not board_files(run.folder):
         return f"{_MONITOR} does; unless it is asked for, only to a TensorBoard file of the run's, and here is none"
+    if started is None or _MONITOR not in started["callbacks"]:
+        return f"{_MONITOR} does"
     return f"{_MONITOR} has not yet: as a rule it does every log_every_n_steps steps"
 
 

@@ -308,6 +308,7 @@ class Killer:
 
     Args:
         tmux: The session that it runs in.
+        kills: How many there will be, spread over the length of the run.
         start_up: Seconds from the script's end to the first training step, as one start has taken them.
         seconds_per_step: Its pace.
         chance: Where the moments come from.
@@ -317,33 +318,29 @@ class Killer:
     """A kill comes up to so many steps' time after the step that it waits for: while the next is computed, validated
     or saved."""
 
-    def __init__(self, tmux: Tmux, start_up: float, seconds_per_step: float, chance: random.Random) -> None:
-        self._tmux, self._chance = tmux, chance
+    def __init__(self, tmux: Tmux, kills: int, start_up: float, seconds_per_step: float, chance: random.Random) -> None:
+        self._tmux, self._kills, self._chance = tmux, kills, chance
         self._start_up, self._seconds_per_step = start_up, seconds_per_step
         self.story: list[str] = []
 
-    def kill_one(self, left: int) -> None:
-        """Wait and kill.
-
-        Args:
-            left: How many kills are to come, this one included: it may take one more than that part of the steps
-                that remain.
-        """
+    def wait_and_kill(self) -> None:
+        """The next one, after the script has started the run."""
         begun, clock = time.time(), time.monotonic()
+        # a random step of this kill's part of the run; the parts end half of one before the run does
+        part = (len(self.story) + self._chance.random()) / (self._kills + 0.5)
+        wait = self._chance.uniform(0.0, self.OVERSHOOT) * self._seconds_per_step
+        until = None
         if self._chance.random() < 0.2:  # it may die while it starts
-            until, share = clock + self._chance.uniform(0.0, self._start_up), 0.0
-        else:
-            until, share = None, self._chance.random()
+            until = clock + self._chance.uniform(0.0, self._start_up)
         training = None
         while self._tmux.is_running():
             newest = self._tmux.training()
             if newest is not None and newest.began > begun:
                 training = newest
-                room = (training.total - training.first) / (left + 1) - self.OVERSHOOT
-                if until is None and training.step >= training.first + share * max(0.0, room):
-                    wait = self._chance.uniform(0.0, self.OVERSHOOT) * self._seconds_per_step
+                target = max(part * training.total, training.first)
+                if until is None and training.step >= target:
                     until = time.monotonic() + wait
-                if training.step >= training.first + max(0.0, room) + self.OVERSHOOT:
+                if training.step >= target + self.OVERSHOOT:
                     break
             if until is not None and time.monotonic() >= until:
                 break
@@ -389,10 +386,10 @@ def test_soak_killed_ten_times_and_started_again_by_the_script_it_ends_as_if_it_
     print(f"{training.total} steps at {seconds_per_step:.3f} s, after {start_up:.1f} s")
 
     with Tmux(tmp_path / "killed", socket_folder) as tmux:
-        killer = Killer(tmux, start_up, seconds_per_step, random.Random(seed))
-        for left in range(10, 0, -1):
+        killer = Killer(tmux, 10, start_up, seconds_per_step, random.Random(seed))
+        for _ in range(10):
             start(tmux)
-            killer.kill_one(left)
+            killer.wait_and_kill()
             print(killer.story[-1])
         start(tmux)
         killed = end(tmux)

@@ -164,7 +164,9 @@ def test_callbacks_that_nobody_asked_for_write_nothing(tmp_path: Path) -> None:
     guest = unasked(NaNEarlyStop())
     train(tmp_path, callbacks=[guest])
     assert not list(tmp_path.rglob(FILE_NAME))
-    assert told(tmp_path).state == "unknown"
+    report = told(tmp_path)
+    assert report.state == "unknown"
+    assert line(report, "gradient norm") == "not logged (GradNormMonitor does)"
     with pytest.raises(ValueError, match="on purpose"):
         train(tmp_path, "raise", callbacks=[guest])
     assert not list(tmp_path.rglob(FILE_NAME))
