@@ -29,10 +29,12 @@ def __getattr__(name: str) -> Any:
 
 def _is_status_command() -> bool:
     """Whether this process is `lightning-stability status`, which reads files and needs neither torch nor Lightning."""
+    if sys.argv[1:2] != ["status"]:
+        return False
     name = Path(sys.argv[0]).stem
     if name == "-m":  # as Python calls it while it imports the package
         name = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
-    return name in ("lightning-stability", "lightning", __name__) and sys.argv[1:2] == ["status"]
+    return name in ("lightning-stability", "lightning", __name__)
 
 
 if TYPE_CHECKING or not _is_status_command():

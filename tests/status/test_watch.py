@@ -178,6 +178,7 @@ def test_status_needs_neither_torch_nor_lightning(tmp_path: Path) -> None:
         (["/usr/bin/lightning-stability"], False),
         (["train.py", "status"], False),
         ([""], False),
+        ([], False),  # an interpreter within another program
     ],
 )
 def test_whoever_else_imports_the_package_finds_the_callbacks_short_names_registered(
