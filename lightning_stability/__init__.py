@@ -1,14 +1,11 @@
 """Callbacks that keep a Lightning run alive and honest when numbers go bad, and say why they went bad."""
 
-from lightning_stability.callbacks import (
-    FractionalCheckpoint,
-    GradNormMonitor,
-    InputCheck,
-    InputError,
-    NaNEarlyStop,
-    NonFiniteError,
-    PrecisionFallback,
-)
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -22,3 +19,32 @@ __all__ = [
     "PrecisionFallback",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("lightning_stability.callbacks"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _is_status_command() -> bool:
+    """Whether this process is `lightning-stability status`, which reads files and needs neither torch nor Lightning."""
+    if sys.argv[1:2] != ["status"]:
+        return False
+    name = Path(sys.argv[0]).stem
+    if name == "-m":  # as Python calls it while it imports the package
+        name = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+    return name in ("lightning-stability", "lightning", __name__)
+
+
+if TYPE_CHECKING or not _is_status_command():
+    # at once: the command line knows the short names of callbacks that have been imported
+    from lightning_stability.callbacks import (
+        FractionalCheckpoint,
+        GradNormMonitor,
+        InputCheck,
+        InputError,
+        NaNEarlyStop,
+        NonFiniteError,
+        PrecisionFallback,
+    )

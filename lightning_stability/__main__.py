@@ -1,7 +1,23 @@
 """``python -m lightning_stability`` is the ``lightning-stability`` command."""
 
+from __future__ import annotations
+
 import sys
 
-from lightning_stability.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command and return its exit status.
+
+    `status` is called again and again, on login nodes too: it does without torch and Lightning, which take seconds.
+    """
+    if sys.argv[1:2] == ["status"]:
+        from lightning_stability.status import show_status
+
+        return show_status(sys.argv[1:])
+    from lightning_stability.cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -74,10 +74,12 @@ def main(args: Sequence[str] | None = None) -> int:
     }
     command = commands.get(words[0] if words else "", train)
     ours = {*commands, *StabilityCLI.subcommands()}
-    if args is None and words and words[0] not in ours and not words[0].startswith("-"):
-        theirs = _command_of_lightning_sdk()
+    if words and words[0] not in ours and not words[0].startswith("-"):
+        theirs = _command_of_lightning_sdk() if args is None else None
         if theirs is not None:
             return int(theirs() or 0)
+        print(f"{PROG}: error: there is no command {words[0]!r}; expected {', '.join(sorted(ours))}", file=sys.stderr)
+        return 2
     try:
         status = command(words)
     except (InputError, NonFiniteError) as error:

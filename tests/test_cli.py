@@ -79,7 +79,7 @@ def _small_encoder():
         ("demo --model own.Model", "The demo trains what it trains"),
         ("synthetic new --seed -1", "seed must not be negative, got -1"),
         ("synthetic junk.ckpt/new", "The corpus cannot be written to junk.ckpt/new"),
-        ("nonsense", "invalid choice: 'nonsense'"),
+        ("nonsense", "there is no command 'nonsense'; expected checkpoints, demo, fit, predict, status, synthetic"),
         ("synthetic empty/../full", "exists already"),
     ],
 )
@@ -232,10 +232,11 @@ def test_a_callback_named_on_the_command_line_takes_the_place_of_the_recipes_own
         "model: mine.Model\ndata: pytorch_lightning.demos.boring_classes.BoringDataModule\n"
     )
     words = ["--trainer.callbacks+=NaNEarlyStop", "--trainer.callbacks.patience=5"]
+    words += ["--trainer.default_root_dir=replaced"]
     done = command("fit", "--config=mine.yaml", *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "PATIENCE [5]" in done.stdout
-    [saved] = folder.rglob("config.yaml")
+    [saved] = (folder / "replaced").rglob("config.yaml")
     callbacks = yaml.safe_load(saved.read_text())["trainer"]["callbacks"]
     assert [callback["init_args"]["patience"] for callback in callbacks] == [5]
 
@@ -256,7 +257,7 @@ def test_help_names_every_command_and_configuration(command, folder):
 def test_both_commands_are_installed_with_the_package():
     for name in ("lightning-stability", "lightning"):
         command = Path(sys.executable).parent / name
-        assert "from lightning_stability.cli import main" in command.read_text()
+        assert "from lightning_stability.__main__ import main" in command.read_text()
 
 
 def test_fit_validate_test_and_predict_work_on_a_copy_of_tuab_with_an_eegpt_checkpoint(command, corpus, tmp_path):

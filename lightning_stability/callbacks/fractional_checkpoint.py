@@ -154,7 +154,7 @@ class FractionalCheckpoint(ModelCheckpoint):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """All callbacks are set up."""
         if getattr(self, "asked_for", True):  # the plugin says so of those that come with the environment
-            RunEvents.of(trainer).prepared(self._events)
+            RunEvents.of(trainer).prepared(trainer, self._events)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to listen for places where a save is right."""

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from lightning_stability._compat import is_instance_by_name
@@ -37,14 +38,17 @@ class RunEvents:
             found = _RUN_EVENTS[trainer] = cls()
         return found
 
-    def prepared(self, events: EventLog) -> None:
+    def prepared(self, trainer: Any, events: EventLog) -> None:
         """All callbacks are set up; from now on an exception is told, in the validation before training too.
 
         Args:
+            trainer: The Trainer, in `on_fit_start`.
             events: Where to write.
         """
         if self._events is None:
             self._events, self._started_at, self._stopped_by = events, None, None
+            if is_instance_by_name(trainer.strategy.launcher, "_MultiProcessingLauncher"):
+                self._look_out_for_failure(trainer)
 
     def started(self, trainer: Any) -> None:
         """Training starts: everything is restored. Told again, it does nothing.
@@ -70,7 +74,8 @@ class RunEvents:
             steps_per_epoch=per_epoch,
             total_steps=_total_steps(trainer, per_epoch),
             resumed_from=None if trainer.ckpt_path is None else str(trainer.ckpt_path),
-            callbacks=[type(callback).__name__ for callback in trainer.callbacks],
+            callbacks=_names(trainer.callbacks),
+            unasked=_names(c for c in trainer.callbacks if not getattr(c, "asked_for", True)),
         )
 
     def stopped(self, why: str) -> None:
@@ -103,6 +108,20 @@ class RunEvents:
             why = (str(exception).strip().splitlines() or [""])[0][:500]
             self._write_end(trainer, status="exception", why=why, exception=type(exception).__name__)
         self._events = None
+
+    def _look_out_for_failure(self, trainer: Any) -> None:
+        """Of an exception in processes that it has forked or spawned Lightning tells the callbacks nothing."""
+        run_stage = trainer._run_stage
+
+        def watched() -> Any:
+            del trainer._run_stage
+            try:
+                return run_stage()
+            except BaseException as exception:
+                self.failed(trainer, exception)
+                raise
+
+        trainer._run_stage = watched
 
     def _write_end(self, trainer: Any, **details: Any) -> None:
         assert self._events is not None
@@ -143,6 +162,10 @@ def _total_steps(trainer: Any, per_epoch: int | None) -> int | None:
     max_steps, max_epochs = _limit(trainer.max_steps), _limit(trainer.max_epochs)
     by_epochs = max_epochs * per_epoch if max_epochs is not None and per_epoch is not None else None
     return min((limit for limit in (max_steps, by_epochs) if limit is not None), default=None)
+
+
+def _names(callbacks: Iterable[Any]) -> list[str]:
+    return [type(callback).__name__ for callback in callbacks]
 
 
 def _limit(value: int | None) -> int | None:

@@ -99,7 +99,7 @@ class Runtime:
     def prepare(self) -> None:
         """All callbacks are set up."""
         if any(policy.asked_for for policy in self._policies):
-            RunEvents.of(self.trainer).prepared(self.events)
+            RunEvents.of(self.trainer).prepared(self.trainer, self.events)
 
     def start(self, module: Any) -> None:
         """Training starts: everything is set up and restored.

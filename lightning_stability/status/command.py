@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
 from lightning_stability.status.report import Report, look
-from lightning_stability.status.run import Run, find_run
+from lightning_stability.status.run import NoRunError, Run, find_run
 
 _SECONDS = 2.0
 _CLEAR = "\033[H\033[2J"
 
 
 def show_status(words: list[str]) -> int:
-    """Say how a run is doing; the status is 1 if it died, failed or was ended by NaNEarlyStop.
+    """Say how a run is doing; the status is 1 if it died, failed or was ended by NaNEarlyStop, 2 if there is none.
 
     Args:
         words: Those of the command line, `status` first.
@@ -28,12 +29,25 @@ def show_status(words: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="a run's log folder, such as lightning_logs/version_0, or one above")
     parser.add_argument("--watch", action="store_true", help="look again every two seconds, until the run has ended")
     given = parser.parse_args(words[1:])
-    run = Run(find_run(given.folder))
+    try:
+        report = _follow(given.folder, given.watch)
+    except NoRunError as error:
+        print(f"lightning-stability: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor shall the interpreter flush into it
+        return 0
+    return int(report is not None and report.needs_help)
+
+
+def _follow(folder: Path, watch: bool) -> Report | None:
+    """Say it, again and again if asked for; None if Ctrl-C came before the first time."""
+    run, report = Run(find_run(folder)), None
     try:
         report = _show(run)
-        while given.watch and report.state in ("running", "unknown"):
+        while watch and report.state in ("running", "unknown"):
             time.sleep(_SECONDS)
-            newest = find_run(given.folder)
+            newest = find_run(folder)
             if newest != run.folder:  # it was started again
                 run.close()
                 run = Run(newest)
@@ -42,7 +56,7 @@ def show_status(words: list[str]) -> int:
         print()
     finally:
         run.close()
-    return int(report.needs_help)
+    return report
 
 
 def _show(run: Run, before: Report | None = None, again: bool = False) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,11 +14,14 @@ from statistics import median
 from typing import Any
 
 from lightning_stability.status import trend
+from lightning_stability.status.files import board_files
 from lightning_stability.status.run import Run
 
 _SILENT_AFTER = 600.0
 """Seconds without a written byte that make nobody worry, however often a run logs."""
 _SILENT_INTERVALS = 20
+_MONITOR = "GradNormMonitor"
+_NORM = re.compile(r"grad_norm/(optimizer_\d+/)?total")
 _NOT_TRAINING = ("val", "test", "valid", "eval")
 
 
@@ -71,6 +75,8 @@ def look(run: Run, now: float | None = None) -> Report:
         ("precision", _precision(run)),
         ("loss scale", _loss_scale(run)),
         ("skipped updates", _skipped(run)),
+        ("flagged inputs", _flagged(run, now)),
+        ("layers", _layers(run)),
         ("incidents", str(run.incidents)),
         *(("", _incident(event)) for event in run.newest_incidents),
         ("last good checkpoint", _checkpoint(run, now)),
@@ -226,14 +232,28 @@ def _validation(run: Run) -> str:
 
 
 def _gradient_norm(run: Run) -> str:
-    points = run.series.get("grad_norm/total")
-    if not points:
-        return "not logged (GradNormMonitor does)"
-    values = [point.value for point in points]
+    """The newest norm and its trend, of each optimizer if there are several."""
+    tags = sorted(tag for tag in run.series if _NORM.fullmatch(tag))
+    return ", ".join(_norm_and_trend(run, tag) for tag in tags) or f"not logged ({_why_no_norm(run)})"
+
+
+def _norm_and_trend(run: Run, tag: str) -> str:
+    values = [point.value for point in run.series[tag]]
     factor = trend.trend(values)
     counted = min(len(values), trend.WINDOW)
     said = f"; {trend.in_words(factor)} over the last {counted} logged" if factor is not None else ""
-    return f"{values[-1]:.4g}{said}"
+    optimizer = tag.split("/")[1]
+    return f"{'' if optimizer == 'total' else f'{optimizer} '}{values[-1]:.4g}{said}"
+
+
+def _why_no_norm(run: Run) -> str:
+    started = run.started
+    may_be_unasked = started is None or _MONITOR in started.get("unasked", [])
+    if may_be_unasked and not board_files(run.folder):
+        return f"{_MONITOR} does; unless it is asked for, only to a TensorBoard file of the run's, and here is none"
+    if started is None or _MONITOR not in started["callbacks"]:
+        return f"{_MONITOR} does"
+    return f"{_MONITOR} has not yet: as a rule it does every log_every_n_steps steps"
 
 
 def _precision(run: Run) -> str:
@@ -255,11 +275,36 @@ def _loss_scale(run: Run) -> str:
 
 
 def _skipped(run: Run) -> str:
-    counted = run.skipped.total()
     logged = run.series.get("skipped_updates")
-    total = max(counted, int(logged[-1].value) if logged else 0)  # an earlier start of the run counted some
-    ordinary = run.skipped[True]
-    return f"{total}" + (f", {ordinary} of these by GradScaler, which is ordinary" if ordinary else "")
+    total = max(run.skipped, int(logged[-1].value) if logged else 0)  # an earlier start of the run counted some
+    ordinary, for_input = run.skipped_ordinarily, run.skipped_for_input
+    said = [f"{ordinary} of these by GradScaler, which is ordinary"] if ordinary else []
+    said += [f"{for_input} of these by InputCheck, for flagged inputs"] if for_input else []
+    return ", ".join([str(total), *said])
+
+
+def _flagged(run: Run, now: float) -> str:
+    """How many batches InputCheck has flagged, and the newest."""
+    event = run.newest_flagged
+    if event is None:
+        return ""
+    what = "".join(f": {finding['tensor']}: {finding['reason']}" for finding in event["findings"][:1])
+    newest = f"the newest at {_clock(event['time'], now)}, step {event['step']:,}, batch {event['batch_idx']}{what}"
+    return f"{run.flagged} batch{'es' if run.flagged > 1 else ''} ({event['action']}); {newest}"
+
+
+def _layers(run: Run) -> str:
+    """What was warned of when the layers were looked at, at the start."""
+    if not run.far_layers:
+        return ""
+    first = run.far_layers[0]
+    what = f"the {first['side']} of {first['layer']}, deviation {_number(first['deviation'])}"
+    said = f"far from unit scale at the start: {what}"
+    if first["cause"] is not None:
+        factor = first["factor"]
+        said += f", by {first['cause']}" + (f" (x{_number(factor)})" if factor is not None else "")
+    others = len(run.far_layers) - 1 + sum(found["others"] for found in run.far_layers)
+    return said + (f"; and {others} more" if others else "")
 
 
 def _incident(event: dict[str, Any]) -> str:
@@ -267,7 +312,6 @@ def _incident(event: dict[str, Any]) -> str:
     said = {
         "update_skipped": "update skipped by {by}: {why}",
         "gradient_norm_rising": "gradient norm {norm:.3g}, {ratio:.3g} times its usual value, most in {group}",
-        "input_flagged": "batch {batch_idx} was flagged ({action}): {findings[0][tensor]}: {findings[0][reason]}",
         "precision_changed": "precision {precision_from} -> {precision_to}: {why}",
         "precision_kept": "precision {precision} kept: {why}",
         "checkpoint_failed": "checkpoint {path} could not be written: {error}",
@@ -296,6 +340,11 @@ def _checkpoint(run: Run, now: float) -> str:
         age = duration(now - newest.stat().st_mtime)
         return f"unknown; {newest}, {age} old, was not looked into (lightning-stability checkpoints --verify does)"
     return "none"
+
+
+def _number(value: float | str) -> str:
+    """A number as people read it; one that is not finite is a string."""
+    return value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _clock(moment: float, now: float) -> str:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 import socket
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_stability._compat import MisconfigurationException
 from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME
 from lightning_stability.processes import is_alive
 from lightning_stability.status.files import EventsFile, Logs, Point, board_files
 
 _DEPTH = 4
-_NO_INCIDENTS = ("training_started", "training_ended", "training_stopped", "checkpoint_saved", "input_scales")
+_NO_INCIDENTS = (
+    *("training_started", "training_ended", "training_stopped", "checkpoint_saved"),
+    *("input_scales", "input_flagged"),  # they have lines of their own
+)
+_INPUT_CHECK = "InputCheck"
+_SAME_START = 2.0
+"""Seconds between what two ranks write of one start."""
+
+
+class NoRunError(Exception):
+    """A folder is no run, and there is none below it. None of Lightning's own, whose import takes seconds."""
 
 
 class Saved(NamedTuple):
@@ -41,8 +50,12 @@ class Run:
         """The `training_stopped` of NaNEarlyStop."""
         self.last_event: dict[str, Any] | None = None
         self.precision_changed: dict[str, Any] | None = None
-        self.skipped: Counter[bool] = Counter()
-        """Skipped updates by whether they were ordinary."""
+        self.skipped = self.skipped_ordinarily = self.skipped_for_input = 0
+        """Skipped updates; those of them by which GradScaler looks for its scale, and those of flagged batches."""
+        self.flagged = 0
+        self.newest_flagged: dict[str, Any] | None = None
+        self.far_layers: list[dict[str, Any]] = []
+        """What InputCheck's look at the layers warned of."""
         self.incidents = 0
         self.newest_incidents: deque[dict[str, Any]] = deque(maxlen=3)
         self.saved: deque[Saved] = deque(maxlen=100)
@@ -86,7 +99,9 @@ class Run:
         self.last_event = event
         name = event["event"]
         if name == "training_started":
-            self.started, self.ended, self.stopped, self.precision_changed = event, None, None, None
+            if self.ended is not None and not _is_end_of(self.ended, event):
+                self.ended = None
+            self.started, self.stopped, self.precision_changed = event, None, None
         elif name == "training_ended":
             self.ended = self.ended or event  # what the first rank died of, not what followed from it
         elif name == "training_stopped":
@@ -96,12 +111,24 @@ class Run:
         elif name == "checkpoint_saved":
             self.saved.append(Saved(event["path"], event["step"], event["time"]))
         elif name == "update_skipped":
-            self.skipped[bool(event.get("ordinary"))] += 1
+            self.skipped += 1
+            self.skipped_ordinarily += bool(event.get("ordinary"))
+            self.skipped_for_input += event.get("by") == _INPUT_CHECK
+        elif name == "input_flagged":
+            self.flagged += 1
+            self.newest_flagged = event
+        elif name == "input_scales":
+            self.far_layers = event["far_from_unit_scale"]
         elif name == "precision_changed":
             self.precision_changed = event
-        if name not in _NO_INCIDENTS and not event.get("ordinary"):
+        if name not in _NO_INCIDENTS and not event.get("ordinary") and event.get("by") != _INPUT_CHECK:
             self.incidents += 1
             self.newest_incidents.append(event)
+
+
+def _is_end_of(ended: dict[str, Any], started: dict[str, Any]) -> bool:
+    """Whether another rank had died when rank 0 wrote that training starts; a new start takes longer to come."""
+    return bool(ended["rank"]) and abs(started["time"] - ended["time"]) < _SAME_START
 
 
 def find_run(path: Path) -> Path:
@@ -113,13 +140,15 @@ def find_run(path: Path) -> Path:
         path: A run's log folder or one above it.
 
     Raises:
-        MisconfigurationException: If there is none.
+        NoRunError: If there is none.
     """
+    if path.is_file() and path in log_files(path.parent):
+        return path.parent
     if not path.is_dir():
-        raise MisconfigurationException(f"There is no folder {path}.")
+        raise NoRunError(f"There is no folder {path}.")
     folders = [path] if log_files(path) else list(_runs_below(path))
     if not folders:
-        raise MisconfigurationException(
+        raise NoRunError(
             f"{path} is no run, and there is none below it: no {FILE_NAME}, TensorBoard file or metrics.csv was found."
             " Give a run's log folder, such as lightning_logs/version_0, or one above it."
         )

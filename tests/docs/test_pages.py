@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_stability.cli import _HELP
+from lightning_stability.events import EventLog
 from lightning_stability.plugin import CALLBACKS
 from lightning_stability.status.run import find_run
 from tests.docs.blocks import ROOT, blocks_of, commands_of, pages
@@ -110,6 +111,8 @@ def test_the_status_of_a_run_that_goes_on_has_the_rows_that_the_page_shows(tmp_p
     events = find_run(tmp_path) / "events.jsonl"
     lines = events.read_text().splitlines(keepends=True)
     events.write_text("".join(line for line in lines if "training_ended" not in line))  # as it was a moment before
+    finding = {"tensor": "batch['eeg']", "reason": "scale"}
+    EventLog(events.parent).write("input_flagged", 32, 1, batch_idx=15, action="warn", findings=[finding])
     report = told(tmp_path)
     assert report.state == "running"
     commands = [command for block in blocks_of("docs/status.md", "console") for command in commands_of(block)]

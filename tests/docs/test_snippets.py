@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,10 +86,44 @@ def test_the_options_of_long_commands_are_known(block, command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", AS_TYPED)
-def test_the_commands_of_a_walk_through_run_as_typed_and_say_what_it_shows(page, command, tmp_path):
-    desk = Desk(tmp_path, command, as_typed=True)
-    for block in blocks_of(page, "console"):
-        _run(block, desk)
+def test_the_commands_of_a_walk_through_run_as_typed_and_say_what_it_shows(page, tmp_path, monkeypatch):
+    """Two at a time: the first block writes the corpus and its cache, which those after it read, each in its folder."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    first, *others = blocks_of(page, "console")
+    with contextlib.closing(Launcher()) as one, contextlib.closing(Launcher()) as another:
+        desk = Desk(tmp_path / "first", one, as_typed=True)
+        desk.folder.mkdir()
+        _run(first, desk)
+        idle = queue.SimpleQueue[Launcher]()
+        idle.put(one)
+        idle.put(another)
+
+        def run(number: int, blocks: list[Block]) -> None:
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            for found in ("tuab_synthetic", "tuab_cache"):
+                (folder / found).symlink_to(desk.folder / found)
+            launcher = idle.get()
+            try:
+                for block in blocks:
+                    _run(block, Desk(folder, launcher, as_typed=True, env=desk.env))
+            finally:
+                idle.put(launcher)
+
+        with ThreadPoolExecutor(2) as pool:
+            done = [pool.submit(run, number, blocks) for number, blocks in enumerate(_longest_first(others))]
+    failed = [str(error) for each in done if (error := each.exception()) is not None]
+    assert not failed, "\n\n".join(failed)
+
+
+def _longest_first(blocks: list[Block]) -> list[list[Block]]:
+    """The blocks of a walk-through that need each other, as they use a corpus that one of them writes, together."""
+    corpus = re.compile(r"--data\.root=(\w+)|synthetic (\w+)")
+    together: dict[object, list[Block]] = {}
+    for block in blocks:
+        found = corpus.search(block.text)
+        together.setdefault(found[1] or found[2] if found else block, []).append(block)
+    return sorted(together.values(), key=len, reverse=True)
 
 
 def _run(block: Block, desk: Desk) -> None:

@@ -13,12 +13,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from lightning_stability.events import FILE_NAME, read_events
+from lightning_stability.checkpointing.writing import is_part
+from lightning_stability.events import read_events
+from lightning_stability.status import Run, look
+from lightning_stability.status.run import NoRunError, find_run
 from lightning_stability.tuab import SyntheticCorpus
 from tests.command import ROOT, Launcher
 
@@ -40,38 +43,80 @@ class Kill(Callback):
 
 
 def final_state(root: Path) -> dict[str, Any]:
-    """Everything of a run's last checkpoint that shall not depend on how often it was killed."""
+    """Everything of a run's end that shall not depend on how often it was killed."""
     newest = max(root.glob("lightning_logs/version_*"), key=lambda folder: int(folder.name.split("_")[1]))
     checkpoint = torch.load(newest / "checkpoints" / "last.ckpt", weights_only=True)
     [stopping] = [state for name, state in checkpoint["callbacks"].items() if name.startswith("EarlyStopping")]
     return {
         **{f"weight {name}": value for name, value in checkpoint["state_dict"].items()},
         **{f"optimizer {name}": value for name, value in flat(checkpoint["optimizer_states"])},
-        **{f"metric {name}": value for name, value in checkpoint["lightning_stability"]["metrics"].items()},
+        **{f"metric {name}": value for name, value in flat(checkpoint["lightning_stability"]["metrics"])},
         **{f"stopping {name}": value for name, value in stopping.items()},
-        "schedulers": checkpoint["lr_schedulers"],
+        **{f"scheduler {name}": value for name, value in flat(checkpoint["lr_schedulers"])},
         "step": checkpoint["global_step"],
         "precision": [s["fallen_from"] for n, s in checkpoint["callbacks"].items() if n.startswith("PrecisionFall")],
+        **last_logged(newest, "val_auroc", "val_loss"),
     }
 
 
+def last_logged(folder: Path, *tags: str) -> dict[str, tuple[int, float]]:
+    """The newest value of each tag in a run's TensorBoard files, and its step."""
+    run = Run(folder)
+    run.update()
+    run.close()
+    return {tag: run.series[tag][-1][:2] for tag in tags}
+
+
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, tuple)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from flat(inner, f"{name}.{key}")
+            yield from flat(inner, f"{name}.{key}" if name else str(key))
     else:
         yield name, value
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    assert first.keys() == second.keys()
-    return [name for name, value in first.items() if not is_same(value, second[name])]
+    """What two states do not share, a line each: for tensors how many values differ, and by how much."""
+    lines = [f"{name}: only in the first" for name in first.keys() - second.keys()]
+    lines += [f"{name}: only in the second" for name in second.keys() - first.keys()]
+    for name in first.keys() & second.keys():
+        one, other = first[name], second[name]
+        if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+            if type(one) is not type(other) or one != other:
+                lines.append(f"{name}: {one} and {other}")
+        elif one.shape != other.shape or one.dtype != other.dtype:
+            lines.append(f"{name}: {one.dtype} {tuple(one.shape)} and {other.dtype} {tuple(other.shape)}")
+        elif not torch.equal(one, other):
+            gap = (one.double() - other.double()).abs()
+            lines.append(
+                f"{name}: {int((one != other).sum())} of {one.numel()} values differ, by up to {gap.max():.3g}; the"
+                f" largest is {one.double().abs().max():.3g}"
+            )
+    return sorted(lines)
 
 
-def is_same(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    return bool(first == second)
+def test_a_difference_of_two_ends_is_told_with_its_size() -> None:
+    ones = torch.ones(2, 3)
+    other = ones.clone()
+    other[0, 1] = 1.5
+    first = {"same": ones, "weight": ones, "dtype": ones, "step": 3, "flag": 1, "auroc": (90, 0.5), "gone": 0}
+    second = {
+        "same": ones.clone(),
+        "weight": other,
+        "dtype": ones.double(),
+        "step": 4,
+        "flag": True,
+        "auroc": (90, 0.75),
+    }
+    assert differences(first, {**second, "new": 0}) == [
+        "auroc: (90, 0.5) and (90, 0.75)",
+        "dtype: torch.float32 (2, 3) and torch.float64 (2, 3)",
+        "flag: 1 and True",
+        "gone: only in the first",
+        "new: only in the second",
+        "step: 3 and 4",
+        "weight: 1 of 6 values differ, by up to 0.5; the largest is 1",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +144,17 @@ def test_killed_twice_and_gone_on_with_it_ends_as_if_it_had_not_been(
         assert done.returncode == -signal.SIGKILL, done.stderr
     done = command(*words, "--trainer.default_root_dir=killed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert differences(final_state(tmp_path / "whole"), final_state(tmp_path / "killed")) == [], kills
+    different = differences(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
+    assert not different, f"killed in the batches {kills} of its starts:\n" + "\n".join(different)
+
+
+class Training(NamedTuple):
+    """One start of a run: when it was, at which of its optimizer steps, and how far it has come."""
+
+    began: float
+    first: int
+    step: int
+    total: int
 
 
 class Tmux:
@@ -137,16 +192,32 @@ class Tmux:
             assert time.monotonic() < end, "the session does not end"
             time.sleep(0.1)
 
-    def starts(self) -> int:
-        """How often training has begun."""
-        return sum(
-            event["event"] == "training_started"
-            for path in (self.folder / "run").rglob(FILE_NAME)
-            for event in read_events(path.parent)
-        )
+    def training(self) -> Training | None:
+        """How far the newest training has come, as `lightning-stability status` knows it; None before there is one."""
+        try:
+            run = Run(find_run(self.folder / "run"))
+        except NoRunError:
+            return None
+        run.update()
+        run.close()
+        step = look(run).step
+        if run.started is None or step is None:
+            return None
+        return Training(run.started["time"], run.started["step"], step, run.started["total_steps"])
+
+    def log(self) -> str:
+        """The end of what the training has said."""
+        return (self.folder / "run" / "training.log").read_text()[-3000:]
 
     def close(self) -> None:
         self.run("tmux", "kill-server")
+
+    def __enter__(self) -> Tmux:
+        self.folder.mkdir()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 @pytest.fixture
@@ -232,6 +303,56 @@ def test_shellcheck_has_nothing_to_say() -> None:
     assert done.returncode == 0, done.stdout
 
 
+class Killer:
+    """Kills a run again and again, at moments that follow its own progress, so that all of them come before its end.
+
+    Args:
+        tmux: The session that it runs in.
+        kills: How many there will be, spread over the length of the run.
+        start_up: Seconds from the script's end to the first training step, as one start has taken them.
+        seconds_per_step: Its pace.
+        chance: Where the moments come from.
+    """
+
+    OVERSHOOT = 3.0
+    """A kill comes up to so many steps' time after the step that it waits for: while the next is computed, validated
+    or saved."""
+
+    def __init__(self, tmux: Tmux, kills: int, start_up: float, seconds_per_step: float, chance: random.Random) -> None:
+        self._tmux, self._kills, self._chance = tmux, kills, chance
+        self._start_up, self._seconds_per_step = start_up, seconds_per_step
+        self.story: list[str] = []
+
+    def wait_and_kill(self) -> None:
+        """The next one, after the script has started the run."""
+        begun, clock = time.time(), time.monotonic()
+        # a random step of this kill's part of the run; the parts end half of one before the run does
+        part = (len(self.story) + self._chance.random()) / (self._kills + 0.5)
+        wait = self._chance.uniform(0.0, self.OVERSHOOT) * self._seconds_per_step
+        until = None
+        if self._chance.random() < 0.2:  # it may die while it starts
+            until = clock + self._chance.uniform(0.0, self._start_up)
+        training = None
+        while self._tmux.is_running():
+            newest = self._tmux.training()
+            if newest is not None and newest.began > begun:
+                training = newest
+                target = max(part * training.total, training.first)
+                if until is None and training.step >= target:
+                    until = time.monotonic() + wait
+                if training.step >= target + self.OVERSHOOT:
+                    break
+            if until is not None and time.monotonic() >= until:
+                break
+            time.sleep(0.02)
+        assert self._tmux.is_running(), "\n".join([*self.story, self._tmux.log()])
+        self._tmux.kill_everything()
+        where = "while it started" if training is None else f"started at {training.first}, killed at {training.step}"
+        half = [path for path in (self._tmux.folder / "run").rglob("*") if is_part(path.name)]
+        saving = ", while it saved" if any(path.stat().st_mtime > begun for path in half) else ""
+        self.story.append(f"kill {len(self.story) + 1}: {time.monotonic() - clock:.1f} s, {where}{saving}")
+
+
 @needs_tmux
 @pytest.mark.slow
 def test_soak_killed_ten_times_and_started_again_by_the_script_it_ends_as_if_it_had_not_been(
@@ -239,34 +360,48 @@ def test_soak_killed_ten_times_and_started_again_by_the_script_it_ends_as_if_it_
 ) -> None:
     made = SyntheticCorpus(train_subjects=24, eval_subjects=4, seconds=(24, 40), artefacts=2, broken=2, seed=4)
     words = [f"--data.root={made.write(tmp_path / 'corpus')}", "--data.batch_size=2", "--trainer.precision=16-mixed"]
-    words += ["--trainer.log_every_n_steps=1"]
+    words += ["--trainer.log_every_n_steps=1"]  # each step can be seen from outside
     seed = random.randrange(2**32)
-    chance = random.Random(seed)
     print(f"seed {seed}")  # pytest shows it when the test fails
-    states = {}
-    for name, kills in (("whole", 0), ("killed", 10)):
-        (tmp_path / name).mkdir()
-        tmux = Tmux(tmp_path / name, socket_folder)
-        try:
-            for kill in range(kills + 1):
-                begun = tmux.script("RUN_STABLE_TRAINING.sh", *words)
-                assert begun.returncode == 0, begun.stderr
-                if kill == kills:
-                    tmux.wait()
-                    break
-                if chance.random() < 0.8:  # else it may die while it starts
-                    before = tmux.starts()
-                    while tmux.starts() == before and tmux.is_running():
-                        time.sleep(0.05)
-                time.sleep(chance.uniform(0.0, 4.0))
-                assert tmux.is_running(), (tmp_path / name / "run" / "training.log").read_text()[-3000:]
-                tmux.kill_everything()
-            monitored = tmux.script("MONITOR_TRAINING.sh")
-            log = (tmp_path / name / "run" / "training.log").read_text()
-            assert monitored.returncode == 0, f"{monitored.stdout}\n{log[-3000:]}"
-            assert "finished: max_epochs=5 reached" in monitored.stdout, monitored.stdout
-        finally:
-            tmux.close()
-        states[name] = final_state(tmp_path / name / "run")
-    assert states["whole"]["precision"] == ["16-mixed"], "it has fallen back"
-    assert differences(states["whole"], states["killed"]) == []
+
+    def start(tmux: Tmux) -> None:
+        begun = tmux.script("RUN_STABLE_TRAINING.sh", *words)
+        assert begun.returncode == 0, begun.stderr
+
+    def end(tmux: Tmux) -> dict[str, Any]:
+        tmux.wait()
+        monitored = tmux.script("MONITOR_TRAINING.sh")
+        assert monitored.returncode == 0, f"{monitored.stdout}\n{tmux.log()}"
+        assert "finished: max_epochs=5 reached" in monitored.stdout, monitored.stdout
+        return final_state(tmux.folder / "run")
+
+    with Tmux(tmp_path / "whole", socket_folder) as tmux:
+        start(tmux)
+        begun = time.time()
+        whole = end(tmux)
+        training = tmux.training()
+        assert training is not None
+        [ended] = [e for e in read_events(find_run(tmux.folder / "run")) if e["event"] == "training_ended"]
+    start_up, seconds_per_step = training.began - begun, ended["seconds"] / training.total
+    print(f"{training.total} steps at {seconds_per_step:.3f} s, after {start_up:.1f} s")
+
+    with Tmux(tmp_path / "killed", socket_folder) as tmux:
+        killer = Killer(tmux, 10, start_up, seconds_per_step, random.Random(seed))
+        for _ in range(10):
+            start(tmux)
+            killer.wait_and_kill()
+            print(killer.story[-1])
+        start(tmux)
+        killed = end(tmux)
+
+    assert whole["precision"] == ["16-mixed"], "it has fallen back"
+    assert {name.split()[0] for name in whole} >= {
+        "weight",
+        "optimizer",
+        "metric",
+        "stopping",
+        "scheduler",
+        "val_auroc",
+    }
+    different = differences(whole, killed)
+    assert not different, "\n".join([f"seed {seed}", *killer.story, *different])

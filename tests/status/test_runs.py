@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,15 +20,16 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import MixedPrecision
+from torch import nn
 
-from lightning_stability import FractionalCheckpoint, GradNormMonitor, NaNEarlyStop, PrecisionFallback
+from lightning_stability import FractionalCheckpoint, GradNormMonitor, InputCheck, NaNEarlyStop, PrecisionFallback
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.events import FILE_NAME, EventLog, read_events
 from lightning_stability.status import Report, Run, look, show_status
 from lightning_stability.status.run import find_run
 from tests import runs
-from tests.command import Done, Launcher
-from tests.status.own import Data, Model
+from tests.command import ROOT, Done, Launcher, run
+from tests.status.own import BadSamples, Data, Model, OutOfScale, TwoOptimizers
 
 WORDS = (
     *(
@@ -52,24 +55,31 @@ class Custom(MixedPrecision):
 
 
 def told(folder: Path, now: float | None = None) -> Report:
-    run = Run(find_run(folder))
-    run.update()
-    run.close()
-    return look(run, now)
+    found = Run(find_run(folder))
+    found.update()
+    found.close()
+    return look(found, now)
 
 
 def line(report: Report, name: str) -> str:
     return dict(report.lines).get(name, "")
 
 
-def train(folder: Path, happens: str = "", **options: Any) -> Any:
+def train(folder: Path, happens: str = "", model: Any = None, data: Any = None, **options: Any) -> Any:
     """Train in this process, 16 steps an epoch."""
     defaults: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 16, "limit_val_batches": 2}
     options = {**defaults, "enable_checkpointing": True, "logger": TensorBoardLogger(folder), **options}
     options.setdefault("callbacks", [NaNEarlyStop(), GradNormMonitor(), FractionalCheckpoint()])
     trainer = runs.trainer(pl, **options)
-    trainer.fit(Model(at=9, happens=happens, seconds=0.1 if happens == "slow" else 0.0), Data())
+    model = model or Model(at=9, happens=happens, seconds=0.1 if happens == "slow" else 0.0)
+    trainer.fit(model, data or Data())
     return trainer
+
+
+def unasked(callback: Any) -> Any:
+    """As it comes with the environment."""
+    callback.automatic, callback.asked_for = True, False
+    return callback
 
 
 @pytest.fixture
@@ -153,11 +163,12 @@ def test_each_callback_alone_has_start_and_end_written_in_every_fit(tmp_path: Pa
 
 
 def test_callbacks_that_nobody_asked_for_write_nothing(tmp_path: Path) -> None:
-    guest = NaNEarlyStop()
-    guest.automatic, guest.asked_for = True, False
+    guest = unasked(NaNEarlyStop())
     train(tmp_path, callbacks=[guest])
     assert not list(tmp_path.rglob(FILE_NAME))
-    assert told(tmp_path).state == "unknown"
+    report = told(tmp_path)
+    assert report.state == "unknown"
+    assert line(report, "gradient norm") == "not logged (GradNormMonitor does)"
     with pytest.raises(ValueError, match="on purpose"):
         train(tmp_path, "raise", callbacks=[guest])
     assert not list(tmp_path.rglob(FILE_NAME))
@@ -199,15 +210,15 @@ def test_a_run_that_writes_while_it_is_looked_at(
     """The estimates of the end agree with the moment at which it comes."""
     thread = threading.Thread(target=fit, args=("--model.seconds=0.05", *logger))
     thread.start()
-    run, reports = None, []
+    seen, reports = None, []
     while thread.is_alive():
         time.sleep(0.05)
-        if run is None and list(tmp_path.rglob(FILE_NAME)):
-            run = Run(find_run(tmp_path))
-        if run is not None:
-            run.update()
-            reports.append((time.time(), look(run)))
-    [*_, ended] = read_events(run.folder)
+        if seen is None and list(tmp_path.rglob(FILE_NAME)):
+            seen = Run(find_run(tmp_path))
+        if seen is not None:
+            seen.update()
+            reports.append((time.time(), look(seen)))
+    [*_, ended] = read_events(seen.folder)
     running = [(moment, report) for moment, report in reports if report.state == "running"]
     steps = [report.step for _, report in running]
     assert steps == sorted(steps)
@@ -219,7 +230,7 @@ def test_a_run_that_writes_while_it_is_looked_at(
     assert all(0 <= left < 3 * ended["seconds"] for _, left in estimates)
     for _, report in running:
         assert "running: process" in line(report, "state")
-    assert look(run).state == "finished"
+    assert look(seen).state == "finished"
 
 
 def test_two_ranks_write_one_start_and_one_end(fit: Callable[..., Done], tmp_path: Path) -> None:
@@ -235,10 +246,38 @@ def test_two_ranks_write_one_start_and_one_end(fit: Callable[..., Done], tmp_pat
     assert told(tmp_path).state == "finished"
 
 
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_of_two_ranks_the_second_fails_and_that_is_said(
+    fit: Callable[..., Done], tmp_path: Path, strategy: str
+) -> None:
+    if strategy == "ddp":  # which starts the command anew
+        fit = lambda *words: run(*WORDS, *words, cwd=tmp_path)  # noqa: E731
+    ranks = ("--trainer.devices=2", "--trainer.accelerator=cpu", f"--trainer.strategy={strategy}")
+    done = fit("--model.happens=raise on rank 1", "--model.at=9", *ranks)
+    assert done.returncode != 0
+    report = told(tmp_path)
+    assert (report.state, report.needs_help) == ("failed", True)
+    assert line(report, "state").startswith("failed: ValueError on rank 1: on purpose")
+
+
+def test_a_rank_that_dies_before_rank_0_has_written_the_start_has_failed_all_the_same(tmp_path: Path) -> None:
+    EventLog(tmp_path, rank=1).write(
+        "training_ended", 0, 0, status="exception", why="on purpose", exception="ValueError", seconds=0.0
+    )
+    start(tmp_path)
+    assert told(tmp_path).state == "failed"
+    later = json.loads((tmp_path / FILE_NAME).read_text().splitlines()[1])
+    later["time"] += 60.0  # it was started again
+    with (tmp_path / FILE_NAME).open("a") as file:
+        file.write(json.dumps(later) + "\n")
+    assert told(tmp_path).state == "running"
+
+
 def start(folder: Path, **changes: Any) -> None:
     facts = {
         **{"pid": os.getpid(), "host": os.uname().nodename, "world_size": 1, "precision": "16-mixed"},
-        **{"max_epochs": 4, "steps_per_epoch": 100, "total_steps": 400, "resumed_from": None, "callbacks": []},
+        **{"max_epochs": 4, "steps_per_epoch": 100, "total_steps": 400, "resumed_from": None},
+        **{"callbacks": [], "unasked": []},
     }
     EventLog(folder).write("training_started", step=0, epoch=0, **{**facts, **changes})
 
@@ -277,17 +316,66 @@ def test_incidents_and_the_change_of_precision_are_listed(tmp_path: Path) -> Non
     log.write("precision_changed", 7, 0, precision_from="16-mixed", precision_to="32-true", why="the loss was nan")
     log.write("checkpoint_refused", 8, 0, nonfinite=["a"], nonfinite_tensors=1)
     log.write("gradient_norm_rising", 9, 0, norm=float("inf"), ratio=3.5, group="net", group_ratio=4.0)
-    findings = [{"tensor": "eeg", "reason": "nonfinite", "sample": 3}]
-    log.write("input_flagged", 9, 0, batch_idx=18, action="warn", findings=findings)
     log.write("something_new", 10, 0, why="a reason")
     report = told(tmp_path)
     assert line(report, "skipped updates") == "1, 1 of these by GradScaler, which is ordinary"
-    assert line(report, "incidents") == "6"
+    assert line(report, "incidents") == "5"
     assert line(report, "precision") == "32-true since step 7, 16-mixed before"
     assert "step 9  gradient_norm_rising" in str(report)
-    assert "step 9  batch 18 was flagged (warn): eeg: nonfinite" in str(report)
     assert "step 10  something_new: a reason" in str(report)
     assert "step 3 " not in str(report)
+
+
+def test_flagged_inputs_are_counted_on_a_line_of_their_own_and_are_no_incidents(tmp_path: Path) -> None:
+    callbacks = [InputCheck(action="skip"), NaNEarlyStop()]
+    train(tmp_path, model=Model(), data=BadSamples(), callbacks=callbacks, max_epochs=1)
+    report = told(tmp_path)
+    assert re.fullmatch(
+        r"2 batches \(skip\); the newest at [\d:]+, step 9, batch 9: batch: nonfinite", line(report, "flagged inputs")
+    )
+    assert line(report, "skipped updates") == "2, 2 of these by InputCheck, for flagged inputs"
+    assert line(report, "incidents") == "0"
+    assert line(report, "layers") == "", "nothing was warned of"
+
+
+def test_the_warning_of_a_layer_that_is_out_of_scale_is_one_line(tmp_path: Path) -> None:
+    model = Model()
+    model.layer = nn.Sequential(OutOfScale(), model.layer)
+    train(tmp_path, model=model, callbacks=[InputCheck()], max_steps=2)
+    report = told(tmp_path)
+    number = r"\d{2,3},\d{3}"
+    assert re.fullmatch(
+        rf"far from unit scale at the start: the input of layer\.1, deviation {number}, by layer\.0 \(x100,000\)",
+        line(report, "layers"),
+    )
+    assert line(report, "incidents") == "0"
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "logger", "every", "said"),
+    [
+        ([], TensorBoardLogger, 1, "not logged (GradNormMonitor does)"),
+        ([GradNormMonitor()], TensorBoardLogger, 50, "not logged (GradNormMonitor has not yet"),
+        ([unasked(GradNormMonitor())], TensorBoardLogger, 50, "not logged (GradNormMonitor has not yet"),
+        (
+            [unasked(GradNormMonitor())],
+            CSVLogger,
+            1,
+            "not logged (GradNormMonitor does; unless it is asked for, only to",
+        ),
+    ],
+)
+def test_why_there_is_no_gradient_norm(tmp_path: Path, callbacks: Any, logger: Any, every: int, said: str) -> None:
+    callbacks = [FractionalCheckpoint(), *callbacks]
+    train(tmp_path, callbacks=callbacks, logger=logger(tmp_path), log_every_n_steps=every, max_epochs=1)
+    assert line(told(tmp_path), "gradient norm").startswith(said)
+
+
+def test_each_of_several_optimizers_has_its_gradient_norm(tmp_path: Path) -> None:
+    train(tmp_path, model=TwoOptimizers(), callbacks=[GradNormMonitor()], max_epochs=1)
+    number = r"[\d.e-]+; \S.* over the last 16 logged"
+    norms = line(told(tmp_path), "gradient norm")
+    assert re.fullmatch(f"optimizer_0 {number}, optimizer_1 {number}", norms)
 
 
 def test_the_run_that_was_written_to_last_is_found_from_above(tmp_path: Path) -> None:
@@ -300,6 +388,17 @@ def test_the_run_that_was_written_to_last_is_found_from_above(tmp_path: Path) ->
     os.utime(tmp_path / "lightning_logs" / "version_0" / FILE_NAME, (2000, 2000))
     assert find_run(tmp_path / "lightning_logs").name == "version_0"
     assert find_run(tmp_path / "lightning_logs" / "version_2").name == "version_2"
+    assert find_run(tmp_path / "lightning_logs" / "version_1" / FILE_NAME).name == "version_1"
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path: Path) -> None:
+    EventLog(str(tmp_path), 0).write("update_skipped", 3, 0, by="guard")
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does, only sooner
+    words = [sys.executable, "-m", "lightning_stability", "status", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_folder_that_is_no_run_is_one_clear_message(command: Launcher, tmp_path: Path) -> None:
