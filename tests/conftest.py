@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_stability.tuab import SyntheticCorpus
+from tests import checkpoint_fit as fits
 from tests import runs
 from tests.command import Launcher
 
@@ -55,5 +56,13 @@ def damaged_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command() -> Iterator[Launcher]:
     """Runs the command line, each time in a process of its own."""
     launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[fits.Fits]:
+    """Runs fits, each in a process of its own that can be killed."""
+    launcher = fits.Fits()
     yield launcher
     launcher.close()

@@ -18,7 +18,6 @@ from tests import checkpoint_fit as fits
 from tests.callbacks.test_fractional_checkpoint import (
     assert_same,
     log,
-    processes,  # noqa: F401
     ranked,
     result,
     resume_from_all,
@@ -123,7 +122,7 @@ def assert_balanced(windows: list[int]) -> None:
 @pytest.mark.slow
 def test_ranks_share_out_every_balanced_epoch_and_go_on_exactly_when_killed(
     tmp_path: Path,
-    processes: fits.Fits,  # noqa: F811
+    processes: fits.Fits,
 ) -> None:
     run = ranked(processes)
     options: dict[str, Any] = {"data": "balanced", "augment": False, "validate": False, "max_epochs": 2, "ranks": 2}
