@@ -31,7 +31,7 @@ class InputError(RuntimeError):
     """Raised by `InputCheck(action="raise")`, on all ranks; the process then ends with a non-zero status.
 
     Attributes:
-        reason: `"nonfinite"`, `"max_abs"`, `"constant"` or `"scale"`; empty on a rank whose own batch was fine.
+        reason: `"nonfinite"`, `"max_abs"` or `"scale"`; empty on a rank whose own batch was fine.
         tensor: Where it is in the batch, such as `"batch['eeg']"`; empty on a rank whose own batch was fine.
         step: Optimizer steps completed before (`trainer.global_step`).
         epoch: The epoch.
@@ -65,12 +65,12 @@ class InputCheck(RuntimeCallback):
 
     A batch is flagged if one of its tensors, whatever their nesting,
 
-    - holds a value that is not finite, though most batches before held none; -inf beside nothing but 0 is a mask and
-      passes, and what is not finite in the first batch is named by a warning instead;
+    - holds a value that is not finite, though half of those before or more held none; -inf beside nothing but 0 is a
+      mask and passes, and what is not finite in the first batch is named by a warning instead;
     - has a magnitude above `max_abs`;
     - has three dimensions or more and a channel (dimension 1) that is constant over all samples and positions, though
-      it varied in every batch before; each channel is flagged once, and one that is constant in the first batch is
-      named at the start instead;
+      it varied in every batch before; that is told once for each, whatever the action, and trained on; one that is
+      constant in the first batch is named at the start instead;
     - has a deviation that differs by more than `max_scale_ratio` from that of the earlier batches that were not
       flagged (their geometric mean).
 
@@ -87,9 +87,10 @@ class InputCheck(RuntimeCallback):
     itself is watched instead.
 
     What a flagged batch is named by: its index, its rank, the samples' positions in it, their index in the dataset
-    where the sampler tells it, and what a method `describe_sample(batch, index) -> str` of the LightningDataModule or
-    the LightningModule says. When that is called the batch is gone: it gets the batch's nesting with the labels, ids
-    and names that it held, and None for its large tensors.
+    where the sampler tells it and no `collate_fn` of the user's makes the batch, and what a method
+    `describe_sample(batch, index) -> str` of the LightningDataModule or the LightningModule says. When that is called
+    the batch is gone: it gets the batch's nesting with the labels, ids and names that it held, and None for its large
+    tensors.
 
     With `"warn"` nothing waits for the device. With `"skip"` the device discards the update of the batch's whole
     accumulation window, and gives back what its forward pass wrote, without a read of its own; with `"raise"` the
@@ -320,7 +321,8 @@ class InputCheck(RuntimeCallback):
         elif ranks := _where(of_ranks):
             self._reads.drain()
             newest = self._report.newest
-            self._raise(trainer, seen, ranks, newest[1][0] if newest is not None and newest[0] is seen else None)
+            findings = newest[1] if newest is not None and newest[0] is seen else []
+            self._raise(trainer, seen, ranks, next((finding for finding in findings if finding.is_unwanted), None))
 
     def _of_ranks(self, trainer: Any, flag: Tensor) -> Tensor:
         """Every rank's flag, on every rank."""

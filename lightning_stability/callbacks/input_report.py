@@ -33,7 +33,6 @@ MOST_IN_A_ROW = 8
 _REMEDIES = {
     "nonfinite": "put finite values in the place of what is missing and give the model a mask",
     "max_abs": "raise max_abs",
-    "constant": "leave out such channels",
     "scale": "raise max_scale_ratio",
 }
 
@@ -107,7 +106,7 @@ class InputReport:
                 )
             if row[FIELDS.index("nonfinite")] and (look.name, "by design") not in self._warned:
                 self._take_as_meant(trainer, seen, look, nonfinite_by_design(look, row))
-            if row[FIELDS.index("is_flagged")]:
+            if row[FIELDS.index("is_unwanted")] or row[FIELDS.index("is_constant")]:
                 findings += findings_of(look, row, self._max_abs, self._max_scale_ratio)
         self._counts.looked += 1
         if seen.is_logged and trainer.is_global_zero:
@@ -124,10 +123,10 @@ class InputReport:
         self.taken_as_meant = self.taken_as_meant or finding
         if sum(kind == "by design" for _, kind in self._warned) > MOST_WARNINGS:
             return
-        why = "It is the first batch looked at" if look.is_first else "Half of the batches before held such, or more"
+        why = "It is the first batch looked at" if look.is_first else "Most batches before held such"
         warn_always(
             f"InputCheck: {self.sentence(trainer, seen, finding)}. {why}, so that this is taken as meant to be: such"
-            " values are flagged only while most batches hold none. If it is not meant, mend that data.",
+            " values are flagged only while half of the batches or more hold none. If it is not meant, mend that data.",
             on_this_rank=True,
         )
 
@@ -135,9 +134,11 @@ class InputReport:
         trainer, events = runtime.trainer, runtime.events
         self._counts.flagged += 1
         rows = []
+        unwanted = any(finding.is_unwanted for finding in findings)
         for finding in findings:
             self._counts.reasons[finding.reason] += 1
-            self._updates.flagged[finding.tensor, finding.reason] += 1
+            if finding.is_unwanted:
+                self._updates.flagged[finding.tensor, finding.reason] += 1
             for sample, value in finding.samples[:MOST_SAMPLES] or [(None, finding.value)]:
                 index = seen.dataset_index(sample)
                 described = None if sample is None else self._describe(trainer, seen, sample)
@@ -147,23 +148,22 @@ class InputReport:
             {name: getattr(row, name) for name in row.__slots__ if name not in ("epoch", "batch_idx", "rank")}
             for row in rows
         ]
-        events.write(
-            "input_flagged", seen.step, seen.epoch, batch_idx=seen.batch_idx, action=self._action, findings=listed
-        )
-        if self._action == "skip":
+        action = self._action if unwanted else "warn"
+        events.write("input_flagged", seen.step, seen.epoch, batch_idx=seen.batch_idx, action=action, findings=listed)
+        if action == "skip":
             append_flagged(None if events.path is None else events.path.parent, rows)
-        for finding in findings if self._action != "raise" else ():
-            self._warn_once(runtime, seen, finding)
+        for finding in findings if action != "raise" else ():
+            self._warn_once(runtime, seen, finding, action)
 
-    def _warn_once(self, runtime: Runtime, seen: Seen, finding: Finding) -> None:
+    def _warn_once(self, runtime: Runtime, seen: Seen, finding: Finding, action: str) -> None:
         kind = (finding.tensor, finding.reason)
         if kind in self._warned or sum(kind != "by design" for _, kind in self._warned) >= MOST_WARNINGS:
             return
         self._warned.add(kind)
         where, path = "", runtime.events.path
         if path is not None:
-            where = f" and listed in {FILE_NAME if self._action == 'skip' else path.name}"
-        done = "The update of its window is skipped. " if self._action == "skip" else ""
+            where = f" and listed in {FILE_NAME if action == 'skip' else path.name}"
+        done = "The update of its window is skipped. " if action == "skip" else ""
         warn_always(
             f"InputCheck: {self.sentence(runtime.trainer, seen, finding)}. {done}Further ones are counted{where}.",
             on_this_rank=True,

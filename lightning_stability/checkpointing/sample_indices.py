@@ -6,6 +6,7 @@ import weakref
 from collections import deque
 from typing import Any
 
+from torch.utils.data import default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 
@@ -51,13 +52,15 @@ class SampleIndices:
             iterator: A loader's.
 
         Returns:
-            Positions in the dataset; None if they are not known.
+            Positions in the dataset; None if they are not known, and where a `collate_fn` of the user's makes the batch
+            of them: it may sort it.
         """
         asked = _ASKED.get(iterator) if iterator is not None else None
         if asked is None or not asked.indices:
             return None
         batch = asked.indices.popleft()
-        if asked.lost or not getattr(iterator, "_in_order", True):
+        ordered = getattr(iterator, "_in_order", True) and iterator._collate_fn is default_collate
+        if asked.lost or not ordered:
             return None
         if isinstance(batch, (list, tuple)) and all(isinstance(i, int) for i in batch):
             return list(batch)

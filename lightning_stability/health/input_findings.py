@@ -41,6 +41,11 @@ class Finding:
     samples: tuple[tuple[int, float], ...]
     text: str
 
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether the batch is not to be trained on for it."""
+        return self.reason != "constant"
+
 
 def findings_of(look: TensorLook, row: Sequence[float], max_abs: float | None, max_scale_ratio: float) -> list[Finding]:
     """What a flagged tensor was flagged for; reads its samples' numbers from the device.

@@ -139,7 +139,7 @@ def places(channel, position, channels, positions, channel_stride, position_stri
     return place[None, :, :], inside[None, :, :]
 
 
-@triton.jit(do_not_specialize=["samples", "channels", "of_sample", "stamp", "may_flag"])
+@triton.jit(do_not_specialize=["samples", "channels", "of_sample", "stamp", "has_past"])
 def judge_values(
     partials,
     stamps,
@@ -152,7 +152,7 @@ def judge_values(
     stamp,
     max_abs,
     log_ratio,
-    may_flag,
+    has_past,
     WATCH: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -233,15 +233,15 @@ def judge_values(
         is_mask = (nonfinite > 0.0) & (negative == nonfinite) & (total > 0.0) & (largest == 0.0)
         is_held = (nonfinite > 0.0) & (is_mask == 0)
         balance = tl.load(scale + 4)
-        is_nonfinite = is_held & (balance < 0.0)
+        is_nonfinite = is_held & (balance <= 0.0) & (has_past != 0)
         is_beyond = largest > max_abs
-        is_constant = (new > 0) & (may_flag != 0) & (batches > 0.0)
+        is_constant = (new > 0) & (has_past != 0) & (batches > 0.0)
         is_drifted = (batches > 0.0) & (std > 0.0) & (tl.abs(log_std - log_mean) > log_ratio)
-        flagged = is_nonfinite | is_beyond | is_constant | is_drifted
+        flagged = is_nonfinite | is_beyond | is_drifted
         usual = tl.where(batches > 0.0, tl.exp(log_mean), float("nan"))
         row = tl.load(scale + 3) + (is_drifted & (is_beyond == 0)).to(tl.float64)
         counted = (std > 0.0) & (flagged == 0)
-        adopted = (counted == 0) & (row >= tl.minimum(batches + 1.0, ADOPTED))
+        adopted = (counted == 0) & (row >= tl.where(batches > 1.0, ADOPTED, ADOPTED // 2))
         weight = tl.where(adopted, 1.0, tl.where(counted, 1.0 / (batches + 1.0), 0.0))
         remember = result + WIDTH
         tl.store(remember, tl.where(adopted, 1.0, tl.where(counted, batches + 1.0, batches)))

@@ -19,7 +19,7 @@ WIDTH = 13  # of a row: `inputs.FIELDS`
 REMEMBERED = 5  # numbers of a tensor's earlier batches: `inputs.TensorState.scale`
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64's squares need torch's way
 ADOPTED = 8
-"""After so many batches in a row of another scale, or more than were counted before, theirs is the usual."""
+"""After so many batches in a row of another scale, or half as many if the first alone had it, theirs is the usual."""
 _WARPS = 4
 _DEPTH = 256
 """Tiles that a program adds up in float32 at most."""
@@ -35,13 +35,13 @@ class Limits:
         max_abs: The largest magnitude.
         log_ratio: The largest distance of the logarithm of its deviation from the usual.
         watch_channels: Whether dimension 1 numbers channels that may be constant.
-        may_flag_channels: Whether one that is counts; not so in the first batch.
+        has_past: Whether there were batches before; without, nothing can differ from them.
     """
 
     max_abs: float
     log_ratio: float
     watch_channels: bool
-    may_flag_channels: bool
+    has_past: bool
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -140,19 +140,19 @@ def _judge(
         state.channels = torch.maximum(state.channels, constant.to(torch.int8))
     log_std = torch.log(torch.where(std > 0, std, 1.0))
     is_held = (nonfinite > 0) & ~is_mask
-    is_nonfinite = is_held & (balance < 0)
+    is_nonfinite = is_held & (balance <= 0) & limits.has_past
     balance = balance + torch.where(is_held, 1.0, -1.0)
     is_beyond = peak > limits.max_abs
-    is_constant = (new > 0) & limits.may_flag_channels & (count > 0)
+    is_constant = (new > 0) & limits.has_past & (count > 0)
     is_drifted = (count > 0) & (std > 0) & ((log_std - log_mean).abs() > limits.log_ratio)
-    flagged = is_nonfinite | is_beyond | is_constant | is_drifted
+    flagged = is_nonfinite | is_beyond | is_drifted
     usual = torch.where(count > 0, log_mean.exp(), math.nan)
     counted = count + 1.0
     scale = [counted, log_mean + (log_std - log_mean) / counted, usual_mean + (mean - usual_mean) / counted]
     scale += [zero, balance]
     kept = torch.stack([count, log_mean, usual_mean, row + (is_drifted & ~is_beyond).to(row.dtype), balance])
     adopted = torch.stack([zero + 1.0, log_std, mean, zero, balance])
-    outvoted = kept[3] >= torch.clamp(counted, max=ADOPTED)
+    outvoted = kept[3] >= torch.where(count > 1, ADOPTED, ADOPTED // 2)
     state.scale = torch.where((std > 0) & ~flagged, torch.stack(scale), torch.where(outvoted, adopted, kept))
     of_mask, of_all, *flags = (
         flag.to(peak.dtype) for flag in (is_mask, flagged, is_nonfinite, is_beyond, is_constant, is_drifted)
@@ -234,7 +234,7 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         state.batches,
         limits.max_abs,
         limits.log_ratio,
-        int(limits.may_flag_channels),
+        int(limits.has_past),
         WATCH=watch,
         PROGRAMS=plan.programs,
         PADDED=plan.padded,

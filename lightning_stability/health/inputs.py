@@ -29,7 +29,7 @@ FIELDS = (
     "constant_channels",  # that are so for the first time
     "first_constant_channel",
     "is_mask",  # -inf beside nothing but 0
-    "is_flagged",
+    "is_unwanted",  # for any of these but a constant channel
 )
 """What a row of a look holds, in this order, all float64."""
 WIDTH = len(FIELDS)
@@ -66,7 +66,7 @@ class TensorLook:
 
     @property
     def flag(self) -> Tensor:
-        """1.0 if the tensor is flagged; 0-dimensional, float64, on the device."""
+        """1.0 if it is not to be trained on; 0-dimensional, float64, on the device."""
         return self.row[WIDTH - 1]
 
 
@@ -105,11 +105,12 @@ class InputMeter:
     On an NVIDIA GPU with Triton each tensor is read once, and again where float32 did not do, by two kernels
     (`input_scan`); elsewhere by torch, in a handful of passes.
 
-    A tensor is flagged if a value is not finite and most batches before held none such; if a magnitude exceeds
-    `max_abs`; if a channel is constant that varied in every batch before; if its deviation differs from the geometric
-    mean of those of earlier batches by more than `max_scale_ratio`. Flagged batches do not enter that mean; but once
-    more in a row have differed from it than it was made of, or `input_scan.ADOPTED` have, the last of them is the usual
-    from then on: an outlier in the first batch must not condemn all others.
+    A tensor is not to be trained on if a value is not finite and half of the batches before or more held none such; if
+    a magnitude exceeds `max_abs`; if its deviation differs from the geometric mean of those of earlier batches by more
+    than `max_scale_ratio`. Such batches do not enter that mean; but once `input_scan.ADOPTED` in a row have differed
+    from it, or half as many if it is the first batch's own, the last of them is the usual from then on: an outlier in
+    the first batch must not condemn all others. A channel that is constant and varied in every batch before is told,
+    and no more: data that is fine has such too (an empty class of a mask, a silent clip).
 
     What is so by design must pass. -inf beside nothing but 0 is an additive attention mask, in whatever batch. Other
     values that are not finite may code what is missing: the majority of the batches decides, since a batch in which by
@@ -158,7 +159,7 @@ class InputMeter:
             self._max_abs if tensor.dtype == torch.float64 else self._max_abs_of_float32,
             self._log_ratio if has_scale else math.inf,
             watch_channels=tensor.dim() > 2 and state.channels is not None and samples * values.shape[2] > 1,
-            may_flag_channels=state.batches > 0,
+            has_past=state.batches > 0,
         )
         row, of_samples = input_scan.scan(values, state, limits)
         is_first, constant = state.batches == 0, None
@@ -205,7 +206,7 @@ class InputMeter:
 
 def _scale_of(saved: Tensor) -> Tensor:
     """Older checkpoints do not count the batches that are not finite: the next one is judged as a first one is."""
-    return torch.cat([saved, saved.new_zeros(input_scan.REMEMBERED - saved.numel())])
+    return torch.cat([saved, saved.new_ones(input_scan.REMEMBERED - saved.numel())])
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:

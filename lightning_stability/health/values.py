@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -52,27 +52,41 @@ def named_tensors(batch: Any, name: str = "batch") -> Iterator[tuple[str, Tensor
     """The tensors of a batch, whatever their nesting, with a name that says where they are.
 
     Args:
-        batch: Tensors in dicts, lists, tuples, dataclasses and named tuples.
+        batch: Tensors in dicts, lists, tuples, dataclasses, named tuples, and attributes of what has a method `to`,
+            which Lightning moves to a device by that.
         name: What the batch itself is called.
 
     Example:
         >>> [name for name, _ in named_tensors({"eeg": torch.zeros(1), "rest": [torch.zeros(1)]})]
         ["batch['eeg']", "batch['rest'][0]"]
     """
+    yield from _walk(batch, name, ())
+
+
+def _walk(batch: Any, name: str, within: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
     if isinstance(batch, Tensor):
         yield name, batch
     elif isinstance(batch, Mapping):
         for key, value in batch.items():
-            yield from named_tensors(value, f"{name}[{key!r}]")
+            yield from _walk(value, f"{name}[{key!r}]", within)
     elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
         for key in batch._fields:
-            yield from named_tensors(getattr(batch, key), f"{name}.{key}")
+            yield from _walk(getattr(batch, key), f"{name}.{key}", within)
     elif isinstance(batch, (list, tuple)):
         for index, value in enumerate(batch):
-            yield from named_tensors(value, f"{name}[{index}]")
+            yield from _walk(value, f"{name}[{index}]", within)
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for item in dataclasses.fields(batch):
-            yield from named_tensors(getattr(batch, item.name), f"{name}.{item.name}")
+            yield from _walk(getattr(batch, item.name), f"{name}.{item.name}", within)
+    elif _is_of_own_class(batch) and not any(batch is outer for outer in within):  # nor to its parent and back
+        for key, value in vars(batch).items():
+            yield from _walk(value, f"{name}.{key}", (*within, batch))
+
+
+def _is_of_own_class(batch: Any) -> bool:
+    return (
+        callable(getattr(batch, "to", None)) and hasattr(batch, "__dict__") and not isinstance(batch, (nn.Module, type))
+    )
 
 
 def _as_floats(tensor: Tensor) -> Tensor | None:

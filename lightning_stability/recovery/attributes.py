@@ -25,7 +25,7 @@ MOST_ELEMENTS = 1_000
 MOST_BYTES = 64 * 2**20
 """A larger array that is neither parameter nor buffer is taken for data, which nobody writes to."""
 
-_DEPTH = 4  # how far from its module an object of the user's may be
+_DEPTH = 8  # how far from its module an object of the user's may be: four objects, one inside of the other
 _LIBRARIES = ("torch", "pytorch_lightning", "lightning", "lightning_fabric", "numpy", "lightning_stability")
 _HOLDERS = (
     argparse.Namespace,
@@ -58,7 +58,8 @@ class Attributes:
         others: Further objects whose attributes are meant, of whatever class.
 
     Raises:
-        CannotPutBack: If the module holds an iterator, or parameters that have no shape yet.
+        CannotPutBack: If the module holds an iterator, parameters that have no shape yet, or objects more than four
+            deep in others.
 
     Example:
         >>> net = nn.BatchNorm1d(2)
@@ -152,14 +153,16 @@ class Attributes:
         self._visit_elements(kept, path, depth)
 
     def _visit_elements(self, values: Any, path: str, depth: int) -> None:
-        if len(values) <= MOST_ELEMENTS and depth <= _DEPTH:
+        if len(values) <= MOST_ELEMENTS:
             for index, value in enumerate(values):
                 self._visit(value, f"{path}[{index}]", depth + 1, registered=False)
 
     def _keep_object(self, value: Any, path: str, depth: int) -> None:
         """What an object of the user's own holds, and its class."""
-        if depth >= _DEPTH or not _is_users_own(value):
+        if not _is_users_own(value):
             return
+        if depth >= _DEPTH:
+            raise CannotPutBack(f"`{path}` lies too deep in other objects")
         if hasattr(value, "__dict__"):
             self._keep_dict(vars(value), path, depth + 1)
         slots = {member: _slot(member, value) for member in _slots_of(type(value))}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_stability import InputCheck, InputError, NaNEarlyStop
 from lightning_stability.callbacks.input_report import MOST_IN_A_ROW
@@ -95,14 +95,71 @@ def test_channels_that_are_constant_from_the_start_are_named_once(caplog: pytest
     assert "batch 2: channel 4 of `batch` is constant, and varied in every batch before" in said[0]
 
 
-def test_what_half_of_the_batches_hold_is_not_flagged_any_more_and_a_warning_says_so() -> None:
+@pytest.mark.parametrize("action", ["skip", "raise"])
+def test_a_channel_that_becomes_constant_is_told_and_trained_on(action: Any, tmp_path: Path) -> None:
+    """A class that no sample of a batch has leaves its channel of a one-hot mask empty."""
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch.mean(dim=2)).pow(2).mean()
+
+    torch.manual_seed(0)
+    x = torch.randn(4 * BATCHES, 6, 5)
+    x[8:12, 4] = 0.0
+    records = runs.RecordCallback()
+    module = make_module(one, training_step=training_step)
+    logger = one.loggers.CSVLogger(tmp_path)
+    said, _ = fit(one, InputCheck(action=action), DataLoader(x, batch_size=4), module, [records], logger=logger)
+    assert [record.outcome for record in records.records] == ["taken"] * BATCHES
+    [message] = said
+    assert "batch 2: channel 4 of `batch` is constant, and varied in every batch before. Further" in message
+    assert not list(tmp_path.rglob("flagged_inputs.csv"))
+    [event] = [event for event in runs.incidents(logger.log_dir) if event["event"] == "input_flagged"]
+    assert event["action"] == "warn"
+
+
+class Graph:
+    """A batch of somebody's own class, which Lightning moves by its `to`."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.parent = self
+
+    def to(self, *args: Any, **kwargs: Any) -> "Graph":
+        return Graph(self.x.to(*args, **kwargs))
+
+
+def test_what_a_batch_of_ones_own_class_holds_is_looked_at() -> None:
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch["graph"].x).pow(2).mean()
+
+    torch.manual_seed(0)
+    scales = [1.0] * 5 + [1e5] + [1.0] * 5
+    data = [{"graph": Graph(torch.randn(4, 6) * scale)} for scale in scales]
+    records = runs.RecordCallback()
+    module = make_module(one, training_step=training_step)
+    said, _ = fit(one, InputCheck(action="skip"), DataLoader(data, batch_size=None), module, [records])
+    assert [record.outcome == "rejected" for record in records.records] == [scale > 1 for scale in scales]
+    assert "the deviation of `batch['graph'].x` is" in said[0]
+
+
+def test_a_batch_that_a_collate_fn_of_ones_own_makes_names_no_dataset_index() -> None:
+    """It may have been sorted, by length say."""
+    said, _ = fit(
+        one, InputCheck(action="skip"), loader({9: 1e6}, collate_fn=lambda samples: default_collate(samples[::-1]))
+    )
+    [message] = said
+    assert "sample" in message
+    assert "dataset index" not in message
+
+
+def test_what_most_of_the_batches_hold_is_not_flagged_any_more_and_a_warning_says_so() -> None:
     module = make_module(one, training_step=without_what_is_missing)
     records = runs.RecordCallback()
     said, _ = fit(one, InputCheck(action="skip"), targets(list(range(1, BATCHES))), module, [records])
-    assert [record.outcome for record in records.records] == ["taken", "rejected", *["taken"] * (BATCHES - 2)]
+    assert [record.outcome for record in records.records] == ["taken", *["rejected"] * 2, *["taken"] * (BATCHES - 3)]
     assert "epoch 0, batch 1: `batch[1]` holds a value that is not finite" in said[0]
-    assert "epoch 0, batch 2: `batch[1]` holds a value that is not finite" in said[1]
-    assert "Half of the batches before held such, or more, so that this is taken as meant to be" in said[1]
+    assert "epoch 0, batch 3: `batch[1]` holds a value that is not finite" in said[1]
+    assert "Most batches before held such, so that this is taken as meant to be" in said[1]
     assert len(said) == 2
 
 
