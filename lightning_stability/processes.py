@@ -30,8 +30,9 @@ def is_alive(pid: int, started_before: float) -> bool:
         pass
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        booted = time.time() - float(Path("/proc/uptime").read_text().split()[0])
     except OSError:  # no Linux, or gone by now
         return True
+    # (not /proc/uptime, which in some containers is the container's, while processes count from the machine's boot)
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     began = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return fields[0] != "Z" and began < started_before + _CLOCK_CHANGE

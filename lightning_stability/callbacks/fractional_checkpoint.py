@@ -190,6 +190,7 @@ class FractionalCheckpoint(ModelCheckpoint):
 
     def on_resumed(self, trainer: Any) -> None:
         """The metric that is there has ranked the checkpoint that the run goes on from."""
+        self._schedule.go_back_to(self._epochs_at_start(trainer))  # if its epoch begins again
         if self.monitor is not None:
             self._ranked = trainer.callback_metrics.get(self.monitor)
 

@@ -86,12 +86,16 @@ class TrainingData:
         made_anew = not inside_epoch and self._trainer.fit_loop._should_reload_train_dl
         found = True
         if not made_anew:
+            error: Exception | None = None
             try:
                 if inside_epoch:
                     self._check_lengths(state, epoch)
                 if state["loaders"]:
                     self._go_to(state, epoch, inside_epoch)
-            except Exception as error:  # a StopIteration would end the fit without a word
+            except Exception as raised:  # a StopIteration would end the fit without a word
+                error = raised
+            # all ranks begin again, or none: they have to train as many batches, and one asks the others for the order
+            if not self._trainer.strategy.reduce_boolean_decision(error is None, all=True):
                 found = not inside_epoch
                 self._begin_again(error, inside_epoch)
         _set_generators(self.loaders, state["generators"])
@@ -130,10 +134,11 @@ class TrainingData:
             self._ahead["random"] = state["fetch_random"]
             fetcher.batches.append(super(type(fetcher), fetcher).__next__())  # type: ignore[misc]
 
-    def _begin_again(self, error: Exception, inside_epoch: bool) -> None:
+    def _begin_again(self, error: Exception | None, inside_epoch: bool) -> None:
+        why = "on another rank" if error is None else f"{type(error).__name__}: {error}"
         rank_zero_warn(
             "The position in the training data could not be restored, because the data is not that of the checkpoint"
-            f" ({type(error).__name__}: {error}). It starts from the beginning"
+            f" ({why}). It starts from the beginning"
             + (", and the epoch under way begins again with its first batch." if inside_epoch else ".")
         )
         for loader in self.loaders:

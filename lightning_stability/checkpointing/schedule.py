@@ -39,6 +39,10 @@ class EpochSchedule:
         """Begin where a resumed run is: what was due up to there is done."""
         self._passed = epochs // self.interval
 
+    def go_back_to(self, epochs: Fraction) -> None:
+        """What was due after that is due again, if an epoch begins again that was under way."""
+        self._passed = min(self._passed, epochs // self.interval)
+
     @property
     def digits(self) -> int:
         """Decimal places that tell any two saves apart: those of the interval, if it has few."""

@@ -90,8 +90,8 @@ class MetricUndo:
 
     @torch.no_grad()
     def snapshot(self) -> list[MetricSnapshot]:
-        """Every state as it is now, for `put_back`."""
-        return [MetricSnapshot.of(metric) for metric in self._all()]
+        """Every state as it is now, for `put_back`; of what is logged by the step too."""
+        return [MetricSnapshot.of(metric) for metric in (*self._all(), *self._by_step_alone())]
 
     @torch.no_grad()
     def put_back(self, snapshots: list[MetricSnapshot]) -> None:
@@ -106,6 +106,10 @@ class MetricUndo:
         for metric in self._all():
             if id(metric) not in known:
                 metric.reset()
+
+    def _by_step_alone(self) -> Iterable[Metric]:
+        items = (self._results() or {}).values()
+        return [i for i in items if i.is_tensor and not i.meta.on_epoch and i.meta.fx not in _BEFORE_A_BATCH]
 
     def _all(self) -> Iterable[Metric]:
         results = self._results()
@@ -125,6 +129,8 @@ class MetricSnapshot:
     metric: Metric
     update_count: int
     states: dict[str, Any]
+    of_step: Any
+    """What it was in the newest step, which `on_step=True` logs."""
 
     @classmethod
     def of(cls, metric: Metric) -> MetricSnapshot:
@@ -135,13 +141,14 @@ class MetricSnapshot:
         """
         states = {name: getattr(metric, name) for name in metric._defaults}
         copies = {n: list(state) if isinstance(state, list) else state.detach().clone() for n, state in states.items()}
-        return cls(metric, metric._update_count, copies)
+        return cls(metric, metric._update_count, copies, metric._forward_cache)
 
     def put_back(self) -> None:
         """The metric has these states."""
         for name, state in self.states.items():
             setattr(self.metric, name, state)
         self.metric._update_count, self.metric._computed = self.update_count, None
+        self.metric._forward_cache = self.of_step
 
 
 @dataclass(slots=True)

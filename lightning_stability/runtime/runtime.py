@@ -239,6 +239,7 @@ class Runtime:
         if self.retries is not None:
             self.retries.remove()
         self.steps.remove()
+        self.guard = None
         self._reads.drop()
         trainer = self._trainer()
         if trainer is not None and _RUNTIMES.get(trainer) is self:

@@ -22,6 +22,10 @@ from lightning_stability.runtime.trainers import clips_by_norm, is_clipped_to_th
 if TYPE_CHECKING:
     from lightning_stability.runtime.runtime import Runtime
 
+_UPDATES_TO_WATCH = 2
+"""Updates of an optimizer of the user's own before which to look whether it moves the weights ahead of its closure. The
+second may move them by what the first has made, such as a momentum."""
+
 
 class Stepping:
     """Measures each step's gradients, has the guard judge them, and lets the optimizer go ahead or not.
@@ -37,7 +41,7 @@ class Stepping:
         self._last_window = Window()
         self._step: OpenStep | None = None
         self._stand_ins: dict[Optimizer, StepStandIn] = {}
-        self._looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._seen_through: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 
     def stand_in_for(self, optimizer: Optimizer) -> None:
         """Be asked when this optimizer steps, from now on."""
@@ -177,8 +181,8 @@ class Stepping:
     ) -> Any:
         """The same where the optimizer's `step` shall run the closure itself: it may have begun something before."""
         runtime = self._runtime
-        versions = None if optimizer in self._looked_at else _versions(optimizer)
-        self._looked_at.add(optimizer)
+        seen_through = self._seen_through.get(optimizer, 0)
+        versions = _versions(optimizer) if seen_through < _UPDATES_TO_WATCH else None
 
         def look() -> None:
             if versions is not None and versions != _versions(optimizer):
@@ -199,7 +203,10 @@ class Stepping:
                 return True
             step.called = True
             self._forgive(step)
-            return decision.enter_context(guard.decide(optimizer, step.verdict))
+            goes_ahead = decision.enter_context(guard.decide(optimizer, step.verdict))
+            if goes_ahead and versions is not None:
+                self._seen_through[optimizer] = seen_through + 1
+            return goes_ahead
 
         with ExitStack() as decision:
             gate = arguments["closure"] = Gate(arguments["closure"], optimizer, look, decide)

@@ -103,6 +103,7 @@ def _edf_files(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
+        folders.sort()  # of a folder that two links lead to, the same is always the one that is listed
         found += [Path(parent, name) for name in (*folders, *files) if name.lower().endswith(".edf")]
     return sorted(found)
 

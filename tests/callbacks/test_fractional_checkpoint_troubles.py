@@ -18,9 +18,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_stability import FractionalCheckpoint
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.checkpointing import last_good_checkpoint, list_checkpoints
+from lightning_stability.checkpointing.loaders import TrainingData
 from tests import checkpoint_fit as fits
 from tests import runs
-from tests.callbacks.test_fractional_checkpoint import assert_same, fit, kept_steps, result, saved, train
+from tests.callbacks.test_fractional_checkpoint import assert_same, fit, kept_steps, result, saved, steps, train
 
 pl = runs.load_namespace("pytorch_lightning")
 
@@ -165,6 +166,33 @@ def test_without_a_position_other_batches_begin_the_epoch_again(tmp_path: Path) 
     _, said = loudly(tmp_path / "b", max_epochs=1, data=loader(7), ckpt_path=str(path))
     assert [message for message in said if "an epoch had 7 batches and has 4" in message]
     assert len({index for batch in result(tmp_path / "b")["seen"] for index in batch}) == 28
+
+
+def test_an_epoch_that_begins_again_is_saved_in_like_any_other(tmp_path: Path) -> None:
+    fit(tmp_path / "a", max_epochs=1, checkpoint={"every_n_epochs": 6 / 7})
+    [path] = [path for path in saved(tmp_path / "a") if "000.85" in path.name]
+    options = {"data": OTHER_DATA["larger batches"], "checkpoint": {"every_n_epochs": 1 / 4, "save_top_k": -1}}
+    loudly(tmp_path / "b", max_epochs=1, ckpt_path=str(path), **options)
+    assert steps(tmp_path / "b") == [7, 8, 9, 10]
+
+
+def test_where_another_rank_does_not_find_its_place_all_begin_the_epoch_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tmp_path / "a", max_epochs=1, checkpoint={"every_n_epochs": 6 / 7})
+    [path] = [path for path in saved(tmp_path / "a") if "000.85" in path.name]
+    restore = TrainingData.restore
+
+    def as_another_says(data: TrainingData, *position: Any) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(data._trainer.strategy, "reduce_boolean_decision", lambda decision, all: False)
+            return restore(data, *position)
+
+    monkeypatch.setattr(TrainingData, "restore", as_another_says)
+    _, said = loudly(tmp_path / "b", max_epochs=1, ckpt_path=str(path))
+    assert [message for message in said if "could not be restored" in message and "on another rank" in message]
+    batches = result(tmp_path / "b")["seen"]
+    assert sorted(index for batch in batches for index in batch) == list(range(28)), "the whole epoch"
 
 
 def test_a_section_of_another_version_is_left_to_lightnings_own_resume(tmp_path: Path) -> None:

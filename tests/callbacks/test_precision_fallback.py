@@ -412,6 +412,23 @@ class TestTogether:
         assert trainer.precision == "32-true"
         assert not poison.nonfinite(module.state_dict())
 
+    def test_a_try_in_vain_logs_nothing(self, one: Any) -> None:
+        logged: list[dict[str, float]] = []
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
+            narrow = float(torch.is_autocast_enabled("cpu"))
+            self.log("by_step", narrow)
+            self.log("both", narrow, on_step=True, on_epoch=True)
+            return self.net(batch[0]).float().pow(2).mean() * (torch.nan if batch_idx == 1 else 1.0)
+
+        def on_train_batch_end(self: Any, *args: Any) -> None:
+            logged.append({name: float(value) for name, value in self.trainer.callback_metrics.items()})
+
+        module = runs.make_module(one, training_step=training_step, on_train_batch_end=on_train_batch_end)
+        callbacks = [PrecisionFallback(), NaNEarlyStop(patience=1)]
+        runs.trainer(one, callbacks=callbacks, plugins=runs.fp16(one)).fit(module, runs.data())
+        assert {(values["by_step"], values["both_step"]) for values in logged} == {(1.0, 1.0)}
+
     @pytest.mark.parametrize("manual", [True, False], ids=["manual", "in place"])
     def test_nor_changes_it_the_precision_for_a_batch_that_is_not_finite_itself(self, one: Any, manual: bool) -> None:
         def training_step(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:

@@ -312,6 +312,44 @@ class TestWhatElseHappens:
         with pytest.raises(refusal, match=r"Ahead\.step moves the weights before it calls its closure"):
             runs.trainer(one, callbacks=[NaNEarlyStop()]).fit(module, runs.data())
 
+    def test_so_is_one_that_moves_them_by_what_its_first_update_has_made(self, one: Any) -> None:
+        class Ahead(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                with torch.no_grad():
+                    for weight, state in self.state.items():
+                        weight.add_(state["momentum_buffer"], alpha=-0.1)
+                return super().step(closure)
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:  # the first update is skipped
+            return self.net(batch[0] * (torch.nan if batch_idx == 0 else 1.0)).pow(2).mean()
+
+        def optimizer(module: Any) -> Any:
+            return Ahead(module.parameters(), lr=0.1, momentum=0.9)
+
+        module = runs.make_module(one, optimizer=optimizer, training_step=training_step)
+        refusal = one.utilities.exceptions.MisconfigurationException
+        with pytest.raises(refusal, match=r"Ahead\.step moves the weights before it calls its closure"):
+            runs.trainer(one, callbacks=[NaNEarlyStop(patience=3)]).fit(module, runs.data())
+
+    def test_an_automatic_guard_that_leaves_in_the_midst_of_a_step_lets_it_be_made(self, one: Any) -> None:
+        class Ahead(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                with torch.no_grad():
+                    self.param_groups[0]["params"][0].add_(0.1)
+                return super().step(closure)
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]).pow(2).mean() * torch.nan
+
+        module = runs.make_module(
+            one, optimizer=lambda module: Ahead(module.parameters(), lr=0.1), training_step=training_step
+        )
+        automatic = NaNEarlyStop()
+        automatic.automatic = True
+        with pytest.warns(UserWarning, match="stands aside"):
+            runs.trainer(one, callbacks=[automatic], max_steps=1).fit(module, runs.data())
+        assert any(weight.isnan().any() for weight in module.parameters()), "as without it"
+
     def test_a_validation_inside_a_window_sees_no_bad_buffer(self, one: Any) -> None:
         module = poison.make_module(one, {0: "nan_input"}, OPTIMIZERS["AdamW foreach"], by_hand=False)
         options = {"accumulate_grad_batches": 4, "val_check_interval": 2, "num_sanity_val_steps": 0}

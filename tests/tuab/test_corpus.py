@@ -94,6 +94,20 @@ def test_recordings_behind_links_and_in_capitals_are_found(tmp_path, corpus):
     assert len(find_recordings(root)) == len(before)
 
 
+def test_of_many_links_to_one_folder_the_first_by_name_is_listed(tmp_path, corpus):
+    root = tmp_path / "root"
+    shutil.copytree(corpus, root)
+    folder = root / "edf" / "train" / "normal"
+    found = len(find_recordings(root))
+    [linked] = [path for path in folder.iterdir() if path.is_dir()]
+    linked.rename(tmp_path / "elsewhere")
+    for name in ("f", "c", "h", "a", "e", "b", "g", "d"):
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+    names = [recording.path for recording in find_recordings(root)]
+    assert len(names) == found
+    assert {name.split("/")[3] for name in names if name.startswith("edf/train/normal/")} == {"a"}
+
+
 def test_a_folder_that_cannot_be_listed_is_an_error_and_not_a_smaller_corpus(tmp_path, corpus):
     root = tmp_path / "corpus"
     shutil.copytree(corpus, root)
