@@ -239,9 +239,10 @@ def judge_values(
         is_drifted = (batches > 0.0) & (std > 0.0) & (tl.abs(log_std - log_mean) > log_ratio)
         flagged = is_nonfinite | is_beyond | is_drifted
         usual = tl.where(batches > 0.0, tl.exp(log_mean), float("nan"))
-        row = tl.load(scale + 3) + (is_drifted & (is_beyond == 0)).to(tl.float64)
+        differs = is_drifted & (is_beyond == 0)
+        row = tl.load(scale + 3) + differs.to(tl.float64)
         counted = (std > 0.0) & (flagged == 0)
-        adopted = (counted == 0) & (row >= tl.where(batches > 1.0, ADOPTED, ADOPTED // 2))
+        adopted = differs & (counted == 0) & (row >= tl.where(batches > 1.0, ADOPTED, ADOPTED // 2))
         weight = tl.where(adopted, 1.0, tl.where(counted, 1.0 / (batches + 1.0), 0.0))
         remember = result + WIDTH
         tl.store(remember, tl.where(adopted, 1.0, tl.where(counted, batches + 1.0, batches)))

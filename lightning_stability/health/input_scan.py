@@ -150,9 +150,10 @@ def _judge(
     counted = count + 1.0
     scale = [counted, log_mean + (log_std - log_mean) / counted, usual_mean + (mean - usual_mean) / counted]
     scale += [zero, balance]
-    kept = torch.stack([count, log_mean, usual_mean, row + (is_drifted & ~is_beyond).to(row.dtype), balance])
+    differs = is_drifted & ~is_beyond
+    kept = torch.stack([count, log_mean, usual_mean, row + differs.to(row.dtype), balance])
     adopted = torch.stack([zero + 1.0, log_std, mean, zero, balance])
-    outvoted = kept[3] >= torch.where(count > 1, ADOPTED, ADOPTED // 2)
+    outvoted = differs & (kept[3] >= torch.where(count > 1, ADOPTED, ADOPTED // 2))
     state.scale = torch.where((std > 0) & ~flagged, torch.stack(scale), torch.where(outvoted, adopted, kept))
     of_mask, of_all, *flags = (
         flag.to(peak.dtype) for flag in (is_mask, flagged, is_nonfinite, is_beyond, is_constant, is_drifted)
