@@ -18,10 +18,19 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_stability import FractionalCheckpoint
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.checkpointing import last_good_checkpoint, list_checkpoints
-from lightning_stability.checkpointing.loaders import TrainingData
 from tests import checkpoint_fit as fits
 from tests import runs
-from tests.callbacks.test_fractional_checkpoint import assert_same, fit, kept_steps, result, saved, steps, train
+from tests.callbacks.test_fractional_checkpoint import (
+    assert_same,
+    fit,
+    kept_steps,
+    log,
+    ranked,
+    result,
+    saved,
+    steps,
+    train,
+)
 
 pl = runs.load_namespace("pytorch_lightning")
 
@@ -176,23 +185,18 @@ def test_an_epoch_that_begins_again_is_saved_in_like_any_other(tmp_path: Path) -
     assert steps(tmp_path / "b") == [7, 8, 9, 10]
 
 
-def test_where_another_rank_does_not_find_its_place_all_begin_the_epoch_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit(tmp_path / "a", max_epochs=1, checkpoint={"every_n_epochs": 6 / 7})
-    [path] = [path for path in saved(tmp_path / "a") if "000.85" in path.name]
-    restore = TrainingData.restore
-
-    def as_another_says(data: TrainingData, *position: Any) -> bool:
-        with monkeypatch.context() as patch:
-            patch.setattr(data._trainer.strategy, "reduce_boolean_decision", lambda decision, all: False)
-            return restore(data, *position)
-
-    monkeypatch.setattr(TrainingData, "restore", as_another_says)
-    _, said = loudly(tmp_path / "b", max_epochs=1, ckpt_path=str(path))
-    assert [message for message in said if "could not be restored" in message and "on another rank" in message]
-    batches = result(tmp_path / "b")["seen"]
-    assert sorted(index for batch in batches for index in batch) == list(range(28)), "the whole epoch"
+def test_where_one_rank_does_not_find_its_place_all_begin_the_epoch_again(tmp_path: Path, processes: fits.Fits) -> None:
+    options = {"data": "ranks", "augment": False, "validate": False, "max_epochs": 1, "ranks": 2}
+    run = ranked(processes)
+    assert run(tmp_path / "a", **options) == 0, log(tmp_path / "a")
+    path = saved(tmp_path / "a")[0]
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["lightning_stability"]["ranks"][1]["data"]["lengths"] = [99]
+    other = tmp_path / "other.ckpt"
+    torch.save(checkpoint, other)
+    assert run(tmp_path / "b", ckpt_path=str(other), **options) == 0, log(tmp_path / "b")
+    seen = [index for rank in range(2) for batch in result(tmp_path / "b", rank)["seen"] for index in batch]
+    assert sorted(seen) == list(range(56)), "the whole epoch, once"
 
 
 def test_a_section_of_another_version_is_left_to_lightnings_own_resume(tmp_path: Path) -> None:

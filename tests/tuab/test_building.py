@@ -219,15 +219,20 @@ def test_a_new_interpreter_preprocesses_as_this_one_does_and_ends_when_its_conne
         process.wait()
 
 
+def builder_at_work(corpus: Path, folder: Path) -> tuple[Builder, list[int]]:
+    """With its two processes, once some recordings are finished and some are not."""
+    builder = Builder(corpus, folder, pause=0.1, processes=2)
+    wait_for(lambda: len(finished(folder)) >= 3)
+    assert builder.process.pid is not None
+    return builder, children(builder.process.pid)
+
+
 @pytest.mark.slow
 def test_processes_fill_the_cache_with_the_same_bits_and_end_when_the_builder_is_killed(
     damaged_corpus: Path, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     folder = tmp_path / "cache"
-    builder = Builder(damaged_corpus, folder, pause=0.1, processes=2)
-    wait_for(lambda: len(finished(folder)) >= 3)
-    assert builder.process.pid is not None
-    workers = children(builder.process.pid)
+    builder, workers = builder_at_work(damaged_corpus, folder)
     assert len(workers) == 2
     builder.kill()
     assert builder.read == []  # the others read
@@ -299,10 +304,7 @@ def test_a_killed_process_ends_the_build_with_a_message_and_what_is_finished_sta
     damaged_corpus: Path, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     folder = tmp_path / "cache"
-    builder = Builder(damaged_corpus, folder, pause=0.1, processes=2)
-    wait_for(lambda: len(finished(folder)) >= 3)
-    assert builder.process.pid is not None
-    workers = children(builder.process.pid)
+    builder, workers = builder_at_work(damaged_corpus, folder)
     os.kill(workers[0], signal.SIGKILL)
     assert builder.end() == 1
     assert "ended with status -9" in builder.error.read_text()
