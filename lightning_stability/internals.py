@@ -1,0 +1,68 @@
+"""Every private name of Lightning and torch that the package uses, once each.
+
+`tests/test_internals.py` has a test for each of them, which fails when a new version moves it. Public names are used
+where they are needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ABSENT = object()
+
+
+class Overrides:
+    """Attributes that are set on instances for a while; `restore` undoes them, the last one first.
+
+    What somebody else has set over one of ours in the meantime is left as it is.
+
+    Example:
+        >>> class Loop:
+        ...     def advance(self):
+        ...         return "its own"
+        >>> loop, overrides = Loop(), Overrides()
+        >>> overrides.set(loop, "advance", lambda: "ours")
+        >>> loop.advance()
+        'ours'
+        >>> overrides.restore()
+        >>> loop.advance()
+        'its own'
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[tuple[Any, str, Any, Any]] = []
+
+    def set(self, instance: Any, name: str, value: Any) -> None:
+        """Set an attribute of one instance; its class is left alone."""
+        before = vars(instance).get(name, _ABSENT)
+        setattr(instance, name, value)
+        self._stack.append((instance, name, value, before))
+
+    def restore(self) -> None:
+        """Undo everything that was set."""
+        while self._stack:
+            instance, name, value, before = self._stack.pop()
+            if vars(instance).get(name, _ABSENT) is not value:
+                continue
+            if before is _ABSENT:
+                delattr(instance, name)
+            else:
+                setattr(instance, name, before)
+
+
+# --- The training loop ---
+
+
+# --- Precision plugins and optimizers ---
+
+
+# --- Loggers ---
+
+
+# --- Checkpoints, loop progress and data loaders ---
+
+
+# --- Modules, metrics and tensors ---
+
+
+# --- Autograd and dispatch, for diagnosis ---
