@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stability.callbacks.base import RuntimeCallback
+from lightning_stability.callbacks.base import StabilityCallback
 from lightning_stability.events import read_events
 from lightning_stability.health import StepRecord
-from lightning_stability.runtime import runtime_of
+from lightning_stability.runtime import session_of
 
 FOLDER = tempfile.TemporaryDirectory()  # for what a Trainer writes when nobody told it where
 NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
@@ -120,7 +120,7 @@ def data(count: int = 8, batch_size: int = 2, features: int = 6, dtype: torch.dt
     return DataLoader(TensorDataset(torch.randn(count, features).to(dtype)), batch_size=batch_size)
 
 
-class RecordCallback(RuntimeCallback):
+class RecordCallback(StabilityCallback):
     """A policy that keeps every record."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class RecordCallback(RuntimeCallback):
         self.records.append(record)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.seen_runtimes.append(runtime_of(trainer))
+        self.seen_runtimes.append(session_of(trainer))
 
 
 def trainer(pl: types.ModuleType, **options: Any) -> Any:

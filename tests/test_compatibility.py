@@ -11,7 +11,7 @@ import torch
 from lightning_stability import FractionalCheckpoint, GradNormMonitor, NaNEarlyStop, PrecisionFallback
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.checkpointing.listing import list_checkpoints
-from lightning_stability.runtime import runtime_of
+from lightning_stability.runtime import session_of
 from tests import compatibility, runs
 from tests.command import run_python
 from tests.compatibility import WORKS, Case, cases
@@ -155,7 +155,7 @@ def prove_fallback(pl: Any, case: Case, folder: str) -> None:
         """Sees whether anything is measured at all."""
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            self.runtime = runtime_of(trainer)
+            self.runtime = session_of(trainer)
 
     look = Look()
     ours = make_callbacks(case)

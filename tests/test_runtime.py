@@ -13,7 +13,7 @@ import torch
 from lightning_stability import GradNormMonitor
 from lightning_stability._compat import MisconfigurationException, is_overridden
 from lightning_stability.health.loss_scale import scale_tensor, unscales_itself
-from lightning_stability.runtime import log_folder, runtime_of
+from lightning_stability.runtime import log_folder, session_of
 from tests import runs
 
 
@@ -228,7 +228,7 @@ class TestLifetime:
         before = dict(vars(plugin))
         module = runs.make_module(pl)
         trainer.fit(module, runs.data())
-        assert runtime_of(trainer) is None
+        assert session_of(trainer) is None
         assert vars(plugin) == before
         assert not trainer.optimizers[0]._optimizer_step_pre_hooks
 

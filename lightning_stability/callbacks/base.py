@@ -1,8 +1,8 @@
-"""What the callbacks share: joining the Trainer's runtime at setup and leaving it, however the fit ends."""
+"""What the callbacks share: joining the Trainer's session, refusing, and disabling themselves."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import warnings
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stability._compat import Callback, MisconfigurationException, is_instance_by_name
+from lightning_stability.callbacks.incident import Incident
 from lightning_stability.health import StepRecord
-from lightning_stability.runtime import RunEvents, Runtime
+from lightning_stability.runtime import Order, Session, session_of
+from lightning_stability.runtime.containment import HOOKS
 
 
 def warn_always(message: str, on_this_rank: bool = False) -> None:
@@ -42,7 +44,7 @@ def warn_of_forgotten_precision(callback: Any, trainer: Any, checkpoint: dict[st
     state = (checkpoint.get("callbacks") or {}).get("PrecisionFallback")
     if not state or state["to"] == str(trainer.precision) or trainer.state.fn != "fit":
         return
-    names = ("PrecisionFallback", "RuntimeCallback", "FractionalCheckpoint")
+    names = ("PrecisionFallback", "SessionMember")
     ours = [other for other in trainer.callbacks if is_instance_by_name(other, *names)]
     if callback is ours[0] and not any(is_instance_by_name(other, "PrecisionFallback") for other in ours):
         warn_always(
@@ -52,8 +54,27 @@ def warn_of_forgotten_precision(callback: Any, trainer: Any, checkpoint: dict[st
         )
 
 
-class RuntimeCallback(Callback):
-    """A callback that is a policy of its Trainer's runtime while `fit` runs."""
+def _joining(setup: Any) -> Any:
+    """A `setup` that joins the session first."""
+
+    @functools.wraps(setup)
+    def joined(self: SessionMember, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._join(trainer, stage)
+        if stage != "fit" or self in trainer.callbacks:  # else it has disabled itself
+            setup(self, trainer, pl_module, stage)
+
+    return joined
+
+
+class SessionMember:
+    """What makes a callback a policy of its Trainer's session while `fit` runs.
+
+    It joins the session before its `setup` runs, whether or not a subclass calls `super().setup()`; the session
+    receives Lightning's hooks by itself.
+    """
+
+    order = Order.OBSERVE
+    """When it is shown a record: retries first, then skips, rewinds, stops, and those that only observe."""
 
     read_every = 1
     """How many steps may pass before records are handed over. Several at a time cost less."""
@@ -61,23 +82,35 @@ class RuntimeCallback(Callback):
     guards = False
     """Whether bad updates shall be skipped."""
 
-    patience = math.inf
-    """How many bad updates in a row the run may go on after."""
+    patience: float = math.inf
+    """How many bad updates in a row to skip; the next one ends the run."""
 
     reads_steps = True
-    """Whether it has to do with records at all; a run in which nobody has is not measured."""
+    """Whether it needs records; a run in which nobody does is not measured."""
 
     automatic = False
-    """Whether it came with the environment: what it would refuse then only makes it stand aside."""
+    """Whether it came with the environment: it then disables itself where it would refuse."""
 
     asked_for = True
     """Whether somebody named it, in code, on the command line or in the environment."""
 
-    _runtime: Runtime | None = None
+    session: Session | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        setup = vars(cls).get("setup")
+        if setup is not None:
+            cls.setup = _joining(setup)  # type: ignore[method-assign]
 
     def is_needed(self, trainer: Any) -> bool:
         """Whether the callback has anything to do under this Trainer; if not it costs nothing."""
         return True
+
+    def objection(self, trainer: Any) -> str | None:
+        """Why this Trainer is refused; None if it is not."""
+        return None
+
+    # What the session asks (`runtime.Policy`).
 
     def on_record(self, record: StepRecord) -> None:
         """Called once for each optimizer step, in order, some time after it."""
@@ -86,91 +119,74 @@ class RuntimeCallback(Callback):
         """Whether the sizes of this step's update and weights shall be measured too."""
         return False
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Join the Trainer's runtime."""
-        self._leave()
-        if stage == "fit" and self.is_needed(trainer):
-            self._runtime = Runtime.attach(trainer, self)
+    def describe_skip(self, record: StepRecord) -> dict[str, Any]:
+        """The fields of the event `update_skipped` that explain it."""
+        assert self.session is not None
+        incident = Incident.of(record, self.session.recent_batch(record), self.session.trainer.world_size > 1)
+        return {"what": incident.what, "why": incident.why}
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """All callbacks are set up."""
-        if self._runtime is not None:
-            self._runtime.prepare()
+    def on_many_skips(self, skipped: int, of: int) -> None:
+        """More than 5 % of the last updates were skipped."""
+        warn_always(
+            f"{type(self).__name__}: {skipped} of the last {of} updates were skipped. The run learns nothing from these"
+            " batches. The events `update_skipped` in events.jsonl say which they were and why."
+        )
+
+    def skips_exception(self, exception: Exception, batch: Any) -> bool:
+        """`training_step` has raised; whether to skip the batch and to continue."""
+        return False
+
+    def on_session_end(self, exception: BaseException | None) -> None:
+        """The fit ends; the session is gone next."""
+
+    def disable(self, trainer: Any, reason: object) -> None:
+        """Leave a run that an automatic callback cannot serve."""
+        self._leave()
+        take_out(self, trainer, reason)
+
+    # Parts of the above.
+
+    def _join(self, trainer: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        if self.session is not None and self.session is session_of(trainer) and not self.session.has_begun:
+            return
+        self._leave()
+        if not self.is_needed(trainer):
+            return
+        objection = self.objection(trainer)
+        if objection is not None:
+            self._refuse(trainer, objection)
+        else:
+            self.session = Session.join(trainer, self)
+
+    def _refuse(self, trainer: Any, message: str) -> None:
+        """Refuse a run; an automatic callback only disables itself."""
+        if not self.automatic:
+            raise MisconfigurationException(message)
+        self.disable(trainer, message)
+
+    def _leave(self) -> None:
+        session, self.session = self.session, None
+        if session is not None:
+            session.leave(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, here or in another process, has no Trainer yet. `log` and `log_dict` belong to the module:
+        # Lightning puts them on every callback while it runs. Contained hooks belong to the session.
+        not_ours = ("session", "log", "log_dict", *HOOKS)
+        return {name: value for name, value in vars(self).items() if name not in not_ours}
+
+
+class StabilityCallback(SessionMember, Callback):
+    """A callback that is a policy of its Trainer's session while `fit` runs."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the Trainer's session."""
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Warn of a precision that the run has left, if nobody else does."""
         warn_of_forgotten_precision(self, trainer, checkpoint)
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Everything is set up and restored: the runtime takes its places."""
-        if self._runtime is not None:
-            self._runtime.start(pl_module)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Tell the runtime."""
-        if self._runtime is not None:
-            self._runtime.begin_epoch()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Tell the runtime."""
-        if self._runtime is not None:
-            self._runtime.begin_batch(batch)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Tell the runtime."""
-        if self._runtime is not None:
-            self._runtime.end_batch()
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Read what is on its way, so that an epoch's numbers are there when it ends."""
-        if self._runtime is not None:
-            self._runtime.end_epoch()
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Read what is on its way, before the loggers are closed."""
-        if self._runtime is not None:
-            self._runtime.drain()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Read what is on its way, which may say why, and leave: after an exception Lightning calls no teardown."""
-        if self._runtime is not None:
-            with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
-                self._runtime.drain()
-        self._leave()
-        RunEvents.of(trainer).failed(trainer, exception)
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the runtime."""
-        self._leave()
-        if stage == "fit":
-            RunEvents.of(trainer).ended(trainer)
-
-    def stand_aside(self, trainer: Any, reason: object) -> None:
-        """Leave a run that an automatic callback cannot serve.
-
-        Args:
-            trainer: The Trainer.
-            reason: Why.
-        """
-        self._leave()
-        take_out(self, trainer, reason)
-
-    def _refuse(self, trainer: Any, message: str) -> None:
-        """Refuse a run; an automatic callback only stands aside."""
-        if not self.automatic:
-            raise MisconfigurationException(message)
-        self.stand_aside(trainer, message)
-
-    def _leave(self) -> None:
-        if self._runtime is not None:
-            self._runtime.detach(self)
-            self._runtime = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy, here or in another process, has no Trainer yet. `log` and `log_dict` belong to the module:
-        # Lightning puts them on every callback while it runs.
-        not_ours = ("_runtime", "log", "log_dict")
-        return {name: value for name, value in vars(self).items() if name not in not_ours}
 
 
 def take_out(callback: Any, trainer: Any, reason: object) -> None:
@@ -183,4 +199,4 @@ def take_out(callback: Any, trainer: Any, reason: object) -> None:
     """
     # Another list: Lightning may be on its way through this one.
     trainer.callbacks = [other for other in trainer.callbacks if other is not callback]
-    rank_zero_warn(f"lightning-stability: {type(callback).__name__} stands aside in this run: {reason}")
+    rank_zero_warn(f"lightning-stability: {type(callback).__name__} disables itself in this run: {reason}")

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_stability._compat import MisconfigurationException, ModelCheckpoint
-from lightning_stability.callbacks.base import warn_of_forgotten_precision
+from lightning_stability.callbacks.base import SessionMember, warn_of_forgotten_precision
 from lightning_stability.checkpointing import writing
 from lightning_stability.checkpointing.listing import NonfiniteByDesign
 from lightning_stability.checkpointing.loops import SECTION, Place, TrainingPlaces
@@ -21,7 +21,6 @@ from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
 from lightning_stability.checkpointing.section import dump_checkpoint, make_section, nonfinite_on_any_rank
 from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.events import EventLog
-from lightning_stability.runtime import RunEvents, log_folder, runtime_of
 
 _OTHER_TRIGGERS = ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end", "save_on_exception")
 _BOOKKEEPING = (
@@ -30,7 +29,7 @@ _BOOKKEEPING = (
 )
 
 
-class FractionalCheckpoint(ModelCheckpoint):
+class FractionalCheckpoint(SessionMember, ModelCheckpoint):
     """Saves every `every_n_epochs` epochs, fractions included, and resumes as if nothing had happened.
 
     A `ModelCheckpoint` with another trigger: `monitor`, `save_top_k`, `save_last`, `filename`, `dirpath` and remote
@@ -130,6 +129,12 @@ class FractionalCheckpoint(ModelCheckpoint):
         self._writer: writing.Writer | None = None
         self._events = EventLog(None)
 
+    reads_steps = False
+
+    def is_needed(self, trainer: Any) -> bool:
+        """Only in a run that keeps files."""
+        return not trainer.fast_dev_run
+
     # What Lightning calls
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -139,7 +144,8 @@ class FractionalCheckpoint(ModelCheckpoint):
             return
         self._leave(trainer)
         self._begin_fit()
-        self._events = EventLog(log_folder(trainer), trainer.global_rank)
+        if self.session is not None:
+            self._events = self.session.events
         if self.async_save and not _writes_one_file(trainer):
             raise MisconfigurationException(
                 f"FractionalCheckpoint(async_save=True) cannot be used with {type(trainer.strategy).__name__} and"
@@ -151,16 +157,10 @@ class FractionalCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             writing.remove_parts(str(self.dirpath))
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """All callbacks are set up."""
-        if getattr(self, "asked_for", True):  # the plugin says so of those that come with the environment
-            RunEvents.of(trainer).prepared(trainer, self._events)
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to listen for places where a save is right."""
         if trainer.fast_dev_run or self._writer is None:
             return
-        RunEvents.of(trainer).started(trainer)
         places = TrainingPlaces.of(trainer)
         places.listen(self)
         self._batches_per_epoch(trainer)
@@ -216,13 +216,11 @@ class FractionalCheckpoint(ModelCheckpoint):
             if error is not None:
                 self._note_failure(trainer, pending, str(error))
         self._leave(trainer)
-        RunEvents.of(trainer).failed(trainer, exception)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the Trainer as it was."""
         if stage == "fit":
             self._leave(trainer)
-            RunEvents.of(trainer).ended(trainer)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep what is put back when training starts."""
@@ -250,8 +248,8 @@ class FractionalCheckpoint(ModelCheckpoint):
 
     def _save(self, trainer: Any, place: Place, epochs: Fraction) -> None:
         started = time.perf_counter()
-        if (runtime := runtime_of(trainer)) is not None:
-            runtime.drain()
+        if self.session is not None:
+            self.session.drain()
         self._finish_pending(trainer)
         before = {name: _copied(getattr(self, name)) for name in _BOOKKEEPING}
         candidates = self._candidates(trainer, epochs)

@@ -9,12 +9,12 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
-from lightning_stability.callbacks.base import RuntimeCallback
+from lightning_stability.callbacks.base import StabilityCallback
 from lightning_stability.health import ParameterGroups, StepRecord
 from lightning_stability.health.trend import NormTrend, Rise
 
 
-class GradNormMonitor(RuntimeCallback):
+class GradNormMonitor(StabilityCallback):
     """Logs the L2 norms of the gradients and warns when they rise.
 
     The norms are those of the true gradients: after accumulation, without GradScaler's scale, before
@@ -73,7 +73,6 @@ class GradNormMonitor(RuntimeCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the Trainer's runtime."""
-        super().setup(trainer, pl_module, stage)
         self._log_interval = self.every_n_steps or trainer.log_every_n_steps
         self._charted.clear()
 
@@ -92,8 +91,8 @@ class GradNormMonitor(RuntimeCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, the peak and the trend of each optimizer."""
-        if self._runtime is not None:
-            self._runtime.drain()
+        if self.session is not None:
+            self.session.drain()
         live = {index: statistics.state_dict() for index, statistics in self._statistics.items()}
         return {"optimizers": {**self._restored, **live}}
 
@@ -121,8 +120,8 @@ class GradNormMonitor(RuntimeCallback):
         return statistics
 
     def _log(self, record: StepRecord, statistics: _Statistics) -> None:
-        assert self._runtime is not None
-        trainer = self._runtime.trainer
+        assert self.session is not None
+        trainer = self.session.trainer
         several = len(trainer.optimizers) > 1
         metrics = statistics.metrics(record, f"optimizer_{record.optimizer}/" if several else "")
         statistics.peak = None
@@ -158,15 +157,15 @@ class GradNormMonitor(RuntimeCallback):
             logger.experiment.add_scalar(prefix + key, value, step)
 
     def _call_out(self, record: StepRecord, rise: Rise) -> None:
-        assert self._runtime is not None
+        assert self.session is not None
         details = {
             "group": rise.group,
             "group_ratio": rise.group_ratio,
             "ratio": rise.ratio,
             "norm": record.total_norm,
         }
-        if self._runtime.trainer.is_global_zero:
-            self._runtime.events.write("gradient_norm_rising", record.step, record.epoch, **details)
+        if self.session.trainer.is_global_zero:
+            self.session.events.write("gradient_norm_rising", record.step, record.epoch, **details)
         rank_zero_warn(
             f"GradNormMonitor: the gradient norm is rising: {record.total_norm:.3g} at step {record.step},"
             f" {rise.ratio:.3g} times its usual value; group `{rise.group}` grew most, to"

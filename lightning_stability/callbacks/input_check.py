@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
-from lightning_stability.callbacks.base import RuntimeCallback, warn_always
+from lightning_stability.callbacks.base import StabilityCallback, warn_always
 from lightning_stability.callbacks.input_report import InputReport, Seen
 from lightning_stability.callbacks.layer_look import LayerLook
 from lightning_stability.checkpointing.loaders import training_iterator
@@ -20,7 +20,7 @@ from lightning_stability.checkpointing.sample_indices import SampleIndices
 from lightning_stability.health import LateReads, StepRecord
 from lightning_stability.health.input_findings import Finding, small_members, why_nothing_to_look_at
 from lightning_stability.health.inputs import InputMeter
-from lightning_stability.runtime import logger_step
+from lightning_stability.internals import logger_step
 
 Action = Literal["warn", "skip", "raise"]
 _ACTIONS = ("warn", "skip", "raise")
@@ -60,7 +60,7 @@ class InputError(RuntimeError):
         return str(self.args[0])
 
 
-class InputCheck(RuntimeCallback):
+class InputCheck(StabilityCallback):
     """Looks at every floating tensor of a training batch, on its device, before it is trained on.
 
     A batch is flagged if one of its tensors, whatever their nesting,
@@ -171,7 +171,6 @@ class InputCheck(RuntimeCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the Trainer's runtime; what an earlier fit saw was that fit's."""
-        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._clear()  # a checkpoint's state is loaded after this
             on_device = trainer.strategy.root_device.type == "cuda"
@@ -180,18 +179,15 @@ class InputCheck(RuntimeCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Go on with the log interval that the run is in."""
-        super().on_train_start(trainer, pl_module)
         self._logged = logger_step(trainer) // trainer.log_every_n_steps if trainer.log_every_n_steps else 0
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """The sampler begins anew."""
-        super().on_train_epoch_start(trainer, pl_module)
         self._epoch_begins = True
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Look at the batch."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._runtime is None or self._is_hidden(trainer):
+        if self.session is None or self._is_hidden(trainer):
             return
         indices = self._take_indices(trainer, batch_idx)
         if self._first_batch:
@@ -202,9 +198,8 @@ class InputCheck(RuntimeCallback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hand over what has arrived."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._layers is not None and self._runtime is not None:
-            self._layers.after_step(trainer, self._runtime.events)
+        if self._layers is not None and self.session is not None:
+            self._layers.after_step(trainer, self.session.events)
             self._layers = None
         if self._on_trial is not None:
             self._end_trial(trainer, outputs)
@@ -212,22 +207,19 @@ class InputCheck(RuntimeCallback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Read what is on its way."""
-        super().on_train_epoch_end(trainer, pl_module)
         self._reads.drain()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Read what is on its way, and say what was seen."""
-        super().on_train_end(trainer, pl_module)
         self._reads.drain()
-        if self._runtime is not None:
-            self._report.summarise(self._runtime, only_flagged=self.automatic)
+        if self.session is not None:
+            self._report.summarise(self.session, only_flagged=self.automatic)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_session_end(self, exception: BaseException | None) -> None:
         """Read what is on its way, which may say why, and leave."""
-        if self._runtime is not None:
-            with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
-                self._reads.drain()
-        super().on_exception(trainer, pl_module, exception)
+        with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
+            self._reads.drain()
+        self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
         """The usual scales, which channels varied, and the counts; in a distributed run those of rank 0."""
@@ -241,18 +233,18 @@ class InputCheck(RuntimeCallback):
 
     def on_record(self, record: StepRecord) -> None:
         """Count the updates that were made and those that were not."""
-        assert self._runtime is not None
-        if self._report.note_update(self._runtime, record):
+        assert self.session is not None
+        if self._report.note_update(self.session, record):
             self._reads.drain()  # says what their batches were flagged for
-            self._report.warn_of_skips(self._runtime)
+            self._report.warn_of_skips(self.session)
 
     # The look at the layers, once, at the start of the fit.
 
     def _look_at_layers(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """What the first batch is when it reaches each of them, before it is trained on."""
-        assert self._runtime is not None
+        assert self.session is not None
         self._layers = LayerLook(self.max_scale_ratio, only_warnings=self.automatic)
-        self._layers.before_step(trainer, batch, batch_idx, self._runtime.uncast, self._runtime.events)
+        self._layers.before_step(trainer, batch, batch_idx, self.session.uncast, self.session.events)
 
     # The look at a batch.
 
@@ -272,8 +264,8 @@ class InputCheck(RuntimeCallback):
         return indices if self._indices_known else None
 
     def _look(self, trainer: Any, batch: Any, batch_idx: int, indices: list[int] | None) -> None:
-        assert self._runtime is not None
-        uncast = self._runtime.uncast
+        assert self.session is not None
+        uncast = self.session.uncast
         looks = self._meter.look(batch if uncast is None else uncast)
         first, self._first_look = self._first_look, False
         if first and not looks and not self.automatic and (why := why_nothing_to_look_at(batch)):
@@ -299,8 +291,8 @@ class InputCheck(RuntimeCallback):
             self._on_trial = seen
 
     def _arrived(self, seen: Seen, arrays: Any) -> None:
-        if self._runtime is not None:
-            self._report.arrived(self._runtime, seen, arrays)
+        if self.session is not None:
+            self._report.arrived(self.session, seen, arrays)
 
     def _is_log_due(self, trainer: Any) -> bool:
         """Whether this batch is the first of those looked at of a step that Lightning logs, or since."""
@@ -311,13 +303,13 @@ class InputCheck(RuntimeCallback):
 
     def _act(self, trainer: Any, seen: Seen) -> None:
         """Have the batch's update discarded, or raise, on all ranks alike."""
-        assert self._runtime is not None
+        assert self.session is not None
         device = trainer.strategy.root_device
         flags = [look.flag.to(device, torch.float32, non_blocking=True) for look in seen.looks]
         flags = flags or [torch.zeros((), device=device)]
         of_ranks = self._of_ranks(trainer, flags[0] if len(flags) == 1 else torch.stack(flags).amax())
         if self.action == "skip":
-            self._runtime.reject_batch(of_ranks.amax())
+            self.session.reject_batch(of_ranks.amax(), by="InputCheck")
         elif ranks := _where(of_ranks):
             self._reads.drain()
             newest = self._report.newest
@@ -365,6 +357,9 @@ class InputCheck(RuntimeCallback):
 
     def _leave(self) -> None:
         super()._leave()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._indices.stop()
         if self._layers is not None:
             self._layers.close()

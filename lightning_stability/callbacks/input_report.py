@@ -24,7 +24,7 @@ from lightning_stability.health.input_findings import (
 )
 from lightning_stability.health.inputs import FIELDS, TensorLook
 from lightning_stability.health.late_reads import Array
-from lightning_stability.runtime import Runtime
+from lightning_stability.runtime import Session
 
 MOST_WARNINGS = 6
 MOST_SAMPLES = 16  # of one finding that are named
@@ -82,7 +82,7 @@ class InputReport:
         self.newest: tuple[Seen, list[Finding]] | None = None
         self.taken_as_meant: Finding | None = None
 
-    def arrived(self, runtime: Runtime, seen: Seen, arrays: list[Array]) -> None:
+    def arrived(self, runtime: Session, seen: Seen, arrays: list[Array]) -> None:
         """A batch's numbers are there.
 
         Args:
@@ -130,7 +130,7 @@ class InputReport:
             on_this_rank=True,
         )
 
-    def _report(self, runtime: Runtime, seen: Seen, findings: list[Finding]) -> None:
+    def _report(self, runtime: Session, seen: Seen, findings: list[Finding]) -> None:
         trainer, events = runtime.trainer, runtime.events
         self._counts.flagged += 1
         rows = []
@@ -155,7 +155,7 @@ class InputReport:
         for finding in findings if action != "raise" else ():
             self._warn_once(runtime, seen, finding, action)
 
-    def _warn_once(self, runtime: Runtime, seen: Seen, finding: Finding, action: str) -> None:
+    def _warn_once(self, runtime: Session, seen: Seen, finding: Finding, action: str) -> None:
         kind = (finding.tensor, finding.reason)
         if kind in self._warned or sum(kind != "by design" for _, kind in self._warned) >= MOST_WARNINGS:
             return
@@ -202,7 +202,7 @@ class InputReport:
 
     # The updates.
 
-    def note_update(self, runtime: Runtime, record: StepRecord) -> bool:
+    def note_update(self, runtime: Session, record: StepRecord) -> bool:
         """Count an update that was made, or that was not.
 
         Args:
@@ -218,23 +218,9 @@ class InputReport:
         if record.outcome != "rejected":
             return False
         self._counts.skipped += 1
-        if runtime.trainer.is_global_zero:
-            runtime.events.write(
-                "update_skipped",
-                record.step,
-                record.epoch,
-                by=record.skipped_by,
-                ordinary=False,
-                what="input",
-                why="a batch of its window was flagged",
-                batch_idx=record.batch_idx,
-                batches=record.batches,
-                loss=record.loss,
-                loss_scale=record.loss_scale,
-            )
         return self._updates.in_a_row == MOST_IN_A_ROW
 
-    def warn_of_skips(self, runtime: Runtime) -> None:
+    def warn_of_skips(self, runtime: Session) -> None:
         """Nothing is learnt: say so once, on the ranks whose batches were flagged, and what to do.
 
         Args:
@@ -255,7 +241,7 @@ class InputReport:
             on_this_rank=True,
         )
 
-    def summarise(self, runtime: Runtime, only_flagged: bool) -> None:
+    def summarise(self, runtime: Session, only_flagged: bool) -> None:
         """Say at the end of a fit what was seen.
 
         Args:
@@ -307,7 +293,7 @@ class _Updates:
     def add(self, outcome: str) -> None:
         if outcome == "rejected":
             self.in_a_row += 1
-        elif outcome == "taken":
+        elif outcome == "applied":
             self.made += 1
             self.in_a_row = 0
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, Literal, NoReturn
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
-from lightning_stability.callbacks.base import RuntimeCallback, warn_always
+from lightning_stability.callbacks.base import StabilityCallback, warn_always
+from lightning_stability.callbacks.incident import Incident, listed, poisoned_attributes
 from lightning_stability.checkpointing.loops import Place, TrainingPlaces
 from lightning_stability.checkpointing.section import StopCheckpoint, is_of_a_stop
 from lightning_stability.health import StepRecord
-from lightning_stability.health.incident import Incident, listed
-from lightning_stability.health.values import nonfinite_names
+from lightning_stability.health.values import named_tensors, nonfinite_names
+from lightning_stability.internals import batch_index, window_is_open
 from lightning_stability.recovery.stopping import (
     FILE_NAME,
     EndOfLoop,
@@ -25,15 +25,16 @@ from lightning_stability.recovery.stopping import (
     newest_checkpoint,
     resume_command,
 )
-from lightning_stability.runtime import RunEvents, window_is_open
+from lightning_stability.runtime import DeliberateError, Order, Outcome
+from lightning_stability.runtime.counts import Counts
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(DeliberateError, RuntimeError):
     """Raised by `NaNEarlyStop(action="raise")`; the process then ends with a non-zero status.
 
     Attributes:
-        what: What became non-finite: `"loss"`, `"input"`, `"gradient"`, `"weight"`, `"buffer"`, `"loss_scale"` or
-            `"metric"`.
+        what: What became non-finite: `"loss"`, `"input"`, `"gradient"`, `"weight"`, `"buffer"`, `"loss_scale"`,
+            `"optimizer"` or `"metric"`.
         step: Optimizer steps completed before the bad one (`trainer.global_step`).
         epoch: The epoch.
         batch_idx: The batch in that epoch; -1 for a metric.
@@ -47,7 +48,7 @@ class NonFiniteError(RuntimeError):
         return str(self.args[0])
 
 
-class NaNEarlyStop(RuntimeCallback):
+class NaNEarlyStop(StabilityCallback):
     """Skips every update that is not finite and ends the run when there are too many.
 
     A step is bad when its loss, a gradient or a buffer is not finite (gradients whose squares overflow fp32 count,
@@ -60,7 +61,7 @@ class NaNEarlyStop(RuntimeCallback):
     per step, and a line at the start says so.
 
     What GradScaler answers by halving its scale is counted and is no incident, unless the scale falls below 1 or
-    more than 20 updates in a row are skipped (`Runtime.min_loss_scale`, `Runtime.max_consecutive_skips`).
+    more than 20 updates in a row are skipped (`Session.min_loss_scale`, `Session.max_consecutive_skips`).
 
     After a stop no validation runs and no checkpoint callback saves any more. One message says what became
     non-finite, where, and how to resume. If updates were made since the last checkpoint, the good weights are kept
@@ -86,14 +87,15 @@ class NaNEarlyStop(RuntimeCallback):
     Example:
         >>> from pytorch_lightning import Trainer
         >>> from lightning_stability import NaNEarlyStop
-        >>> trainer = Trainer(max_steps=100, callbacks=[NaNEarlyStop(patience=2)], logger=False)
+        >>> trainer = Trainer(max_steps=100, callbacks=[NaNEarlyStop()], logger=False)
     """
 
+    order = Order.STOP
     guards = True
 
     def __init__(
         self,
-        patience: int = 0,
+        patience: int = 2,
         action: Literal["stop", "raise"] = "stop",
         monitor: str | Sequence[str] | None = None,
     ) -> None:
@@ -107,7 +109,7 @@ class NaNEarlyStop(RuntimeCallback):
         self.patience = patience
         self.action = action
         self.monitor = [monitor] if isinstance(monitor, str) else list(monitor or ())
-        self._counts = _Counts()
+        self._counts = Counts()
         self._updates_at_save = 0
         self._clear()
 
@@ -121,19 +123,19 @@ class NaNEarlyStop(RuntimeCallback):
         self._goes_on_after_a_stop = False
         self._message = ""
         self._metrics_seen: set[str] = set()
+        self._first_incident: str | None = None
+        self._last_incident: str | None = None
 
     # A fit.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Join the Trainer's runtime; what an earlier fit counted was that fit's."""
-        super().setup(trainer, pl_module, stage)
+        """What an earlier fit counted was that fit's."""
         if stage == "fit":
             self._clear()
-            self._counts = _Counts()  # a checkpoint's are loaded after this
+            self._counts = Counts() if self.session is None else self.session.counts  # a checkpoint's are loaded later
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse weights that are not finite: nothing good can come of them."""
-        super().on_train_start(trainer, pl_module)
         self._updates_at_save = self._counts.updates
         bad = _nonfinite_weights(pl_module)
         # Each rank may hold other shards of them, and all have to decide alike.
@@ -156,23 +158,23 @@ class NaNEarlyStop(RuntimeCallback):
         """Nothing."""
 
     def on_record(self, record: StepRecord) -> None:
-        """Count the step in; one bad step too many ends the run."""
-        if record.outcome == "taken":
-            self._counts.updates += 1
-            self._counts.bad_in_a_row.pop(record.optimizer, None)
-        elif record.outcome in ("ordinary_skip", "bad"):
-            self._on_skip(record)
-        elif record.outcome == "held":
-            self._counts.held += 1
+        """One bad step too many ends the run; each one is said."""
+        if record.outcome not in (Outcome.ORDINARY_SKIP, Outcome.BAD):
+            return
+        assert self.session is not None
+        trainer = self.session.trainer
+        if trainer.is_global_zero and (record.outcome == Outcome.BAD or self.asked_for):
+            for logger in trainer.loggers:
+                logger.log_metrics({"skipped_updates": float(self._counts.skipped)}, step=record.logger_step)
+        if record.outcome == Outcome.BAD:
+            self._on_bad_step(record)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Stop here if the validation in between said so."""
         self._stop_if_due(trainer)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop when the batch's hooks are through, before a validation or a checkpoint."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._incident is not None and not window_is_open(trainer):
             self._silence_checkpoints(trainer)
             self._end_loops(trainer)
@@ -184,42 +186,33 @@ class NaNEarlyStop(RuntimeCallback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Look at the monitored metrics; leave the loop if the run has ended."""
-        super().on_train_epoch_end(trainer, pl_module)
         self._look_at_metrics(trainer)
         self._stop_if_due(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """No checkpoint is written once the run is to end; this one is refused before it touches the disk."""
-        if self._runtime is not None:
-            self._runtime.drain()
-            if not self._announced:
-                self._stop_if_due(trainer, may_save=False)  # we are inside of a save
+        if self.session is not None and not self._announced:
+            self._stop_if_due(trainer, may_save=False)  # we are inside of a save
         self._updates_at_save = self._counts.updates
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what became of all updates."""
-        super().on_train_end(trainer, pl_module)
         self._summarise()
         TrainingPlaces.of(trainer).leave(self)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Say what became of all updates, and leave."""
-        if self._incident is not None and not self._announced and trainer.world_size == 1:
-            self._announced = True  # another callback failed over the bad batch: of several ranks one, maybe
-            with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
-                self._announce(trainer, self._incident)
-        super().on_exception(trainer, pl_module, exception)
-        self._summarise()
-        self._let_checkpoints_be()
-        TrainingPlaces.of(trainer).leave(self)
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave."""
-        super().teardown(trainer, pl_module, stage)
+    def on_session_end(self, exception: BaseException | None) -> None:
+        """Say what became of all updates; another callback may have failed over the bad batch."""
+        assert self.session is not None
+        trainer = self.session.trainer
+        if exception is not None:
+            if self._incident is not None and not self._announced and trainer.world_size == 1:
+                self._announced = True  # of several ranks one alone, maybe
+                with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
+                    self._announce(trainer, self._incident)
+            self._summarise()
         self._let_checkpoints_be()
         self._stop_checkpoint = None
-        if stage == "fit":
-            TrainingPlaces.of(trainer).leave(self)
+        TrainingPlaces.of(trainer).leave(self)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on right after the batch that a run was ended with."""
@@ -232,55 +225,60 @@ class NaNEarlyStop(RuntimeCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The counts."""
-        if self._runtime is not None:
-            self._runtime.drain()
-        # A row of bad updates is not kept: who resumes after a stop begins a new one.
-        return {**asdict(self._counts), "bad_in_a_row": {}}
+        if self.session is not None:
+            self.session.drain()
+        counts = {**self._counts.state_dict(), "bad_in_a_row": {}}
+        return {**counts, "first_incident": self._first_incident, "last_incident": self._last_incident}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting from a checkpoint."""
-        self._counts = _Counts(**state_dict)
+        """Continue counting from a checkpoint."""
+        self._counts.load_state_dict(state_dict)
+        self._first_incident, self._last_incident = state_dict["first_incident"], state_dict["last_incident"]
 
-    # Skips.
+    # Bad steps.
 
-    def _on_skip(self, record: StepRecord) -> None:
-        assert self._runtime is not None
-        counts, trainer = self._counts, self._runtime.trainer
-        bad = record.outcome == "bad"
-        incident = self._incident_of(record)
-        if bad:
-            counts.skipped_bad += 1
-            row = counts.bad_in_a_row.get(record.optimizer, 0) + 1
-            counts.bad_in_a_row[record.optimizer] = row
-            counts.first_incident = counts.first_incident or incident.place
-            counts.last_incident = incident.place
-            if row > self.patience and self._incident is None:
-                self._incident = incident
-        else:
-            counts.skipped_by_scaler += 1
-            if not self.asked_for:
-                return  # every run in 16-mixed begins with some: no reason for a file or a key
-        if trainer.is_global_zero:
-            self._runtime.events.write(
-                "update_skipped",
-                record.step,
-                record.epoch,
-                by=record.skipped_by,
-                ordinary=not bad,
-                what=incident.what if bad else "gradient",
-                why=incident.why if bad else "GradScaler halves its scale",
-                batch_idx=record.batch_idx,
-                batches=record.batches,
-                loss=record.loss,
-                loss_scale=record.loss_scale,
+    def _on_bad_step(self, record: StepRecord) -> None:
+        assert self.session is not None
+        trainer = self.session.trainer
+        incident = Incident.of(record, self.session.recent_batch(record), several_ranks=trainer.world_size > 1)
+        in_a_row = self._counts.bad_in_a_row[record.optimizer]
+        if in_a_row > 1 and (attributes := poisoned_attributes(trainer.lightning_module)):
+            incident.why += (
+                f"; the attribute {listed(attributes)} of the module holds non-finite values, which no skip restores:"
+                " register it as a buffer, or reset it"
             )
-            for logger in trainer.loggers:
-                logger.log_metrics({"skipped_updates": float(counts.skipped)}, step=record.logger_step)
+        self._first_incident = self._first_incident or incident.place
+        self._last_incident = incident.place
+        if in_a_row > self.patience:
+            self._incident = self._incident or incident
+            self.session.ending = True
+        elif trainer.is_global_zero:
+            row = f", {in_a_row} in a row" if in_a_row > 1 else ""
+            warn_always(
+                f"NaNEarlyStop: an update was skipped{row}: {incident.why} ({incident.place}). More than"
+                f" {self.patience} in a row end the run."
+            )
 
-    def _incident_of(self, record: StepRecord) -> Incident:
-        assert self._runtime is not None
-        batch = self._runtime.recent_batch(record)
-        return Incident.of(record, batch, several_ranks=self._runtime.trainer.world_size > 1)
+    def skips_exception(self, exception: Exception, batch: Any) -> bool:
+        """Say which values of the batch, or which weights, are not finite; skip a batch that is, with patience left."""
+        assert self.session is not None
+        trainer = self.session.trainer
+        bad_input = nonfinite_names(named_tensors(batch))
+        bad_weights = _nonfinite_weights(trainer.lightning_module)
+        if not bad_input and not bad_weights:
+            return False
+        where = f"epoch {trainer.current_epoch}, batch {batch_index(trainer)}, global step {trainer.global_step}"
+        held = [f"the batch's {listed(bad_input)}"] * bool(bad_input) + [f"the weights {listed(bad_weights)}"] * bool(
+            bad_weights
+        )
+        skips = bool(bad_input) and not bad_weights and self._counts.bad_in_a_row[0] < self.patience
+        warn_always(
+            f"NaNEarlyStop: `training_step` raised {type(exception).__name__} at {where}, and"
+            f" {' and '.join(held)} hold{'s' if len(held) == 1 and len(bad_input + bad_weights) == 1 else ''}"
+            " non-finite values.",
+            on_this_rank=True,
+        )
+        return skips
 
     # Metrics.
 
@@ -322,14 +320,14 @@ class NaNEarlyStop(RuntimeCallback):
             self._loop_ends = [EndOfLoop(loop, lambda: self._stop_if_due(trainer)) for loop in loops]
 
     def _announce(self, trainer: Any, incident: Incident) -> None:
-        assert self._runtime is not None
+        assert self.session is not None
         stop_was_due, trainer.should_stop = trainer.should_stop, True
-        RunEvents.of(trainer).stopped(f"NaNEarlyStop: {incident.why}")
+        self.session.stopped(f"NaNEarlyStop: {incident.why}")
         checkpoint = self._keep_good_weights(trainer, stop_was_due) or newest_checkpoint(trainer)
         self._silence_checkpoints(trainer)
         self._add_weights(trainer, incident)
         if trainer.is_global_zero:
-            self._runtime.events.write(
+            self.session.events.write(
                 "training_stopped",
                 incident.step,
                 incident.epoch,
@@ -338,7 +336,7 @@ class NaNEarlyStop(RuntimeCallback):
                 batch_idx=incident.batch_idx,
                 bad_rank=incident.rank,
                 skipped=self._counts.skipped,
-                held=self._counts.held,
+                held=self._counts.outcomes[Outcome.HELD],
                 checkpoint=checkpoint,
             )
         self._message = self._compose(incident, checkpoint)
@@ -356,27 +354,34 @@ class NaNEarlyStop(RuntimeCallback):
     def _compose(self, incident: Incident, checkpoint: str | None) -> str:
         counts = self._counts
         lines = [f"NaNEarlyStop ended the run: {incident.why}.", f"  where: {incident.place}"]
-        lines.append(f"  updates: {counts.updates} good, {counts.skipped} skipped (none of these reached the weights)")
+        lines.append(f"  updates: {counts.updates} applied, {counts.skipped} skipped")
         if checkpoint is not None:
             lines += [f"  last good checkpoint: {checkpoint}", f"  resume: {resume_command(checkpoint)}"]
-        elif counts.updates:
-            lines.append("  no ModelCheckpoint has written a checkpoint; the weights in memory are finite")
+        elif not counts.updates:
+            lines.append("  no update was ever applied: there is nothing to resume from; find the cause first")
+        elif incident.what == "weight":
+            lines.append("  no ModelCheckpoint has written a checkpoint")
         else:
-            lines.append("  no update was ever good: there is nothing to resume from; find the cause first")
-        if incident.what in ("loss", "input", "gradient") and counts.updates:
-            lines.append(f"  to skip such updates and go on: NaNEarlyStop(patience={self.patience + 1})")
+            lines.append("  no ModelCheckpoint has written a checkpoint; the weights in memory are finite")
+        if incident.what == "input" or (self.patience == 0 and incident.what in ("loss", "gradient")):
+            option = f"NaNEarlyStop(patience={max(2, self.patience + 1)})"
+            how = f"LIGHTNING_STABILITY_CALLBACKS='{option}'" if self.automatic else option
+            lines.append(f"  to skip such batches and continue: {how}")
         if self.automatic:
             lines.append(
-                "  nobody added it to this Trainer: the installed package did (docs/installed.md says how it is set)"
+                "  lightning-stability is installed and has added it; LIGHTNING_STABILITY_CALLBACKS=none disables it"
             )
         return "\n".join(lines)
 
     def _add_weights(self, trainer: Any, incident: Incident) -> None:
-        """Weights are never made non-finite by a step; if they are, something else wrote them and is the cause."""
+        """A skipped step makes no weight non-finite; if one is, an earlier update or other code has made it so."""
         bad = _nonfinite_weights(trainer.lightning_module)
         if bad:
             incident.what = "weight"
-            incident.why += f"; the weights {listed(bad)} are not finite, which no update of the optimizer made them"
+            incident.why += (
+                f"; the weights {listed(bad)} are not finite: an update before this step made them so, or code"
+                " outside of the optimizer"
+            )
 
     def _keep_good_weights(self, trainer: Any, stop_was_due: bool) -> str | None:
         """Save what was trained since the last checkpoint; it is finite, and otherwise lost."""
@@ -386,10 +391,10 @@ class NaNEarlyStop(RuntimeCallback):
         nothing_new = self._counts.updates <= self._updates_at_save
         if folder is None or nothing_new or self._incident.what == "metric":
             return None
-        assert self._runtime is not None
+        assert self.session is not None
         path = str(trainer.strategy.broadcast(f"{folder}/{FILE_NAME}"))
         try:
-            self._runtime.drain()  # no bad batch may be left in the metrics
+            self.session.drain()  # no bad batch may be left in the metrics
             nonfinite = self._stop_checkpoint.write(path, stop_was_due)
         except Exception as error:  # whatever it is, it must not hide why the run ended
             warn_always(f"NaNEarlyStop: {path} could not be written ({error!r}); the run's other checkpoints stand.")
@@ -414,42 +419,23 @@ class NaNEarlyStop(RuntimeCallback):
         if self._summarised or (self.automatic and not self._counts.skipped):
             return
         self._summarised = True
-        ended = f" The run was ended: {self._incident.why}." if self._incident is not None else ""
-        rank_zero_info(f"NaNEarlyStop: {self._counts.summary()}.{ended}")
+        rank_zero_info(f"NaNEarlyStop: {self._summary()}.")
         never = sorted(set(self.monitor) - self._metrics_seen)
         if never and self._incident is None:
             warn_always(f"NaNEarlyStop(monitor={never}): never logged in this fit, so nobody watched it.")
 
+    def _summary(self) -> str:
+        counts = self._counts
+        parts = [f"{counts.updates} update{'' if counts.updates == 1 else 's'}, {counts.skipped} skipped"]
+        by_scaler = counts.outcomes[Outcome.ORDINARY_SKIP]
+        if by_scaler:
+            parts.append(f"{by_scaler} of these for a loss scale that was too high, which is ordinary")
+        if self._first_incident:
+            parts.append(f"first incident at {self._first_incident}, last at {self._last_incident}")
+        return "; ".join(parts)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_silenced": None, "_loop_ends": [], "_stop_checkpoint": None}
-
-
-@dataclass(slots=True)
-class _Counts:
-    """What became of the updates; resumes with the run."""
-
-    updates: int = 0
-    skipped_by_scaler: int = 0
-    skipped_bad: int = 0
-    held: int = 0
-    bad_in_a_row: dict[int, int] = None  # type: ignore[assignment]
-    first_incident: str | None = None
-    last_incident: str | None = None
-
-    def __post_init__(self) -> None:
-        self.bad_in_a_row = dict(self.bad_in_a_row or {})
-
-    @property
-    def skipped(self) -> int:
-        return self.skipped_by_scaler + self.skipped_bad
-
-    def summary(self) -> str:
-        parts = [f"{self.updates} update{'' if self.updates == 1 else 's'}, {self.skipped} skipped"]
-        if self.skipped_by_scaler:
-            parts.append(f"{self.skipped_by_scaler} of these for a loss scale that was too high, which is ordinary")
-        if self.first_incident:
-            parts.append(f"first incident at {self.first_incident}, last at {self.last_incident}")
-        return "; ".join(parts)
 
 
 def _nonfinite_weights(module: Any) -> list[str]:

@@ -10,13 +10,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
-from lightning_stability.callbacks.base import RuntimeCallback
+from lightning_stability.callbacks.base import StabilityCallback
+from lightning_stability.callbacks.incident import listed
 from lightning_stability.health import StepRecord
-from lightning_stability.health.incident import listed
 from lightning_stability.health.layer_scales import LayerScales
 from lightning_stability.health.values import named_tensors, nonfinite_names
+from lightning_stability.internals import input_dtype, logger_step, window_is_open
 from lightning_stability.recovery.precision import BITS, Higher, WiderWeights, go_on_in, make_plugin
-from lightning_stability.runtime import logger_step, runtime_of, window_is_open
+from lightning_stability.runtime import DeliberateError, Order, Outcome, session_of
 
 FP16_MAX = 65504.0
 _LOW = ("16-mixed", "16-true", "bf16-mixed")
@@ -25,12 +26,16 @@ _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
-class PrecisionFallback(RuntimeCallback):
+class FallbackMemoryError(DeliberateError, RuntimeError):
+    """The device has no room for the batches in the higher precision."""
+
+
+class PrecisionFallback(StabilityCallback):
     """Leaves 16-bit precision for a higher one when it cannot go on, and trains the same batch again in it.
 
     It acts on a loss or a gradient that is not finite and that GradScaler has no answer to: a forward pass that
-    overflows, a loss scale below 1 (`Runtime.min_loss_scale`), more than 20 skipped updates in a row
-    (`Runtime.max_consecutive_skips`). An update that GradScaler skips now and then is none of these.
+    overflows, a loss scale below 1 (`Session.min_loss_scale`), more than 20 skipped updates in a row
+    (`Session.max_consecutive_skips`). An update that GradScaler skips now and then is none of these.
 
     Buffers, metrics, random numbers and gradients are put back to before the batch (with accumulation: to before the
     first batch of the window, whose batches are kept until the optimizer steps), the precision is changed, and the
@@ -61,6 +66,7 @@ class PrecisionFallback(RuntimeCallback):
         >>> trainer = Trainer(max_steps=100, callbacks=[PrecisionFallback()], logger=False)
     """
 
+    order = Order.RETRY
     guards = True
 
     def __init__(self, to: Higher = "32-true") -> None:
@@ -90,31 +96,26 @@ class PrecisionFallback(RuntimeCallback):
     # A fit.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Join the Trainer's runtime; what an earlier fit of another Trainer changed was that one's."""
+        """What an earlier fit of another Trainer changed was that one's."""
         if stage == "fit":
             self._clear()
             if self._change is not None and self._change.to != str(trainer.precision):
                 self._change = None
-            objection = self._objection(trainer) if self.is_needed(trainer) else None
-            if objection is not None:
-                self._refuse(trainer, objection)
-                return
-        super().setup(trainer, pl_module, stage)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on in the precision that the run had fallen back to, before anything is made for another one."""
         change = _Change.of((checkpoint.get("callbacks") or {}).get(self.state_key) or {})
         if change is None or change.to == str(trainer.precision):
             return
-        objection = self._objection(trainer)
+        objection = self.objection(trainer)
         if objection is not None:
-            rank_zero_warn(f"PrecisionFallback: {change.told()}, but goes on in {trainer.precision} now: {objection}")
+            rank_zero_warn(f"PrecisionFallback: {change.describe()}, but continues in {trainer.precision}: {objection}")
             return
-        rank_zero_info(f"PrecisionFallback: resuming in {change.to}: {change.told()}.")
+        rank_zero_info(f"PrecisionFallback: resuming in {change.to}: {change.describe()}.")
         go_on_in(change.fallen_from, trainer, checkpoint)
-        runtime = runtime_of(trainer)
-        if runtime is not None:
-            runtime.use_plugin(make_plugin(trainer, change.to))
+        session = session_of(trainer)
+        if session is not None:
+            session.use_plugin(make_plugin(trainer, change.to))
         else:
             trainer.strategy.precision_plugin = make_plugin(trainer, change.to)
         if not self.is_needed(trainer):
@@ -122,7 +123,6 @@ class PrecisionFallback(RuntimeCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say which precision it is."""
-        super().on_train_start(trainer, pl_module)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._loss_scale = None if scaler is None else scaler.get_scale()
         if trainer.global_step == 0:
@@ -130,30 +130,28 @@ class PrecisionFallback(RuntimeCallback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Leave the run to itself if the precision is another one now; make here what change a step did not allow."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if window_is_open(trainer):
             return
         if self._change_next:
             self._change_next, self._is_done = False, True
             self._raise_precision(trainer)
-        if self._is_done and self._runtime is not None:
+        if self._is_done and self.session is not None:
             self._is_done = False
             self._low_plugin = self._wider = None
-            self._runtime.drain()
+            self.session.drain()
             self._leave()
             self._loss_scale = None if self._loss_scale is None else 1.0
             self._log_precision(trainer)
             self._loss_scale = None
         elif (logger_step(trainer) + 1) % trainer.log_every_n_steps == 0:
             self._log_precision(trainer)
-        if self._need is None and self._runtime is not None and self._steps > 1:
+        if self._need is None and self.session is not None and self._steps > 1:
             self._look_for_room(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what became of the precision."""
-        super().on_train_end(trainer, pl_module)
-        if self._runtime is not None or self._change is not None:
-            changed = self._change.told() if self._change is not None else "no change"
+        if self.session is not None or self._change is not None:
+            changed = self._change.describe() if self._change is not None else "no change"
             count = self._not_the_cause
             tried = f"; it was not the cause of {count} bad step{'s' if count > 1 else ''}" if count else ""
             rank_zero_info(f"PrecisionFallback: {changed}{tried}.")
@@ -170,8 +168,8 @@ class PrecisionFallback(RuntimeCallback):
 
     def wants_retry(self) -> bool:
         """As long as the run is in 16 bits."""
-        runtime = self._runtime
-        return runtime is not None and self.is_needed(runtime.trainer) and not self._change_next
+        session = self.session
+        return session is not None and self.is_needed(session.trainer) and not self._change_next
 
     def on_record(self, record: StepRecord) -> None:
         """Count it, and keep what is logged of it."""
@@ -180,8 +178,8 @@ class PrecisionFallback(RuntimeCallback):
 
     def before_retry(self) -> None:
         """Change the precision, and watch what flows through the layers."""
-        assert self._runtime is not None
-        trainer = self._runtime.trainer
+        assert self.session is not None
+        trainer = self.session.trainer
         if self._need is None and _is_on_cuda(trainer):
             self._need = extra_memory(trainer, self.to)
         self._raise_precision(trainer)
@@ -190,10 +188,10 @@ class PrecisionFallback(RuntimeCallback):
 
     def after_retry(self, failed: StepRecord, again: StepRecord) -> StepRecord:
         """Stay if that helped; else return to where the run was."""
-        assert self._runtime is not None
+        assert self.session is not None
         ranges = self._stop_watching()
         low = self._low_plugin.precision
-        if again.outcome != "taken":
+        if again.outcome != Outcome.APPLIED:
             self._lower_precision()
             self._say_not_the_cause(failed, low, f"not finite in {self.to} either")
             return again
@@ -207,12 +205,12 @@ class PrecisionFallback(RuntimeCallback):
         self._is_done = True
         return again
 
-    def no_memory_for_retry(self, record: StepRecord) -> RuntimeError:
+    def no_memory_for_retry(self, record: StepRecord) -> Exception:
         """The device has no room for the batches in the higher precision."""
         self._stop_watching()
         need = f" (about {self._need / 2**30:.1f} GiB more than before)" if self._need is not None else ""
         self._write("precision_out_of_memory", record, precision_to=self.to, extra_bytes=self._need)
-        return RuntimeError(
+        return FallbackMemoryError(
             f"PrecisionFallback: epoch {record.epoch}, batch {record.batch_idx} is not finite in 16 bits and does not"
             f" fit into memory in {self.to}{need}. No weight has been changed by it and the last checkpoint"
             " stands: resume from it with a smaller batch and more accumulation, or with precision=bf16-mixed."
@@ -220,8 +218,8 @@ class PrecisionFallback(RuntimeCallback):
 
     def cannot_retry(self, record: StepRecord, why: str) -> None:
         """Change once the batch is over, unless its input says that this would not help."""
-        assert self._runtime is not None
-        trainer = self._runtime.trainer
+        assert self.session is not None
+        trainer = self.session.trainer
         bad = self._nonfinite_inputs(record)
         if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
             where = listed(bad) if bad else "the input of another rank"
@@ -233,10 +231,10 @@ class PrecisionFallback(RuntimeCallback):
 
     def _nonfinite_inputs(self, record: StepRecord) -> list[str]:
         """Which of the batch's tensors no precision would help."""
-        assert self._runtime is not None
-        if record.loss_finite or hasattr(self._runtime.trainer.precision_plugin, "_desired_input_dtype"):
+        assert self.session is not None
+        if record.loss_finite or input_dtype(self.session.trainer.precision_plugin) is not None:
             return []  # (what it was before a cast to fp16 is not known here)
-        return nonfinite_names(named_tensors(self._runtime.recent_batch(record)))
+        return nonfinite_names(named_tensors(self.session.recent_batch(record)))
 
     def _say_not_the_cause(self, record: StepRecord, low: str, what: str) -> None:
         self._not_the_cause += 1
@@ -256,18 +254,18 @@ class PrecisionFallback(RuntimeCallback):
     # The change.
 
     def _raise_precision(self, trainer: Any) -> None:
-        assert self._runtime is not None
+        assert self.session is not None
         self._low_plugin = trainer.precision_plugin
-        if hasattr(self._low_plugin, "_desired_input_dtype"):
+        if input_dtype(self._low_plugin) is not None:
             self._wider = WiderWeights(trainer)
             self._wider.widen()
-        self._runtime.use_plugin(make_plugin(trainer, self.to))
+        self.session.use_plugin(make_plugin(trainer, self.to))
 
     def _lower_precision(self) -> None:
-        assert self._runtime is not None
+        assert self.session is not None
         if self._wider is not None:
             self._wider.narrow()
-        self._runtime.use_plugin(self._low_plugin)
+        self.session.use_plugin(self._low_plugin)
         self._low_plugin = self._wider = None
 
     def _stop_watching(self) -> LayerScales | None:
@@ -295,14 +293,14 @@ class PrecisionFallback(RuntimeCallback):
         )
 
     def _about_compilation(self) -> str:
-        assert self._runtime is not None
-        module = self._runtime.trainer.lightning_module
+        assert self.session is not None
+        module = self.session.trainer.lightning_module
         parts = any(is_instance_by_name(part, "OptimizedModule") for part in module.modules())
         compiled = parts or getattr(module, "_compiler_ctx", None) is not None
         return " What is compiled is compiled once more for it." if compiled else ""
 
     def _log_precision(self, trainer: Any) -> None:
-        if (self._runtime is None and self._change is None) or not trainer.is_global_zero:
+        if (self.session is None and self._change is None) or not trainer.is_global_zero:
             return
         metrics = {"precision_bits": float(BITS[str(trainer.precision)])}
         if self._loss_scale is not None:
@@ -311,9 +309,9 @@ class PrecisionFallback(RuntimeCallback):
             logger.log_metrics(metrics, step=logger_step(trainer))
 
     def _write(self, event: str, record: StepRecord, **details: Any) -> None:
-        assert self._runtime is not None
-        if self._runtime.trainer.is_global_zero:
-            self._runtime.events.write(event, record.step, record.epoch, batch_idx=record.batch_idx, **details)
+        assert self.session is not None
+        if self.session.trainer.is_global_zero:
+            self.session.events.write(event, record.step, record.epoch, batch_idx=record.batch_idx, **details)
 
     def _look_for_room(self, trainer: Any) -> None:
         """After the second step, when it is known what a step takes beside gradients and states: would more fit?"""
@@ -328,7 +326,7 @@ class PrecisionFallback(RuntimeCallback):
                 " A smaller batch with more accumulation leaves room for it."
             )
 
-    def _objection(self, trainer: Any) -> str | None:
+    def objection(self, trainer: Any) -> str | None:
         """Why this Trainer's precision cannot be changed; None if it can."""
         strategy, plugin = type(trainer.strategy).__name__, type(trainer.precision_plugin).__name__
         sharded = is_instance_by_name(trainer.strategy, *_SHARDED)
@@ -373,7 +371,7 @@ class _Change:
     def place(self) -> str:
         return f"epoch {self.epoch}, batch {self.batch_idx}, global step {self.step}"
 
-    def told(self) -> str:
+    def describe(self) -> str:
         return f"fell back from {self.fallen_from} to {self.to} at {self.place} ({self.why})"
 
 

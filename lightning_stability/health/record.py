@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Verdict = Literal["finite", "nan", "inf", "overflow"]
-Outcome = Literal["taken", "ordinary_skip", "bad", "rejected", "held", "no_loss"]
 
 FP32_LARGEST_NORM = math.sqrt(float(np.finfo(np.float32).max))
 """Above this norm the sum of squares overflows fp32, and Adam's second moment with it."""
@@ -39,11 +38,12 @@ class StepRecord:
         learning_rates: One for each of the optimizer's parameter groups.
         clip_coefficient: What clipping by norm multiplied the gradients with; None where Lightning's was not
             used.
-        skipped_by: Who skipped the update: `"GradScaler"`, `"guard"`, `"halt"` (an earlier step ended the run),
-            `"InputCheck"`, `"no loss"`; None if it was taken.
-        outcome: `"taken"`; `"ordinary_skip"`, which GradScaler answers by halving; `"bad"`; `"rejected"`, whose input
-            was flagged, whatever the step came to; `"held"`, skipped because an earlier step ended the run;
-            `"no_loss"`.
+        skipped_by: Who skipped the update: `"GradScaler"`, `"guard"`, `"held"` (an earlier step waits for an answer),
+            `"rejected"`, `"no loss"`; None if it was applied.
+        outcome: `"applied"`; `"ordinary_skip"`, which GradScaler answers by halving; `"bad"`; `"rejected"`, whose input
+            was flagged, whatever the step came to; `"held"`, skipped because of an earlier step; `"no_loss"`.
+        bad_option: An option of the optimizer that was not finite, such as `lr=nan`.
+        exception: What `training_step` raised on a batch that was skipped for it.
         batch_idx: The batch, counted in its epoch: the first whose loss is not finite, else the step's last.
         batch_number: The same batch, counted over the whole run, from 1.
         nonfinite_buffer: A buffer that the forward pass made non-finite; it has been given back.
@@ -71,13 +71,15 @@ class StepRecord:
     skipped_by: str | None = None
     weight_norms: Floats | None = None
     update_norms: Floats | None = None
-    outcome: Outcome = "taken"
+    outcome: str = "applied"
     batch_idx: int = 0
     batch_number: int = 0
     nonfinite_buffer: str | None = None
     bad_loss_ranks: tuple[int, ...] = ()
     culprit: str | None = None
     buffer_index: int | None = None
+    bad_option: str | None = None
+    exception: str | None = None
     largest_norm: float = FP32_LARGEST_NORM
     total_norm: float = field(init=False)
 

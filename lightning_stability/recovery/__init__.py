@@ -1,8 +1,7 @@
-"""What undoes damage: skipping an update, giving back buffers and metric states."""
+"""What undoes damage: skipping an update, restoring buffers and metric states."""
 
-from lightning_stability.recovery.guard import Guard
+from lightning_stability.recovery.guard import Guard, Verdict
 from lightning_stability.recovery.metric_undo import MetricUndo
-from lightning_stability.recovery.retry import OpenWindow
 from lightning_stability.recovery.undo import BufferUndo
 
-__all__ = ["BufferUndo", "Guard", "MetricUndo", "OpenWindow"]
+__all__ = ["BufferUndo", "Guard", "MetricUndo", "Verdict"]

@@ -165,6 +165,12 @@ class Guard:
             if self._watch_writes:
                 self._buffers.note_versions()
 
+    def fail_batch(self, device: torch.device) -> None:
+        """The forward pass has raised: restore what it wrote."""
+        bad = torch.ones((), dtype=torch.bool, device=device)
+        self._buffers.give_back(bad)
+        self._batch_bad, self._forward_bad = bad, None
+
     def forget_batch(self) -> None:
         """The batches of this step are going to be trained again: what they were judged does not count."""
         self._batch_bad = self._forward_bad = self._written = None
@@ -233,7 +239,13 @@ class Guard:
 
     @torch.no_grad()
     def judge(
-        self, optimizer: Optimizer, total_norm: Tensor, largest: float, scale: Tensor | None, loss: Tensor | None
+        self,
+        optimizer: Optimizer,
+        total_norm: Tensor,
+        largest: float,
+        scale: Tensor | None,
+        loss: Tensor | None,
+        options_finite: bool = True,
     ) -> Verdict:
         """Decide on the device whether a step is good.
 
@@ -243,6 +255,7 @@ class Guard:
             largest: Above it their squares overflow.
             scale: What they are multiplied with; None for nothing.
             loss: Sum of the losses of its batches; None if it has none.
+            options_finite: Whether the optimizer's options are finite, such as its learning rate.
         """
         limit = largest if scale is None else largest * scale.to(total_norm.dtype)
         good = total_norm <= limit  # false for nan
@@ -253,6 +266,8 @@ class Guard:
                 forward_good = torch.isfinite(loss).to(good.device)
             if written is not None:
                 forward_good = forward_good & ~written[0].to(good.device)
+        if not options_finite:
+            forward_good = torch.zeros_like(forward_good)
         bad = (good & forward_good).logical_not().float()
         rejected = self.rejection_of(optimizer)
         if rejected is not None:
@@ -296,6 +311,11 @@ class Guard:
                 del optimizer.found_inf  # type: ignore[attr-defined]
             else:
                 optimizer.found_inf = verdict.found_inf  # type: ignore[attr-defined]
+
+    def release(self) -> None:
+        """The host has answered to a bad step: updates are held no longer, and a row of bad ones begins anew."""
+        self._held = None
+        self._bad_in_a_row.clear()
 
     def _hold(self, optimizer: Optimizer, verdict: Verdict) -> Tensor:
         """Count bad steps on the device; from one too many on, hold every update."""

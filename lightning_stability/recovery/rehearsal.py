@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.recovery.attributes import Attributes, put_dict_back
 from lightning_stability.recovery.precision import namespace_of
-from lightning_stability.recovery.retry import RandomState
+from lightning_stability.recovery.random_state import RandomState
 
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 

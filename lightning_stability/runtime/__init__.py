@@ -1,9 +1,20 @@
-"""The runtime: one object per Trainer and fit, which owns the hooks into the step and asks the policies in order."""
+"""The runtime: one session per Trainer and fit, which sees every step and shows it to the policies in their order."""
 
-from lightning_stability.runtime.policies import Policy
-from lightning_stability.runtime.retries import Retrier
-from lightning_stability.runtime.run_events import RunEvents
-from lightning_stability.runtime.runtime import Runtime, runtime_of
-from lightning_stability.runtime.trainers import log_folder, logger_step, window_is_open
+from lightning_stability.runtime.policies import DeliberateError, Order, Policy
+from lightning_stability.runtime.record import Outcome
+from lightning_stability.runtime.retry import Retrier
+from lightning_stability.runtime.session import Session, session_of
+from lightning_stability.runtime.trainers import log_folder
+from lightning_stability.runtime.windows import BadStep
 
-__all__ = ["Policy", "Retrier", "RunEvents", "Runtime", "log_folder", "logger_step", "runtime_of", "window_is_open"]
+__all__ = [
+    "BadStep",
+    "DeliberateError",
+    "Order",
+    "Outcome",
+    "Policy",
+    "Retrier",
+    "Session",
+    "log_folder",
+    "session_of",
+]

@@ -22,11 +22,6 @@ _REFUSED = {
 }
 
 
-def logger_step(trainer: Any) -> int:
-    """The step under which Lightning would log at this point of the training loop."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
 def log_folder(trainer: Any) -> str | None:
     """The folder of this run's first logger that has one. All ranks have to ask: Lightning broadcasts.
 
@@ -86,12 +81,7 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
 
 
 def say_what_it_costs(trainer: Any, optimizer: Optimizer) -> None:
-    """One line for an optimizer that cannot be told to skip without a host read.
-
-    Args:
-        trainer: The Trainer.
-        optimizer: One of its.
-    """
+    """One line for an optimizer that cannot be told to skip without a host read."""
     group = optimizer.param_groups[0]
     if group.get("fused"):
         return
@@ -108,11 +98,7 @@ def say_what_it_costs(trainer: Any, optimizer: Optimizer) -> None:
 
 
 def clips_by_norm(trainer: Any) -> bool:
-    """Whether Lightning itself clips the gradients of this Trainer's module, by their norm.
-
-    Args:
-        trainer: The Trainer.
-    """
+    """Whether Lightning itself clips the gradients of this Trainer's module, by their norm."""
     module, plugin_class = trainer.lightning_module, type(trainer.strategy.precision_plugin)
     return bool(
         trainer.gradient_clip_val
@@ -135,18 +121,3 @@ def is_clipped_to_the_bit(optimizer: Optimizer) -> bool:
 
 def _is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "device_mesh")
-
-
-def window_is_open(trainer: Any) -> bool:
-    """Whether gradients of earlier batches wait for more before the optimizer steps.
-
-    Args:
-        trainer: The Trainer.
-    """
-    return bool(trainer.fit_loop._should_accumulate()) and trainer.lightning_module.automatic_optimization
-
-
-def validation_is_due(trainer: Any) -> bool:
-    """Whether Lightning will validate right after this batch."""
-    fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_stability import GradNormMonitor
-from lightning_stability.runtime import runtime_of
+from lightning_stability.runtime import session_of
 from tests import runs
 
 
@@ -294,7 +294,7 @@ class TestLifeInATrainer:
         for options in ({"logger": False}, {"fast_dev_run": True, "logger": True}):
             seen = []
             module = runs.make_module(
-                pl, on_train_batch_start=lambda self, b, i, seen=seen: seen.append(runtime_of(self.trainer))
+                pl, on_train_batch_start=lambda self, b, i, seen=seen: seen.append(session_of(self.trainer))
             )
             runs.trainer(pl, callbacks=[GradNormMonitor()], **options).fit(module, runs.data())
             assert set(seen) == {None}
@@ -308,7 +308,7 @@ class TestLifeInATrainer:
             trainer.fit_loop.max_epochs = 2
             trainer.fit(module, runs.data())
             assert len(logger.rows) == 8
-            assert runtime_of(trainer) is None
+            assert session_of(trainer) is None
             assert not set(vars(trainer.strategy.precision_plugin)) & {"optimizer_step", "pre_backward"}
 
     def test_a_fit_that_died_leaves_nothing_behind(self, pl: Any) -> None:
@@ -321,7 +321,7 @@ class TestLifeInATrainer:
         trainer = runs.trainer(pl, logger=runs.memory_logger(pl), callbacks=[GradNormMonitor()])
         with pytest.raises(RuntimeError, match="died"):
             trainer.fit(module, runs.data())
-        assert runtime_of(trainer) is None
+        assert session_of(trainer) is None
         assert "optimizer_step" not in vars(trainer.strategy.precision_plugin)
         assert not module.optimizers().optimizer._optimizer_step_pre_hooks
 
@@ -337,7 +337,7 @@ class TestLifeInATrainer:
         module = runs.make_module(pl, on_train_batch_end=on_train_batch_end)
         runs.trainer(pl, logger=logger, callbacks=[monitor], max_steps=1).fit(module, runs.data())
         for copied in copies:
-            assert (copied.group_depth, copied._runtime) == (1, None)
+            assert (copied.group_depth, copied.session) == (1, None)
             runs.trainer(pl, logger=logger, callbacks=[copied], max_steps=1).fit(runs.make_module(pl), runs.data())
         assert len(logger.rows) == 3
 
@@ -354,7 +354,7 @@ class TestLifeInATrainer:
         module = runs.make_module(pl, validation_step=lambda self, batch, batch_idx: None)
         trainer = runs.trainer(pl, logger=runs.memory_logger(pl), callbacks=[GradNormMonitor()])
         trainer.validate(module, runs.data(), verbose=False)
-        assert runtime_of(trainer) is None
+        assert session_of(trainer) is None
 
     def test_changes_no_result(self, pl: Any) -> None:
         weights = []

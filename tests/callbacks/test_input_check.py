@@ -19,7 +19,7 @@ from lightning_stability.callbacks.input_report import MOST_WARNINGS
 from lightning_stability.cli import main
 from lightning_stability.flagged_inputs import COLUMNS, FILE_NAME, FlaggedInput, append_flagged
 from lightning_stability.health.inputs import InputMeter
-from lightning_stability.runtime import runtime_of
+from lightning_stability.runtime import session_of
 from tests import runs
 
 one = runs.load_namespace("pytorch_lightning")
@@ -349,7 +349,7 @@ class TestLiving:
             trainer.fit(make_module(pl), loader())
             assert check.state_dict()["counts"]["looked"] == 6
             trainer.fit_loop.max_epochs += 1
-        assert runtime_of(trainer) is None
+        assert session_of(trainer) is None
         fit(pl, check, loader())
         assert check.state_dict()["counts"]["looked"] == 6
 
@@ -384,9 +384,9 @@ class TestLiving:
 
         class Look(one.Callback):
             def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-                runtime = runtime_of(trainer)
+                runtime = session_of(trainer)
                 assert runtime is not None
-                assert (runtime.steps.meters, runtime.steps.window.batches) == ({}, 0)
+                assert (runtime.pipeline.meters, runtime.pipeline.losses.batches) == ({}, 0)
 
         fit(one, InputCheck(action=action), loader(), callbacks=[Look()])
 

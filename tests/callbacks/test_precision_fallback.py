@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_stability import GradNormMonitor, NaNEarlyStop, PrecisionFallback
 from lightning_stability._compat import MisconfigurationException
-from lightning_stability.runtime import runtime_of
+from lightning_stability.runtime import session_of
 from tests import runs
 from tests.recovery import poison
 
@@ -49,7 +49,7 @@ def change_by_hand(pl: Any, batch: int, to: str = "32-true") -> Any:
             if module.batch + 1 == batch:
                 precision = pl.plugins.precision
                 plugin = precision.Precision() if to == "32-true" else precision.MixedPrecision("bf16-mixed", "cpu")
-                runtime = runtime_of(trainer)
+                runtime = session_of(trainer)
                 if runtime is None:
                     trainer.strategy.precision_plugin = plugin
                 else:
@@ -298,7 +298,7 @@ class TestAfterTheChange:
             seen: list[bool] = []  # noqa: RUF012
 
             def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-                self.seen.append(runtime_of(trainer) is not None)
+                self.seen.append(session_of(trainer) is not None)
 
         module = poison.make_module(one, {2: "large_input", 9: "nan_input"}, OPTIMIZERS["foreach"], by_hand=False)
         result = poison.fit(one, module, [PrecisionFallback(), Look()], plugins=runs.fp16(one, init_scale=256.0))

@@ -346,7 +346,7 @@ class TestWhatElseHappens:
         )
         automatic = NaNEarlyStop()
         automatic.automatic = True
-        with pytest.warns(UserWarning, match="stands aside"):
+        with pytest.warns(UserWarning, match="disables itself"):
             runs.trainer(one, callbacks=[automatic], max_steps=1).fit(module, runs.data())
         assert any(weight.isnan().any() for weight in module.parameters()), "as without it"
 
@@ -439,9 +439,9 @@ def _ReadLate(pl: Any) -> Any:
         """The device is four steps behind: nothing arrives until then."""
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            from lightning_stability.runtime import runtime_of
+            from lightning_stability.runtime import session_of
 
-            reads = runtime_of(trainer)._reads
+            reads = session_of(trainer).pipeline.reads
             poll = reads.poll
             reads.poll = lambda: poll() if len(reads) > 4 and trainer.global_step >= 7 else None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from lightning_stability.health.record import StepRecord
 from lightning_stability.health.values import named_tensors, nonfinite_names
 
@@ -16,7 +18,7 @@ class Incident:
     """A bad step, or metric."""
 
     what: str
-    """`"loss"`, `"input"`, `"gradient"`, `"weight"`, `"buffer"`, `"loss_scale"` or `"metric"`."""
+    """`"loss"`, `"input"`, `"gradient"`, `"weight"`, `"buffer"`, `"loss_scale"`, `"optimizer"` or `"metric"`."""
     why: str
     """A sentence, without a full stop."""
     step: int
@@ -28,13 +30,7 @@ class Incident:
 
     @classmethod
     def of(cls, record: StepRecord, batch: Any, several_ranks: bool) -> Incident:
-        """Say of a skipped step what was wrong with it.
-
-        Args:
-            record: Of the step.
-            batch: The one that the record names; None if it is not held any more.
-            several_ranks: Whether it matters which rank's loss was bad.
-        """
+        """Say of a skipped step what was wrong with it."""
         what, why = _explain(record, batch)
         rank = record.bad_loss_ranks[0] if several_ranks and record.bad_loss_ranks else None
         return cls(what, why, record.step, record.epoch, record.batch_idx, rank)
@@ -63,7 +59,15 @@ def listed(names: list[str]) -> str:
 
 def _explain(record: StepRecord, batch: Any) -> tuple[str, str]:
     if record.outcome == "ordinary_skip":
-        return "gradient", "a gradient overflowed"
+        return "gradient", "GradScaler halves its scale"
+    if record.outcome == "rejected":
+        return "input", "a batch of its window was flagged"
+    if record.bad_option is not None:
+        return "optimizer", f"the optimizer has `{record.bad_option}`: its update would make weights non-finite"
+    if record.exception is not None:
+        bad = [] if batch is None else nonfinite_names(named_tensors(batch))
+        holds = f"; {listed(bad)} holds non-finite values" if bad else ""
+        return "input", f"`training_step` raised {record.exception}{holds}"
     if record.bad_loss_ranks or not record.loss_finite:
         bad = [] if batch is None else nonfinite_names(named_tensors(batch))
         value = "not finite" if record.loss is None or record.loss_finite else f"{record.loss:g}"
@@ -71,7 +75,7 @@ def _explain(record: StepRecord, batch: Any) -> tuple[str, str]:
             return "input", f"the loss was {value}, and so was the input: {listed(bad)} holds non-finite values"
         return "loss", f"the loss was {value}"
     if record.nonfinite_buffer is not None:
-        return "buffer", f"the forward pass made the buffer `{record.nonfinite_buffer}` non-finite (undone)"
+        return "buffer", f"the forward pass made the buffer `{record.nonfinite_buffer}` non-finite (restored)"
     if record.skipped_by == "GradScaler":
         scale = f"{record.loss_scale:g}" if record.loss_scale is not None else "unknown"
         return "loss_scale", f"gradients overflow at every loss scale; it has fallen to {scale}"
@@ -80,3 +84,22 @@ def _explain(record: StepRecord, batch: Any) -> tuple[str, str]:
         return "gradient", f"the gradients were finite but their squares overflow fp32; the largest is {where}"
     verdict = "not finite" if record.gradients_finite else record.gradients
     return "gradient", f"{where} was {verdict} while the loss was finite"
+
+
+def poisoned_attributes(module: nn.Module) -> list[str]:
+    """Plain attributes of a module or its parts that hold a non-finite tensor, such as a hidden state kept for later.
+
+    They are no buffers: no copy of them is kept, and nothing restores them.
+    """
+    found = []
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name not in _OF_TORCH and not isinstance(value, nn.Module):
+                prefix = f"{path}.{name}" if path else name
+                found += nonfinite_names(named_tensors(value, prefix))
+    return found
+
+
+_OF_TORCH = frozenset(
+    (*vars(nn.Module()), "_trainer", "_fabric", "_log_hyperparams", "_hparams", "prepare_data_per_node")
+)

@@ -6,16 +6,16 @@ import math
 import os
 import socket
 import time
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.events import EventLog
+from lightning_stability.internals import epochs_processed, on_failure_in_processes
 
 
-class RunEvents:
-    """Writes `training_started` and `training_ended` once per fit, whichever callbacks tell it.
+class Lifecycle:
+    """Writes `training_started` and `training_ended`, once per fit.
 
     A process that is killed writes no `training_ended`: the process id and host in `training_started` say who to look
     for. An exception is written by each rank that it was raised on, everything else by rank 0.
@@ -26,37 +26,15 @@ class RunEvents:
         self._started_at: float | None = None
         self._stopped_by: str | None = None
 
-    @classmethod
-    def of(cls, trainer: Any) -> RunEvents:
-        """The Trainer's; it is made on the first call.
-
-        Args:
-            trainer: A Trainer of either namespace.
-        """
-        found = _RUN_EVENTS.get(trainer)
-        if found is None:
-            found = _RUN_EVENTS[trainer] = cls()
-        return found
-
-    def prepared(self, trainer: Any, events: EventLog) -> None:
-        """All callbacks are set up; from now on an exception is told, in the validation before training too.
-
-        Args:
-            trainer: The Trainer, in `on_fit_start`.
-            events: Where to write.
-        """
+    def prepare(self, trainer: Any, events: EventLog) -> None:
+        """All callbacks are set up; from now on an exception is recorded, in the validation before training too."""
         if self._events is None:
             self._events, self._started_at, self._stopped_by = events, None, None
-            if is_instance_by_name(trainer.strategy.launcher, "_MultiProcessingLauncher"):
-                self._look_out_for_failure(trainer)
+            on_failure_in_processes(trainer, lambda exception: self.failed(trainer, exception))
 
-    def started(self, trainer: Any) -> None:
-        """Training starts: everything is restored. Told again, it does nothing.
-
-        Args:
-            trainer: The Trainer, in `on_train_start`.
-        """
-        if self._events is None or self._started_at is not None:
+    def started(self, trainer: Any, callbacks: list[Any]) -> None:
+        """Training starts: everything is restored."""
+        if self._events is None:
             return
         self._started_at = time.monotonic()
         if not trainer.is_global_zero:
@@ -74,54 +52,28 @@ class RunEvents:
             steps_per_epoch=per_epoch,
             total_steps=_total_steps(trainer, per_epoch),
             resumed_from=None if trainer.ckpt_path is None else str(trainer.ckpt_path),
-            callbacks=_names(trainer.callbacks),
-            unasked=_names(c for c in trainer.callbacks if not getattr(c, "asked_for", True)),
+            callbacks=_names(callbacks),
+            unasked=_names(c for c in callbacks if not getattr(c, "asked_for", True)),
         )
 
     def stopped(self, why: str) -> None:
-        """A callback ends the run.
-
-        Args:
-            why: In one sentence.
-        """
+        """A callback ends the run."""
         self._stopped_by = why
 
     def ended(self, trainer: Any) -> None:
-        """The fit is over, without an exception.
-
-        Args:
-            trainer: The Trainer, in `teardown`.
-        """
+        """The fit is over, without an exception."""
         if self._events is not None and self._started_at is not None and trainer.is_global_zero:
             status, why = self._how_it_ended(trainer)
             self._write_end(trainer, status=status, why=why)
         self._events = None
 
     def failed(self, trainer: Any, exception: BaseException) -> None:
-        """The fit was ended by an exception, Ctrl-C and SIGTERM included.
-
-        Args:
-            trainer: The Trainer, in `on_exception`.
-            exception: What was raised.
-        """
+        """The fit was ended by an exception, Ctrl-C and SIGTERM included."""
         if self._events is not None:
-            why = (str(exception).strip().splitlines() or [""])[0][:500]
+            said = str(exception).strip().splitlines()
+            why = said[0][:500] if said else "interrupted" if isinstance(exception, KeyboardInterrupt) else "no message"
             self._write_end(trainer, status="exception", why=why, exception=type(exception).__name__)
         self._events = None
-
-    def _look_out_for_failure(self, trainer: Any) -> None:
-        """Of an exception in processes that it has forked or spawned Lightning tells the callbacks nothing."""
-        run_stage = trainer._run_stage
-
-        def watched() -> Any:
-            del trainer._run_stage
-            try:
-                return run_stage()
-            except BaseException as exception:
-                self.failed(trainer, exception)
-                raise
-
-        trainer._run_stage = watched
 
     def _write_end(self, trainer: Any, **details: Any) -> None:
         assert self._events is not None
@@ -138,17 +90,13 @@ class RunEvents:
             return "finished", f"max_steps={max_steps} reached"
         if cut_short:
             return "stopped", _who_stopped(trainer)
-        if max_epochs is not None and trainer.fit_loop.epoch_progress.current.processed >= max_epochs:
+        if max_epochs is not None and epochs_processed(trainer) >= max_epochs:
             return "finished", f"max_epochs={max_epochs} reached"
         return "finished", "there was nothing left to train"
 
 
 def steps_per_epoch(trainer: Any) -> int | None:
-    """Optimizer steps of an epoch; None in manual optimization and for data of unknown length.
-
-    Args:
-        trainer: The Trainer, while it trains.
-    """
+    """Optimizer steps of an epoch; None in manual optimization and for data of unknown length."""
     batches: float = trainer.num_training_batches
     window: int = trainer.accumulate_grad_batches
     if not trainer.lightning_module.automatic_optimization or not math.isfinite(batches) or not batches:
@@ -182,6 +130,3 @@ def _who_stopped(trainer: Any) -> str:
         if remaining is not None and remaining <= 0:
             return f"{name}: max_time reached"
     return "trainer.should_stop was set"
-
-
-_RUN_EVENTS: weakref.WeakKeyDictionary[Any, RunEvents] = weakref.WeakKeyDictionary()

@@ -1,0 +1,182 @@
+"""The batches of the newest accumulation windows, and the state from before each: what training them again needs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_stability.health import StepRecord
+from lightning_stability.health.values import named_tensors
+from lightning_stability.recovery.metric_undo import MetricUndo
+from lightning_stability.recovery.random_state import RandomState
+from lightning_stability.recovery.undo import BufferUndo
+
+Convert = Callable[[Any], Any]
+Options = list[dict[str, Any]]
+
+
+class UncastBatch:
+    """A batch before a 16-true precision casts it, and the random state that the module's transfer hooks start from."""
+
+    def __init__(self, batch: Any, device: torch.device) -> None:
+        self._batch = batch
+        self._random = RandomState.taken(device)
+
+    def converted(self, convert: Convert) -> Any:
+        """Cast and transferred for another precision, with the same augmentation."""
+        self._random.restore()
+        return convert(self._batch)
+
+
+@dataclass(slots=True)
+class WindowBatch:
+    """One batch of a window, with what runs it."""
+
+    closure: Callable[[], Any]
+    kwargs: dict[str, Any]
+    uncast: UncastBatch | None
+    random: RandomState
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def batch(self) -> Any:
+        """What `training_step` was called with."""
+        return next(iter(self.kwargs.values()), None)
+
+    def changed_in_place(self) -> bool:
+        """Whether `training_step` wrote into it, so that training on it again would be something else."""
+        return self.versions != _versions(self.kwargs)
+
+
+class Window:
+    """The batches of one optimizer step; buffers and metric states from before the first of them."""
+
+    def __init__(self, module: nn.Module, results: Callable[[], Any], device: torch.device) -> None:
+        self._buffers = BufferUndo(module)
+        self._metrics = MetricUndo(module, results)
+        self._device = device
+        self.batches: list[WindowBatch] = []
+        self.options: Options = []
+        """The optimizer's options when it stepped: a scheduler has moved them by the time a window is trained again."""
+
+    def rescan(self) -> None:
+        """An epoch begins: modules, buffers and metrics may be others."""
+        self._buffers.rescan()
+        self._metrics.rescan()
+
+    def add(self, closure: Callable[[], Any], kwargs: dict[str, Any], uncast: UncastBatch | None) -> None:
+        """A batch is about to be trained."""
+        if not self.batches:
+            self._buffers.remember()
+            self._metrics.remember()
+        random = RandomState.taken(self._device)
+        self.batches.append(WindowBatch(closure, kwargs, uncast, random, _versions(kwargs)))
+
+    def clear(self) -> None:
+        """Let go of the batches."""
+        self.batches.clear()
+
+    def changed_in_place(self) -> bool:
+        """Whether `training_step` wrote into one of its batches."""
+        return any(batch.changed_in_place() for batch in self.batches)
+
+    def restore(self) -> None:
+        """Restore buffers and metric states to before the first batch."""
+        always = torch.tensor(True)
+        self._buffers.nonfinite()
+        self._buffers.give_back(always)
+        self._metrics.give_back(always)
+
+    def again(self, convert: Convert) -> Iterator[Callable[[], Any]]:
+        """What runs the batches again, in order; to be run as it is asked for, since random states are restored then.
+
+        Args:
+            convert: Makes a batch for another precision from one that was not cast.
+        """
+        for batch in self.batches:
+            if batch.uncast is not None:
+                batch.kwargs["batch"] = batch.uncast.converted(convert)
+            batch.random.restore()
+            yield batch.closure
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step whose update was skipped, whole: for whoever wants to know why it was bad.
+
+    The weights and the optimizer's state are as they were before it.
+
+    Attributes:
+        record: Its numbers.
+        window: Its batches with the random state before each, and the module's buffers and metric states from before
+            the first (`window.restore()`); None in manual optimization.
+    """
+
+    record: StepRecord
+    window: Window | None
+
+
+class Windows:
+    """The open window and those before it whose verdict is still on its way.
+
+    Keeps references to their batches (they stay in memory until then), the random state before each, and copies of
+    the buffers and metric states from before each window.
+
+    Args:
+        module: The LightningModule.
+        results: Returns what `self.log` accumulates.
+        device: Where the module is trained.
+        lag: How many closed windows are kept until their verdict is known.
+    """
+
+    def __init__(self, module: nn.Module, results: Callable[[], Any], device: torch.device, lag: int) -> None:
+        self._free = [Window(module, results, device) for _ in range(lag + 1)]
+        self.open = self._free.pop()
+        self.closed: deque[Window] = deque()
+
+    def rescan(self) -> None:
+        """An epoch begins."""
+        for window in (self.open, *self.closed, *self._free):
+            window.rescan()
+
+    def close(self, optimizer: Optimizer) -> None:
+        """The optimizer has stepped: the next window begins. The oldest closed one is given up if there is no room."""
+        self.open.options = options_of(optimizer)
+        self.closed.append(self.open)
+        if not self._free:
+            self.release()
+        self.open = self._free.pop()
+
+    def release(self) -> None:
+        """The oldest closed window's verdict is known: let go of its batches."""
+        window = self.closed.popleft()
+        window.clear()
+        self._free.append(window)
+
+
+def options_of(optimizer: Optimizer) -> Options:
+    """Every option of its parameter groups; tensors are copied, since they are written in place."""
+    return [
+        {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in group.items() if n != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def set_options(optimizer: Optimizer, options: Options) -> None:
+    """Set the options of its parameter groups."""
+    for group, values in zip(optimizer.param_groups, options, strict=True):
+        for name, value in values.items():
+            if isinstance(group.get(name), torch.Tensor):
+                group[name].copy_(value)
+            else:
+                group[name] = value
+
+
+def _versions(kwargs: Any) -> list[int]:
+    return [tensor._version for _, tensor in named_tensors(kwargs)]
