@@ -6,6 +6,7 @@ where they are needed.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -36,8 +37,10 @@ class Overrides:
         self._stack: list[tuple[Any, str, Any, Any]] = []
 
     def set(self, instance: Any, name: str, value: Any) -> None:
-        """Set an attribute of one instance; its class is left alone."""
+        """Set an attribute of one instance; its class is left alone. A function is set as an `_Override`."""
         before = vars(instance).get(name, _ABSENT)
+        if callable(value) and not isinstance(value, types.MethodType):
+            value = _Override(instance, name, value)
         setattr(instance, name, value)
         self._stack.append((instance, name, value, before))
 
@@ -51,6 +54,22 @@ class Overrides:
                 delattr(instance, name)
             else:
                 setattr(instance, name, before)
+
+
+class _Override:
+    """A function set on an instance; a copy of the instance, pickled or deep, gets its class's own method."""
+
+    def __init__(self, instance: Any, name: str, function: Callable[..., Any]) -> None:
+        self._instance = instance
+        self._name = name
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # (the instance is known to the pickler by now, and has no state yet: its class answers)
+        return getattr, (self._instance, self._name)
 
 
 # --- The training loop ---

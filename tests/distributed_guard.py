@@ -126,7 +126,7 @@ def stop(pl: Any, rank: int, fused: bool, scale: float | None = None) -> dict[st
     module = poison.make_module(pl, {4: "nan_loss"} if rank == 1 else {}, FUSED[fused], by_hand=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = fit(pl, module, [NaNEarlyStop()], scale)
+        result = fit(pl, module, [NaNEarlyStop(patience=0)], scale)
     said = [str(w.message) for w in caught if "NaNEarlyStop" in str(w.message)]
     return {"step": result["step"], "said": said, "bad": poison.nonfinite(result["weights"]), "sum": checksum(module)}
 

@@ -23,7 +23,9 @@ def compare(pl: Any, **options: Any) -> list[str]:
     for check in ([], [InputCheck()]):
         module = rehearsed_module.make_module(pl)
         chosen = {**options, "plugins": runs.fp16(pl)} if options.get("plugins") else options
-        results.append(rehearsed_module.fit(pl, module, [*check, NaNEarlyStop()], devices=2, strategy="ddp", **chosen))
+        results.append(
+            rehearsed_module.fit(pl, module, [*check, NaNEarlyStop(patience=0)], devices=2, strategy="ddp", **chosen)
+        )
     return rehearsed_module.differences(*results)
 
 

@@ -152,8 +152,9 @@ def trainer(pl: types.ModuleType, **options: Any) -> Any:
 
 
 def incidents(folder: Any) -> list[dict[str, Any]]:
-    """A run's events but for its start and end."""
-    return [event for event in read_events(folder) if event["event"] not in ("training_started", "training_ended")]
+    """A run's events but for its start, its progress and its end."""
+    others = ("training_started", "progress", "training_ended")
+    return [event for event in read_events(folder) if event["event"] not in others]
 
 
 def fp16(pl: types.ModuleType, **options: Any) -> list[Any]:

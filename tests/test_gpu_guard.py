@@ -132,7 +132,7 @@ def _quiet(step: Any) -> Any:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_clean_step_with_a_fused_optimizer_waits_for_nothing_more(name: str) -> None:
     bare = count("AdamW fused", [], **SETTINGS[name])
-    guarded = count("AdamW fused", [NaNEarlyStop(), GradNormMonitor()], **SETTINGS[name])
+    guarded = count("AdamW fused", [NaNEarlyStop(patience=0), GradNormMonitor()], **SETTINGS[name])
     start = 3 * SETTINGS[name].get("accumulate_grad_batches", 1)
     print(f"{name}: bare {bare[start:]}, guarded {guarded[start:]}")
     assert guarded[start:-1] == bare[start:-1]
@@ -140,7 +140,7 @@ def test_a_clean_step_with_a_fused_optimizer_waits_for_nothing_more(name: str) -
 
 def test_a_clean_step_with_another_optimizer_waits_once() -> None:
     bare = count("AdamW foreach", [])
-    guarded = count("AdamW foreach", [NaNEarlyStop()])
+    guarded = count("AdamW foreach", [NaNEarlyStop(patience=0)])
     assert [a - b for a, b in zip(guarded, bare, strict=True)][3:-1] == [1] * (len(bare) - 4)
 
 
@@ -193,7 +193,7 @@ class TestPrecisionFallback:
         )
         # (NaNEarlyStop and FractionalCheckpoint must not write when the exception passes them)
         saver = FractionalCheckpoint(1 / 6, dirpath=tmp_path, save_top_k=-1)
-        callbacks = [PrecisionFallback(), NaNEarlyStop(), saver]
+        callbacks = [PrecisionFallback(), NaNEarlyStop(patience=0), saver]
         options = {"accelerator": "gpu", "precision": "16-mixed", "enable_checkpointing": True}
         trainer = runs.trainer(pl, callbacks=callbacks, **options)
         with pytest.raises(RuntimeError, match=r"does not fit into memory in 32-true \(about \d+\.\d GiB more"):

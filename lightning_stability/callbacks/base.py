@@ -141,7 +141,7 @@ class SessionMember:
 
     def disable(self, trainer: Any, reason: object) -> None:
         """Leave a run that an automatic callback cannot serve."""
-        self._leave()
+        self._leave_session()
         take_out(self, trainer, reason)
 
     # Parts of the above.
@@ -151,7 +151,7 @@ class SessionMember:
             return
         if self.session is not None and self.session is session_of(trainer) and not self.session.has_begun:
             return
-        self._leave()
+        self._leave_session()
         if not self.is_needed(trainer):
             return
         objection = self.objection(trainer)
@@ -166,7 +166,7 @@ class SessionMember:
             raise MisconfigurationException(message)
         self.disable(trainer, message)
 
-    def _leave(self) -> None:
+    def _leave_session(self) -> None:
         session, self.session = self.session, None
         if session is not None:
             session.leave(self)

@@ -355,8 +355,8 @@ class InputCheck(StabilityCallback):
             finding.samples[0][0] if finding.samples else -1,
         )
 
-    def _leave(self) -> None:
-        super()._leave()
+    def _leave_session(self) -> None:
+        super()._leave_session()
         self._let_go()
 
     def _let_go(self) -> None:

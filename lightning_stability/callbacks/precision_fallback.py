@@ -119,7 +119,7 @@ class PrecisionFallback(StabilityCallback):
         else:
             trainer.strategy.precision_plugin = make_plugin(trainer, change.to)
         if not self.is_needed(trainer):
-            self._leave()
+            self._leave_session()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say which precision it is."""
@@ -139,7 +139,7 @@ class PrecisionFallback(StabilityCallback):
             self._is_done = False
             self._low_plugin = self._wider = None
             self.session.drain()
-            self._leave()
+            self._leave_session()
             self._loss_scale = None if self._loss_scale is None else 1.0
             self._log_precision(trainer)
             self._loss_scale = None
@@ -274,9 +274,9 @@ class PrecisionFallback(StabilityCallback):
             ranges.__exit__(None, None, None)
         return ranges
 
-    def _leave(self) -> None:
+    def on_session_end(self, exception: BaseException | None) -> None:
+        """The second try may have failed."""
         self._stop_watching()
-        super()._leave()
 
     # What is said of it.
 

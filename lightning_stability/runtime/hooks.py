@@ -57,7 +57,8 @@ class PluginHooks:
         self._overrides = Overrides()
         self._originals: dict[str, Callable[..., Any]] = {name: getattr(plugin, name) for name in PLUGIN_METHODS}
         for name in PLUGIN_METHODS:
-            self._overrides.set(plugin, name, getattr(self, name))
+            method = getattr(self, name)
+            self._overrides.set(plugin, name, lambda *args, method=method, **kwargs: method(*args, **kwargs))
         training_step = strategy.training_step
         self._overrides.set(strategy, "training_step", lambda *a, **k: listener.training_step(training_step, a, k))
 

@@ -55,6 +55,8 @@ class GuardedStep:
 
         @functools.wraps(original)
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if optimizer is not self._optimizer():  # a copy of it
+                return type(optimizer).step(optimizer, *args, **kwargs)
             return self._step(optimizer, original, args, kwargs) if self._active else original(*args, **kwargs)
 
         # A bound method, since a scheduler that is made later (SWA's) wraps its `__func__`.

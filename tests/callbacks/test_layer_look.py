@@ -50,7 +50,7 @@ class TestNothingChanges:
     def test_with_a_guard_and_a_fallback_that_keep_the_window(self, one: Any) -> None:
         results = []
         for check in ([], [InputCheck()]):
-            others = [NaNEarlyStop(), PrecisionFallback()]
+            others = [NaNEarlyStop(patience=0), PrecisionFallback()]
             options = {"accumulate_grad_batches": 2, "plugins": runs.fp16(one)}
             results.append(fit(one, rehearsed_module.make_module(one), [*check, *others], **options))
         assert differences(*results) == []

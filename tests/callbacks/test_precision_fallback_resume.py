@@ -140,7 +140,7 @@ def test_an_evaluation_of_its_checkpoint_is_in_that_precision_too(tmp_path: Path
         seen.append(self.net(batch[0]).dtype)
 
     module = runs.make_module(one, test_step=test_step)
-    trainer = runs.trainer(one, callbacks=[PrecisionFallback(), NaNEarlyStop()], precision="16-true")
+    trainer = runs.trainer(one, callbacks=[PrecisionFallback(), NaNEarlyStop(patience=0)], precision="16-true")
     trainer.test(module, runs.data(), ckpt_path=tmp_path / "step=5.ckpt", verbose=False)
     assert set(seen) == {torch.float32}
 
@@ -246,7 +246,7 @@ def resumed_warnings(folder: Path, callbacks: list[Any], **options: Any) -> list
 def test_a_run_that_resumes_without_the_callback_is_warned_once(tmp_path: Path) -> None:
     fit(tmp_path, [PrecisionFallback()])
     saver = FractionalCheckpoint(dirpath=tmp_path / "ours")
-    for ours in ([NaNEarlyStop()], [saver], [GradNormMonitor(), saver, NaNEarlyStop()]):
+    for ours in ([NaNEarlyStop(patience=0)], [saver], [GradNormMonitor(), saver, NaNEarlyStop(patience=0)]):
         said = [text for text in resumed_warnings(tmp_path, ours) if "fallen back" in text]
         assert len(said) == 1
         assert said[0].startswith(
@@ -256,5 +256,9 @@ def test_a_run_that_resumes_without_the_callback_is_warned_once(tmp_path: Path) 
     said = resumed_warnings(tmp_path, [])
     assert any("Please add the following callbacks: ['PrecisionFallback']" in text for text in said), "Lightning does"
     for quiet in ({"precision": "32-true"}, {"precision": "16-mixed"}):
-        ours = [NaNEarlyStop()] if quiet["precision"] == "32-true" else [NaNEarlyStop(), PrecisionFallback()]
+        ours = (
+            [NaNEarlyStop(patience=0)]
+            if quiet["precision"] == "32-true"
+            else [NaNEarlyStop(patience=0), PrecisionFallback()]
+        )
         assert not [text for text in resumed_warnings(tmp_path, ours, **quiet) if "had fallen back" in text]

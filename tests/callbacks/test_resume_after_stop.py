@@ -143,7 +143,7 @@ def test_it_is_listed_as_finite_and_as_the_last_good_one(tmp_path: Path) -> None
 
 def test_with_action_raise_it_is_kept_as_well(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError):
-        fit(tmp_path, callbacks=lambda pl: [NaNEarlyStop(action="raise")], module={"bad": 3})
+        fit(tmp_path, callbacks=lambda pl: [NaNEarlyStop(patience=0, action="raise")], module={"bad": 3})
     fit(tmp_path / "resumed", patience=0, max_epochs=1, ckpt_path=str(tmp_path / "checkpoints" / FILE_NAME))
     assert len(result(tmp_path / "resumed")["seen"]) == 3
 
@@ -159,7 +159,7 @@ class Fails(pl.Callback):
 def test_it_is_kept_when_another_callback_fails_over_the_bad_batch(tmp_path: Path) -> None:
     options = {"module": {"bad": 6}, "checkpoint": "none", "max_epochs": 2}
     with pytest.raises(ArithmeticError, match="on purpose"):
-        fit(tmp_path, callbacks=lambda pl: [NaNEarlyStop(), Fails()], **options)
+        fit(tmp_path, callbacks=lambda pl: [NaNEarlyStop(patience=0), Fails()], **options)
     trainer = fit(tmp_path / "resumed", patience=0, max_epochs=2, ckpt_path=str(tmp_path / "checkpoints" / FILE_NAME))
     assert len(result(tmp_path / "resumed")["seen"]) == 7
     assert trainer.current_epoch == 2
@@ -174,7 +174,7 @@ class Spoils(pl.Callback):
 
 
 def test_weights_that_somebody_else_spoilt_are_not_kept(tmp_path: Path) -> None:
-    fit(tmp_path, callbacks=lambda pl: [NaNEarlyStop(), Spoils()], checkpoint="none")
+    fit(tmp_path, callbacks=lambda pl: [NaNEarlyStop(patience=0), Spoils()], checkpoint="none")
     assert list((tmp_path / "checkpoints").glob("*.ckpt")) == []
 
 

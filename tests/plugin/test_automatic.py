@@ -271,7 +271,9 @@ assert all(torch.equal(ends[0], end) for end in ends)
 """)
     aside = [line for line in done.stderr.splitlines() if "disables itself" in line]
     assert len(aside) == 2, done.stderr
-    assert "NaNEarlyStop disables itself in this run: Ahead.step moves the weights before it calls its closure" in aside[0]
+    assert (
+        "NaNEarlyStop disables itself in this run: Ahead.step moves the weights before it calls its closure" in aside[0]
+    )
 
 
 def test_what_the_user_asks_for_is_refused_as_ever(run):
@@ -279,7 +281,7 @@ def test_what_the_user_asks_for_is_refused_as_ever(run):
 from lightning_stability import NaNEarlyStop
 class Lbfgs(BoringModel):
     def configure_optimizers(self): return torch.optim.LBFGS(self.parameters(), lr=1e-3, max_iter=2)
-try: make(callbacks=[NaNEarlyStop()]).fit(Lbfgs())
+try: make(callbacks=[NaNEarlyStop(patience=0)]).fit(Lbfgs())
 except pl.utilities.exceptions.MisconfigurationException: print("refused")
 else: raise AssertionError
 """)
@@ -382,7 +384,7 @@ from lightning_stability import GradNormMonitor, NaNEarlyStop
 for name in names:
     base = importlib.import_module(name).Callback
     assert issubclass(NaNEarlyStop, base) and issubclass(GradNormMonitor, base)
-    fit(name, NaNEarlyStop(), GradNormMonitor())
+    fit(name, NaNEarlyStop(patience=0), GradNormMonitor())
 """
 
 

@@ -26,7 +26,7 @@ def test_none_all_and_names():
     assert names("none") == []
     assert names("all") == [cls.__name__ for cls in CALLBACKS]
     assert names("GradNormMonitor") == ["GradNormMonitor"]
-    assert names(" GradNormMonitor , NaNEarlyStop() ,") == ["GradNormMonitor", "NaNEarlyStop"]
+    assert names(" GradNormMonitor , NaNEarlyStop(patience=0) ,") == ["GradNormMonitor", "NaNEarlyStop"]
 
 
 def test_options_are_spelled_and_typed_as_on_the_command_line():
@@ -36,7 +36,7 @@ def test_options_are_spelled_and_typed_as_on_the_command_line():
     )
     assert (stop.patience, stop.action, stop.monitor) == (2, "raise", ["val_loss", "val,acc"])
     assert (monitor.every_n_steps, monitor.log_update_ratio, monitor.group_depth) == (10, True, 1)
-    [stop] = chosen("NaNEarlyStop(monitor=val_loss)")
+    [stop] = chosen("NaNEarlyStop(patience=0, monitor=val_loss)")
     assert stop.monitor == ["val_loss"]
     [monitor] = chosen("GradNormMonitor(every_n_steps=null)")
     assert monitor.every_n_steps is None

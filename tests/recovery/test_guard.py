@@ -113,7 +113,7 @@ def test_the_reference_itself_is_poisoned_without_the_guard(one: Any) -> None:
 
 def test_a_clean_run_is_the_same_with_and_without_the_guard(pl: Any) -> None:
     results = []
-    for callbacks in ([], [NaNEarlyStop(), GradNormMonitor()]):
+    for callbacks in ([], [NaNEarlyStop(patience=0), GradNormMonitor()]):
         module = poison.make_module(pl, {}, OPTIMIZERS["AdamW foreach"], by_hand=False)
         results.append(poison.fit(pl, module, callbacks))
     assert poison.differences(*results) == []
@@ -141,7 +141,7 @@ class TestWithGradScaler:
     def test_an_ordinary_overflow_is_what_it_was_without_the_guard(self, pl: Any) -> None:
         """Scale 2^24 overflows in the backward pass alone: GradScaler halves it until it fits."""
         results = []
-        for callbacks in ([], [NaNEarlyStop()]):
+        for callbacks in ([], [NaNEarlyStop(patience=0)]):
             module = poison.make_module(pl, {}, OPTIMIZERS["AdamW foreach"], by_hand=False)
             results.append(poison.fit(pl, module, callbacks, plugins=runs.fp16(pl, init_scale=2.0**24)))
         assert results[0]["precision"]["scale"] < 2.0**24
@@ -150,7 +150,7 @@ class TestWithGradScaler:
     def test_a_scale_that_collapses_ends_the_run(self, one: Any) -> None:
         kinds = dict.fromkeys(range(100), "fp16_overflow")
         module = poison.make_module(one, kinds, OPTIMIZERS["AdamW foreach"], by_hand=False)
-        stop = NaNEarlyStop()
+        stop = NaNEarlyStop(patience=0)
         with pytest.warns(UserWarning, match=r"gradients overflow at every loss scale; it has fallen to 0\.5"):
             result = poison.fit(one, module, [stop], plugins=runs.fp16(one, init_scale=4.0))
         assert result["step"] == 4
@@ -160,7 +160,9 @@ class TestWithGradScaler:
         kinds = dict.fromkeys(range(1000), "fp16_overflow")
         module = poison.make_module(one, kinds, OPTIMIZERS["AdamW fused"], by_hand=False)
         with pytest.warns(UserWarning, match="overflow at every loss scale"):
-            result = poison.fit(one, module, [NaNEarlyStop()], plugins=runs.fp16(one, init_scale=2.0**40), max_epochs=9)
+            result = poison.fit(
+                one, module, [NaNEarlyStop(patience=0)], plugins=runs.fp16(one, init_scale=2.0**40), max_epochs=9
+            )
         assert result["step"] == 21
 
 
@@ -273,7 +275,7 @@ class TestWhatElseHappens:
             def step(self, closure: Any = None) -> Any:
                 return super().step()
 
-        for callbacks in ([], [NaNEarlyStop()]):
+        for callbacks in ([], [NaNEarlyStop(patience=0)]):
             module = runs.make_module(pl, optimizer=lambda module: Forgets(module.parameters(), lr=0.1))
             trainer = runs.trainer(pl, callbacks=callbacks)
             refusal = pl.utilities.exceptions.MisconfigurationException
@@ -310,7 +312,7 @@ class TestWhatElseHappens:
         module = runs.make_module(one, optimizer=lambda module: Ahead(module.parameters(), lr=0.1))
         refusal = one.utilities.exceptions.MisconfigurationException
         with pytest.raises(refusal, match=r"Ahead\.step moves the weights before it calls its closure"):
-            runs.trainer(one, callbacks=[NaNEarlyStop()]).fit(module, runs.data())
+            runs.trainer(one, callbacks=[NaNEarlyStop(patience=0)]).fit(module, runs.data())
 
     def test_so_is_one_that_moves_them_by_what_its_first_update_has_made(self, one: Any) -> None:
         class Ahead(torch.optim.SGD):
@@ -344,7 +346,7 @@ class TestWhatElseHappens:
         module = runs.make_module(
             one, optimizer=lambda module: Ahead(module.parameters(), lr=0.1), training_step=training_step
         )
-        automatic = NaNEarlyStop()
+        automatic = NaNEarlyStop(patience=0)
         automatic.automatic = True
         with pytest.warns(UserWarning, match="disables itself"):
             runs.trainer(one, callbacks=[automatic], max_steps=1).fit(module, runs.data())
@@ -388,7 +390,7 @@ class TestWhatElseHappens:
         results = []
         for late in (False, True):
             module = poison.make_module(one, {3: "nan_input"}, OPTIMIZERS["AdamW fused"], by_hand=False)
-            callbacks: list[Any] = [NaNEarlyStop()]
+            callbacks: list[Any] = [NaNEarlyStop(patience=0)]
             if late:
                 callbacks.append(_ReadLate(one))
             with pytest.warns(UserWarning, match="NaNEarlyStop ended the run"):
@@ -407,7 +409,7 @@ class TestWhatElseHappens:
                 return super().step(closure)
 
         weights = []
-        for callbacks in ([], [NaNEarlyStop()]):
+        for callbacks in ([], [NaNEarlyStop(patience=0)]):
             module = poison.make_module(one, {}, lambda p: Twice(p, lr=0.1), by_hand=False)
             if callbacks:
                 with pytest.warns(UserWarning, match="closure more than once"):

@@ -87,8 +87,8 @@ def test_without_rejection_gradscaler_would_have_halved() -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_neither_a_stop_nor_a_fallback_comes_of_a_rejected_batch(order: tuple[int, ...]) -> None:
-    """Overflow in fp16 is what PrecisionFallback waits for, a NaN loss what NaNEarlyStop() ends a run for."""
-    stop, fallback, check = NaNEarlyStop(), PrecisionFallback(), InputCheck(action="skip")
+    """Overflow in fp16 is what PrecisionFallback waits for, a NaN loss what NaNEarlyStop(patience=0) ends a run for."""
+    stop, fallback, check = NaNEarlyStop(patience=0), PrecisionFallback(), InputCheck(action="skip")
     callbacks = [(stop, fallback, check)[place] for place in order]
     module = poison.make_module(pl, {}, OPTIMIZERS["AdamW foreach"], by_hand=False)
     plugins = runs.fp16(pl, init_scale=256.0)
@@ -187,7 +187,7 @@ def test_a_step_without_a_loss_leaves_nothing_to_the_next_window() -> None:
     module = poison.make_module(pl, {}, OPTIMIZERS["AdamW foreach"], by_hand=False)
     step = type(module).training_step
     type(module).training_step = lambda self, batch, i: None if i == 2 else step(self, batch, i)
-    stop = NaNEarlyStop()
+    stop = NaNEarlyStop(patience=0)
     poison.fit(pl, module, [check, stop], data({2}, "nan"), max_epochs=1)
     assert stop.state_dict()["updates"] == 5
     assert poison.nonfinite(dict(module.state_dict())) == []

@@ -69,7 +69,7 @@ def train(folder: Path, happens: str = "", model: Any = None, data: Any = None, 
     """Train in this process, 16 steps an epoch."""
     defaults: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 16, "limit_val_batches": 2}
     options = {**defaults, "enable_checkpointing": True, "logger": TensorBoardLogger(folder), **options}
-    options.setdefault("callbacks", [NaNEarlyStop(), GradNormMonitor(), FractionalCheckpoint()])
+    options.setdefault("callbacks", [NaNEarlyStop(patience=0), GradNormMonitor(), FractionalCheckpoint()])
     trainer = runs.trainer(pl, **options)
     model = model or Model(at=9, happens=happens, seconds=0.1 if happens == "slow" else 0.0)
     trainer.fit(model, data or Data())
@@ -130,7 +130,7 @@ def test_a_run_that_nan_early_stop_ended(tmp_path: Path) -> None:
         ("slow", {"max_time": {"seconds": 1}}, "stopped", "stopped early: Timer: max_time reached"),
         (
             "",
-            {"callbacks": [EarlyStopping("val_loss", stopping_threshold=1e9), NaNEarlyStop()]},
+            {"callbacks": [EarlyStopping("val_loss", stopping_threshold=1e9), NaNEarlyStop(patience=0)]},
             "stopped",
             "stopped early: EarlyStopping: Stopping threshold reached: val_loss",
         ),
@@ -153,7 +153,7 @@ def test_a_run_that_ended_otherwise(
     assert len(ends) == 1
 
 
-@pytest.mark.parametrize("callback", [NaNEarlyStop(), FractionalCheckpoint(), PrecisionFallback()])
+@pytest.mark.parametrize("callback", [NaNEarlyStop(patience=0), FractionalCheckpoint(), PrecisionFallback()])
 def test_each_callback_alone_has_start_and_end_written_in_every_fit(tmp_path: Path, callback: Any) -> None:
     trainer = train(tmp_path, callbacks=[callback], max_epochs=1, plugins=runs.fp16(pl))
     trainer.fit_loop.max_epochs = 2
@@ -163,7 +163,7 @@ def test_each_callback_alone_has_start_and_end_written_in_every_fit(tmp_path: Pa
 
 
 def test_callbacks_that_nobody_asked_for_write_nothing(tmp_path: Path) -> None:
-    guest = unasked(NaNEarlyStop())
+    guest = unasked(NaNEarlyStop(patience=0))
     train(tmp_path, callbacks=[guest])
     assert not list(tmp_path.rglob(FILE_NAME))
     report = told(tmp_path)
@@ -176,7 +176,7 @@ def test_callbacks_that_nobody_asked_for_write_nothing(tmp_path: Path) -> None:
 
 def test_a_run_that_was_refused_at_setup_leaves_no_events(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="does not know how to leave Custom"):
-        train(tmp_path, callbacks=[NaNEarlyStop(), PrecisionFallback()], plugins=[Custom("16-mixed", "cpu")])
+        train(tmp_path, callbacks=[NaNEarlyStop(patience=0), PrecisionFallback()], plugins=[Custom("16-mixed", "cpu")])
     assert not list(tmp_path.rglob(FILE_NAME))
 
 
@@ -327,7 +327,7 @@ def test_incidents_and_the_change_of_precision_are_listed(tmp_path: Path) -> Non
 
 
 def test_flagged_inputs_are_counted_on_a_line_of_their_own_and_are_no_incidents(tmp_path: Path) -> None:
-    callbacks = [InputCheck(action="skip"), NaNEarlyStop()]
+    callbacks = [InputCheck(action="skip"), NaNEarlyStop(patience=0)]
     train(tmp_path, model=Model(), data=BadSamples(), callbacks=callbacks, max_epochs=1)
     report = told(tmp_path)
     assert re.fullmatch(
