@@ -272,13 +272,15 @@ class NaNEarlyStop(StabilityCallback):
             bad_weights
         )
         skips = bool(bad_input) and not bad_weights and self._counts.bad_in_a_row[0] < self.patience
+        if skips and self.session.can_skip_a_batch:
+            return True  # said with the update that is skipped for it
         warn_always(
             f"NaNEarlyStop: `training_step` raised {type(exception).__name__} at {where}, and"
             f" {' and '.join(held)} hold{'s' if len(held) == 1 and len(bad_input + bad_weights) == 1 else ''}"
             " non-finite values.",
             on_this_rank=True,
         )
-        return skips
+        return False
 
     # Metrics.
 

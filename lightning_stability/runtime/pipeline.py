@@ -142,13 +142,16 @@ class Pipeline:
         step = self._step
         if step is None or step.optimizer is not optimizer:
             return
+        if step.meter is not None:  # the module has clipped by itself
+            if self.guard is not None and step.verdict is not None:
+                self.guard.judge_again(step.verdict, step.meter.total_norm_now())
+            return
         meter = self._meter(optimizer)
         scale = scale_tensor(self._trainer.precision_plugin)
         scalars = dict(step.learning_rates_on_device())
         if scale is not None:
             scalars["loss_scale"] = scale
-        if step.meter is None:
-            self._close_losses(step)
+        self._close_losses(step)
         kept = {} if step.losses.total is None else {"loss": step.losses.total}
         if self.guard is not None and step.losses.batches > 1:
             kept["bad_batch"] = step.losses.first_nonfinite()
@@ -156,7 +159,7 @@ class Pipeline:
         step.scaled = scale is not None
         step.divide_by_scale = scale is not None and unscales_itself(optimizer)
         step.logger_step = internals.logger_step(self._trainer)
-        if step.meter is None and self._wants_update(step.logger_step):
+        if self._wants_update(step.logger_step):
             meter.remember_weights()
         step.meter = meter
         if self.guard is not None:
@@ -292,12 +295,27 @@ class Pipeline:
 
     def _close_losses(self, step: Step) -> None:
         """The backward passes that this step's gradients come from."""
+        number, index = internals.batch_number(self._trainer), internals.batch_index(self._trainer)
         if self.losses.batches:
             self._last_losses, self.losses = self.losses, Losses()
         elif self._trainer.lightning_module.automatic_optimization:
             self._last_losses = Losses()
+        elif self._last_losses.numbers[-1:] != [number]:
+            # `loss.backward()` instead of `self.manual_backward(loss)`
+            self._last_losses = Losses(numbers=[number], indices=[index])
+            self._refuse_unreduced()
         # else: a second optimizer stepping on the same backward pass
         step.losses = self._last_losses
+
+    def _refuse_unreduced(self) -> None:
+        if self.guard is not None and self._distributed:
+            self.refuse(
+                MisconfigurationException(
+                    "an optimizer steps after a backward pass that did not go through `self.manual_backward(loss)`:"
+                    " Lightning then does not reduce the gradients, so the ranks train different weights and cannot"
+                    " skip the same updates. Call `self.manual_backward(loss)` in place of `loss.backward()`"
+                )
+            )
 
     def _clear_rejected_inf(self, step: Step) -> None:
         """GradScaler shall not halve its scale for an input that has been rejected.

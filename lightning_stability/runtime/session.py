@@ -193,6 +193,11 @@ class Session(Callback):
         return self.pipeline.guard
 
     @property
+    def can_skip_a_batch(self) -> bool:
+        """Whether a batch on which `training_step` has raised can be left out."""
+        return self.trainer.world_size == 1 and bool(self.trainer.lightning_module.automatic_optimization)
+
+    @property
     def is_measuring(self) -> bool:
         """Whether a policy needs records."""
         return self._hooks is not None
@@ -553,8 +558,7 @@ class Session(Callback):
     def _skips_exception(self, error: Exception, args: Any, kwargs: Any) -> bool:
         batch = args[0] if args else next(iter(kwargs.values()), None)
         answers = [bool(self._contain(p.skips_exception, error, batch, policy=p)) for p in list(self._policies)]
-        can_skip = self.trainer.world_size == 1 and self.trainer.lightning_module.automatic_optimization
-        return can_skip and any(answers)
+        return self.can_skip_a_batch and any(answers)
 
     def _forget_steps(self) -> None:
         self.pipeline.forget_losses()

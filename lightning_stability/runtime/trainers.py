@@ -82,8 +82,8 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
 
 def say_what_it_costs(trainer: Any, optimizer: Optimizer) -> None:
     """One line for an optimizer that cannot be told to skip without a host read."""
-    group = optimizer.param_groups[0]
-    if group.get("fused"):
+    group = next(iter(optimizer.param_groups), None)
+    if group is None or group.get("fused"):  # (none: Lightning's stand-in where no optimizer is configured)
         return
     name = type(optimizer).__name__
     has_fused = isinstance(optimizer, (SGD, Adam, AdamW, Adagrad))
