@@ -1,4 +1,4 @@
-"""InputCheck: looks at the numbers that really flow in, before they hurt."""
+"""InputCheck: checks the numbers that flow in, before they hurt."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import RuntimeCallback, warn_always
+from lightning_stability.callbacks.input_findings import Finding, why_nothing_is_checked
 from lightning_stability.callbacks.input_report import InputReport, Seen
-from lightning_stability.callbacks.layer_look import LayerLook
+from lightning_stability.callbacks.layer_check import LayerCheck
 from lightning_stability.checkpointing.loaders import training_iterator
 from lightning_stability.checkpointing.sample_indices import SampleIndices
 from lightning_stability.health import LateReads, StepRecord
-from lightning_stability.health.input_findings import Finding, small_members, why_nothing_to_look_at
 from lightning_stability.health.inputs import InputMeter
+from lightning_stability.health.values import small_members
 from lightning_stability.runtime import logger_step
 
 Action = Literal["warn", "skip", "raise"]
@@ -79,12 +80,11 @@ class InputCheck(RuntimeCallback):
     its data loader left it; in every other precision the one that `training_step` gets, after
     `on_after_batch_transfer`.
 
-    Once, before the first training step of a fit, it runs the first batch through `training_step` and states mean,
-    deviation and range of the input of every layer, in the precision that is trained in and in fp32: the first and the
-    worst ones on screen, all in `input_scales.csv` in the log folder. It warns of layers whose input's deviation
-    is above `max_scale_ratio` or below one over it, and in 16 bits of those near the format's limit, and names the
-    module that multiplies. The run is left as it was; where that is impossible (manual optimization), the first step
-    itself is watched instead.
+    Once, in the first training step of a fit, it states mean, deviation and range of the input of every layer: after the
+    forward pass and before the backward pass, so before any weight changes. The first and the worst ones are on screen,
+    all in `input_scales.csv` in the log folder. It warns of layers whose input's deviation is above `max_scale_ratio` or
+    below one over it, and in 16 bits of those near the format's limit, and names the module that multiplies. The run is
+    bitwise identical to one without it.
 
     What a flagged batch is named by: its index, its rank, the samples' positions in it, their index in the dataset
     where the sampler tells it and no `collate_fn` of the user's makes the batch, and what a method
@@ -160,9 +160,9 @@ class InputCheck(RuntimeCallback):
         self._reads = LateReads()
         self._indices = SampleIndices()
         self._first_batch = True
-        self._first_look = True
+        self._is_first_check = True
         self._on_trial: Seen | None = None  # the first batch that was looked at, until its loss is known
-        self._layers: LayerLook | None = None
+        self._layers: LayerCheck | None = None
         self._indices_known = False
         self._epoch_begins = True
         self._logged = 0  # log intervals begun so far
@@ -179,7 +179,7 @@ class InputCheck(RuntimeCallback):
             self._indices.start()  # before the data loaders' iterators are made
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Go on with the log interval that the run is in."""
+        """Continue the log interval that the run is in."""
         super().on_train_start(trainer, pl_module)
         self._logged = logger_step(trainer) // trainer.log_every_n_steps if trainer.log_every_n_steps else 0
 
@@ -189,23 +189,27 @@ class InputCheck(RuntimeCallback):
         self._epoch_begins = True
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Look at the batch."""
+        """Check the batch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._runtime is None or self._is_hidden(trainer):
             return
         indices = self._take_indices(trainer, batch_idx)
         if self._first_batch:
             self._first_batch = False
-            self._look_at_layers(trainer, pl_module, batch, batch_idx)
+            self._layers = LayerCheck(trainer, self.max_scale_ratio, only_warnings=self.automatic)
+            self._layers.start(self._before_cast(batch))
         if (trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1) % self.every_n_steps == 0:
-            self._look(trainer, batch, batch_idx, indices)
+            self._check(trainer, batch, batch_idx, indices)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """The first forward pass is over."""
+        if pl_module.automatic_optimization:  # else there may be several in a step
+            self._report_layers()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hand over what has arrived."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._layers is not None and self._runtime is not None:
-            self._layers.after_step(trainer, self._runtime.events)
-            self._layers = None
+        self._report_layers()
         if self._on_trial is not None:
             self._end_trial(trainer, outputs)
         self._reads.poll()
@@ -226,6 +230,7 @@ class InputCheck(RuntimeCallback):
         """Read what is on its way, which may say why, and leave."""
         if self._runtime is not None:
             with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
+                self._report_layers()
                 self._reads.drain()
         super().on_exception(trainer, pl_module, exception)
 
@@ -235,7 +240,7 @@ class InputCheck(RuntimeCallback):
         return {"inputs": self._meter.state_dict(), "counts": self._report.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self._meter.load_state_dict(state_dict["inputs"])
         self._report.load_state_dict(state_dict["counts"])
 
@@ -246,15 +251,19 @@ class InputCheck(RuntimeCallback):
             self._reads.drain()  # says what their batches were flagged for
             self._report.warn_of_skips(self._runtime)
 
-    # The look at the layers, once, at the start of the fit.
+    # The layers, once, at the start of the fit.
 
-    def _look_at_layers(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """What the first batch is when it reaches each of them, before it is trained on."""
+    def _report_layers(self) -> None:
+        layers, self._layers = self._layers, None
+        if layers is not None and self._runtime is not None:
+            layers.finish(self._runtime.events)
+
+    def _before_cast(self, batch: Any) -> Any:
+        """The batch as it was before a 16-true precision converted it."""
         assert self._runtime is not None
-        self._layers = LayerLook(self.max_scale_ratio, only_warnings=self.automatic)
-        self._layers.before_step(trainer, batch, batch_idx, self._runtime.uncast, self._runtime.events)
+        return batch if self._runtime.uncast is None else self._runtime.uncast
 
-    # The look at a batch.
+    # A batch.
 
     def _is_hidden(self, trainer: Any) -> bool:
         """Whether a `training_step(dataloader_iter)` fetches its batches itself, after every hook."""
@@ -271,12 +280,10 @@ class InputCheck(RuntimeCallback):
         indices = self._indices.take(training_iterator(trainer))
         return indices if self._indices_known else None
 
-    def _look(self, trainer: Any, batch: Any, batch_idx: int, indices: list[int] | None) -> None:
-        assert self._runtime is not None
-        uncast = self._runtime.uncast
-        looks = self._meter.look(batch if uncast is None else uncast)
-        first, self._first_look = self._first_look, False
-        if first and not looks and not self.automatic and (why := why_nothing_to_look_at(batch)):
+    def _check(self, trainer: Any, batch: Any, batch_idx: int, indices: list[int] | None) -> None:
+        measured = self._meter.measure(self._before_cast(batch))
+        is_first, self._is_first_check = self._is_first_check, False
+        if is_first and not measured and not self.automatic and (why := why_nothing_is_checked(batch)):
             warn_always(f"InputCheck: {why}")
         seen = Seen(
             trainer.global_step,
@@ -284,18 +291,18 @@ class InputCheck(RuntimeCallback):
             batch_idx,
             logger_step(trainer),
             self._is_log_due(trainer),
-            looks,
+            measured,
             indices,
             small_members(batch),
         )
-        if looks:
-            parts = [part for look in looks for part in (look.row, look.constant) if part is not None]
+        if measured:
+            parts = [part for stats in measured for part in (stats.row, stats.constant) if part is not None]
             device = parts[0].device
             parts = [part.to(device, non_blocking=True) for part in parts]
             self._reads.send(parts, lambda arrays: self._arrived(seen, arrays))
         if self.action != "warn":
             self._act(trainer, seen)
-        if self.action == "raise" and first:
+        if self.action == "raise" and is_first:
             self._on_trial = seen
 
     def _arrived(self, seen: Seen, arrays: Any) -> None:
@@ -313,7 +320,7 @@ class InputCheck(RuntimeCallback):
         """Have the batch's update discarded, or raise, on all ranks alike."""
         assert self._runtime is not None
         device = trainer.strategy.root_device
-        flags = [look.flag.to(device, torch.float32, non_blocking=True) for look in seen.looks]
+        flags = [stats.flag.to(device, torch.float32, non_blocking=True) for stats in seen.stats]
         flags = flags or [torch.zeros((), device=device)]
         of_ranks = self._of_ranks(trainer, flags[0] if len(flags) == 1 else torch.stack(flags).amax())
         if self.action == "skip":

@@ -13,8 +13,8 @@ from torch import nn
 from lightning_stability import InputCheck, NaNEarlyStop, PrecisionFallback
 from lightning_stability.events import read_events
 from lightning_stability.recovery.rehearsal import why_not
-from tests import rehearsed_module, runs
-from tests.rehearsed_module import differences, fit
+from tests import busy_module, runs
+from tests.busy_module import differences, fit
 
 PRECISIONS: dict[str, Any] = {
     "32-true": lambda pl: {},
@@ -37,8 +37,8 @@ class TestNothingChanges:
         self, pl: Any, precision: str, accumulate: int, caplog: pytest.LogCaptureFixture, recwarn: Any
     ) -> None:
         options = {"accumulate_grad_batches": accumulate}
-        without = fit(pl, rehearsed_module.make_module(pl), [], **options, **PRECISIONS[precision](pl))
-        module = rehearsed_module.make_module(pl)
+        without = fit(pl, busy_module.make_module(pl), [], **options, **PRECISIONS[precision](pl))
+        module = busy_module.make_module(pl)
         with caplog.at_level("INFO"):
             result = fit(pl, module, [InputCheck()], **options, **PRECISIONS[precision](pl))
         assert differences(without, result) == []
@@ -52,13 +52,13 @@ class TestNothingChanges:
         for check in ([], [InputCheck()]):
             others = [NaNEarlyStop(), PrecisionFallback()]
             options = {"accumulate_grad_batches": 2, "plugins": runs.fp16(one)}
-            results.append(fit(one, rehearsed_module.make_module(one), [*check, *others], **options))
+            results.append(fit(one, busy_module.make_module(one), [*check, *others], **options))
         assert differences(*results) == []
 
     def test_a_training_step_that_fails_without_gradients_is_put_back_and_watched_instead(
         self, one: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
-        plain = rehearsed_module.make_module(one).training_step.__func__
+        plain = busy_module.make_module(one).training_step.__func__
 
         def with_penalty(self: Any, batch: Any, batch_idx: int) -> Any:
             loss = plain(self, batch, batch_idx)
@@ -68,7 +68,7 @@ class TestNothingChanges:
         results = []
         for check in ([], [InputCheck()]):
             with caplog.at_level("INFO"):
-                module = rehearsed_module.make_module(one, training_step=with_penalty)
+                module = busy_module.make_module(one, training_step=with_penalty)
                 results.append(fit(one, module, check, plugins=runs.fp16(one)))
         assert differences(*results) == []
         assert "the first training step itself is watched, in 16-mixed: the batch could not be run" in caplog.text
@@ -78,14 +78,14 @@ class TestNothingChanges:
     def test_an_iterator_in_the_module_is_not_run_ahead_of_its_time(
         self, one: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
-        plain = rehearsed_module.make_module(one).training_step.__func__
+        plain = busy_module.make_module(one).training_step.__func__
 
         def with_another_loader(self: Any, batch: Any, batch_idx: int) -> Any:
             return plain(self, batch, batch_idx) * next(self.weights)
 
         results = []
         for check in ([], [InputCheck()]):
-            module = rehearsed_module.make_module(one, training_step=with_another_loader)
+            module = busy_module.make_module(one, training_step=with_another_loader)
             module.weights = iter(torch.linspace(0.5, 1.5, 12))
             with caplog.at_level("INFO"):
                 results.append(fit(one, module, check))

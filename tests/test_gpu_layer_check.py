@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_stability import InputCheck
 from lightning_stability.health.layer_scales import LayerScales
-from tests import rehearsed_module, runs
+from tests import busy_module, runs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,12 +25,12 @@ def test_a_run_with_the_look_is_bit_equal_to_one_without(
 ) -> None:
     results = []
     for check in ([], [InputCheck()]):
-        module = rehearsed_module.make_module(pl)
+        module = busy_module.make_module(pl)
         options = {"accelerator": "gpu", "precision": precision, "accumulate_grad_batches": accumulate}
         with caplog.at_level("INFO"):
-            results.append(rehearsed_module.fit(pl, module, check, **options))
+            results.append(busy_module.fit(pl, module, check, **options))
         results[-1]["cuda random"] = torch.cuda.get_rng_state()
-    assert rehearsed_module.differences(*results) == []
+    assert busy_module.differences(*results) == []
     assert f"what the first batch is at 6 layers, in {precision}" in caplog.text
     assert "could not be run" not in caplog.text
 
