@@ -85,7 +85,7 @@ def collates_by(iterator: Any) -> Any:
 
 
 def delivers_in_order(iterator: Any) -> bool:
-    """Whether a loader's iterator yields batches in the order in which the sampler gave them (torch 2.6 can do else)."""
+    """Whether a loader's iterator yields batches in the order in which the sampler gave them."""
     return getattr(iterator, "_in_order", True)
 
 

@@ -1,6 +1,6 @@
-"""One of two ranks that train with and without InputCheck's look at the layers, started by test_distributed.py.
+"""One of two ranks that train with and without InputCheck's layer scale check, started by test_distributed.py.
 
-usage: distributed_look.py ddp NAMESPACE FOLDER [thorough]
+usage: distributed_layers.py ddp NAMESPACE FOLDER [thorough]
 """
 
 import json
@@ -18,7 +18,7 @@ from tests import busy_module, runs
 
 
 def compare(pl: Any, **options: Any) -> list[str]:
-    """What differs between a run with the look and one without."""
+    """What differs between a run with the check and one without."""
     results = []
     for check in ([], [InputCheck()]):
         module = busy_module.make_module(pl)

@@ -80,11 +80,11 @@ class InputCheck(RuntimeCallback):
     its data loader left it; in every other precision the one that `training_step` gets, after
     `on_after_batch_transfer`.
 
-    Once, in the first training step of a fit, it states mean, deviation and range of the input of every layer: after the
-    forward pass and before the backward pass, so before any weight changes. The first and the worst ones are on screen,
-    all in `input_scales.csv` in the log folder. It warns of layers whose input's deviation is above `max_scale_ratio` or
-    below one over it, and in 16 bits of those near the format's limit, and names the module that multiplies. The run is
-    bitwise identical to one without it.
+    Once, in the first training step of a fit, it states mean, deviation and range of the input of every layer: after
+    the forward pass and before the backward pass, so before any weight changes. The first and the worst ones are on
+    screen, all in `input_scales.csv` in the log folder. It warns of layers whose input's deviation is above
+    `max_scale_ratio` or below one over it, and in 16 bits of those near the format's limit, and names the module that
+    multiplies. The run is bitwise identical to one without it.
 
     What a flagged batch is named by: its index, its rank, the samples' positions in it, their index in the dataset
     where the sampler tells it and no `collate_fn` of the user's makes the batch, and what a method

@@ -21,6 +21,9 @@ MOST_WARNINGS = 5
 _FIRST, _WORST = 4, 4  # rows of the table on screen
 _NAMED = 3  # layers that one warning names
 _SIDES = ("mean", "std", "least", "largest")
+_COLUMNS = (
+    "layer", "class", "calls", "input_mean", "input_deviation", "input_least", "input_largest", "output_deviation",
+)  # fmt: skip
 
 
 class LayerCheck:
@@ -130,8 +133,8 @@ class LayerCheck:
         cause, itself, batch_std = finding.cause, "", 0.0
         if self._batch:
             name, scale = max(self._batch.items(), key=lambda item: item[1].abs_max)
-            batch_std = scale.std
-            itself = f"; {f'`{name}`' if len(self._batch) > 1 else 'the batch'} itself has deviation {_number(batch_std)}"
+            batch_std, which = scale.std, f"`{name}`" if len(self._batch) > 1 else "the batch"
+            itself = f"; {which} itself has deviation {_number(batch_std)}"
         if cause is not None:
             return f"{itself}{', so' if itself else ';'} `{cause.name}` {_does(cause)}"
         if not finding.scale.is_finite or not batch_std > 0.0 or not self._unit.is_off(finding.scale.std / batch_std):
@@ -206,7 +209,7 @@ def _write_csv(path: Path, layers: list[LayerScale]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow("layer class calls input_mean input_deviation input_least input_largest output_deviation".split())
+        rows.writerow(_COLUMNS)
         for layer in layers:
             figures = [getattr(layer.input, side, None) for side in _SIDES] + [getattr(layer.output, "std", None)]
             cells = ["" if figure is None else f"{figure:.6g}" for figure in figures]

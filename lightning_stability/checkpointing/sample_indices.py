@@ -83,8 +83,9 @@ _ASKED: weakref.WeakKeyDictionary[Any, _Asked] = weakref.WeakKeyDictionary()
 def _next_index(iterator: Any) -> Any:
     index = _ORIGINAL(iterator)
     asked = _ASKED.setdefault(iterator, _Asked())
-    if asked.sampler is not sampler_iterator(iterator):  # an epoch begins: what was asked ahead is not delivered any more
-        asked.sampler = sampler_iterator(iterator)
+    sampler = sampler_iterator(iterator)
+    if asked.sampler is not sampler:  # an epoch begins: what was asked ahead is not delivered any more
+        asked.sampler = sampler
         asked.indices.clear()
         asked.lost = False
     asked.lost |= len(asked.indices) == asked.indices.maxlen

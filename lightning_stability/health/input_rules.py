@@ -1,9 +1,11 @@
 """The rules by which a tensor of a batch is judged, once: torch executes them and so do the Triton kernels."""
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# (Triton would read the annotations of `judge` itself.)
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch as ops  # within `judge`; `input_kernels` compiles the same source with triton.language in this place
@@ -74,7 +76,7 @@ def judge(
     largest, std, mean, total, nonfinite, negative, new,
     batches, log_mean, usual_mean, streak, balance,
     max_abs, log_ratio, has_past,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """The verdict on one tensor of one batch, and what to remember after it; `InputMeter` says what the rules are for.
 
     Executed on the device, by torch and by Triton: only what both know may stand here (a test holds that).
@@ -97,8 +99,10 @@ def judge(
     is_adopted = differs & (streak >= ops.where(batches > 1.0, ADOPTED, ADOPTED // 2))
     count = batches + 1.0
     batches = ops.where(is_adopted, 1.0, ops.where(is_counted, count, batches))
-    log_mean = ops.where(is_adopted, log_std, ops.where(is_counted, log_mean + (log_std - log_mean) / count, log_mean))
-    usual_mean = ops.where(is_adopted, mean, ops.where(is_counted, usual_mean + (mean - usual_mean) / count, usual_mean))
+    moved = ops.where(is_counted, log_mean + (log_std - log_mean) / count, log_mean)
+    log_mean = ops.where(is_adopted, log_std, moved)
+    moved = ops.where(is_counted, usual_mean + (mean - usual_mean) / count, usual_mean)
+    usual_mean = ops.where(is_adopted, mean, moved)
     streak = ops.where(is_counted | is_adopted, 0.0, streak)
     balance = balance + ops.where(holds_nonfinite, 1.0, -1.0)
     return (
@@ -125,9 +129,10 @@ def judge_with_torch(
         new = fresh.sum().to(largest.dtype)
         first = torch.where(new > 0, fresh.to(torch.uint8).argmax().to(largest.dtype), -1.0)
         state.channels = torch.maximum(state.channels, constant.to(torch.int8))
-    verdict: Any = judge(
+    batches, log_mean, usual_mean, streak, balance = state.scale
+    verdict = judge(
         largest, std, mean, total, nonfinite, negative, new,
-        *state.scale,
+        batches, log_mean, usual_mean, streak, balance,
         limits.max_abs, limits.log_ratio, limits.has_past,
     )  # fmt: skip
     usual_std, is_nonfinite, is_beyond, is_constant, is_drifted, is_mask, is_unwanted, *remembered = verdict

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_stability.health import input_scan
-from lightning_stability.health.input_rules import FIELDS, REMEMBERED, WIDTH, Limits, TensorState
+from lightning_stability.health.input_rules import REMEMBERED, WIDTH, Limits, TensorState
 from lightning_stability.health.values import named_tensors
+
 
 @dataclass(slots=True, eq=False)
 class TensorStats:
@@ -131,9 +132,7 @@ class InputMeter:
         state = self._states.get(name)
         if state is None:
             no_channels = torch.zeros(channels, dtype=torch.int8, device=device)
-            state = TensorState(
-                torch.zeros(REMEMBERED, dtype=input_scan.wide(device), device=device), no_channels
-            )
+            state = TensorState(torch.zeros(REMEMBERED, dtype=input_scan.wide(device), device=device), no_channels)
             self._states[name] = state
         if state.scale.device != device:
             state.scale = state.scale.to(device, input_scan.wide(device))

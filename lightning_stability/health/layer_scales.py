@@ -71,8 +71,8 @@ class LayerScales:
 
     Layers are the modules that call no other one: those without children, and those that have some but compute with
     parameters of their own, such as `nn.MultiheadAttention`. A module given to `torch.compile` is one layer. Metrics
-    are none, and neither is what a hook would change: scripted modules, modules that compile their own call, and torch's
-    transformer layers outside of training, which would leave their fast path.
+    are none, and neither is what a hook would change: scripted modules, modules that compile their own call, and
+    torch's transformer layers outside of training, which would leave their fast path.
 
     Everything is computed on the device, in fp32 (fp64 for fp64) and without overflow; nothing waits for it until the
     results are asked for. What fails to be measured is left out and never fails the forward pass.
@@ -127,8 +127,8 @@ class LayerScales:
     def first_beyond(self, limit: float) -> tuple[str, Side, float, float] | None:
         """The first layer, in forward order, with a value beyond a limit; waits for the device.
 
-        What is not finite does not count: masks are made of it. Returns its name, "input" or "output", the least and the
-        largest value; None if there is none.
+        What is not finite does not count: masks are made of it. Returns its name, "input" or "output", the least and
+        the largest value; None if there is none.
         """
         for one, (*_, least, largest) in self._read():
             if max(abs(least), abs(largest)) > limit:
@@ -163,7 +163,7 @@ class LayerScales:
 
 
 def layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The descendants of a module that may be layers: those without children, and those with parameters of their own."""
+    """The descendants of a module that may be layers, by name."""
     if compiles_its_call(module):
         return
     for name, child in module.named_children():

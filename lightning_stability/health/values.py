@@ -149,7 +149,7 @@ def nonfinite_rows(tensor: Tensor) -> tuple[list[int], list[int]]:
     if hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
     if tensor.layout != torch.strided:
-        sparse = tensor.to_sparse_coo().coalesce()
+        sparse = tensor.to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
         values = sparse.values()
         indices = sparse.indices()[:, ~values.isfinite().reshape(len(values), -1).all(dim=1)]
     else:
@@ -169,7 +169,7 @@ def _stored_floats(tensor: Tensor) -> Tensor | None:
         if tensor.is_nested:
             tensor = torch.cat([part.reshape(-1) for part in tensor.unbind()])
         elif tensor.layout != torch.strided:
-            tensor = tensor.to_sparse_coo().coalesce().values()
+            tensor = tensor.to_sparse_coo().coalesce().values()  # type: ignore[no-untyped-call]
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
         if not tensor.is_floating_point() or tensor.numel() == 0:

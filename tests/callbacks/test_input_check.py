@@ -256,8 +256,10 @@ class TestWhenItLooks:
         self, accumulate: int, every: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[Any] = []
-        look = InputMeter.look
-        monkeypatch.setattr(InputMeter, "look", lambda self, batch: seen.append(batch["number"]) or look(self, batch))
+        measure = InputMeter.measure
+        monkeypatch.setattr(
+            InputMeter, "measure", lambda self, batch: seen.append(batch["number"]) or measure(self, batch)
+        )
         fit(
             one,
             InputCheck(every_n_steps=every),

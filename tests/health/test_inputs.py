@@ -1,7 +1,10 @@
 """What InputMeter says of a batch, against plain float64 arithmetic."""
 
+import ast
 import dataclasses
+import inspect
 import math
+import textwrap
 from collections import namedtuple
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_stability.health import input_scan
+from lightning_stability.health import input_rules, input_scan
 from lightning_stability.health.input_rules import ADOPTED, FIELDS
 from lightning_stability.health.inputs import InputMeter, TensorStats
 
@@ -283,6 +286,14 @@ def test_where_torch_must_not_look_on_the_host_it_gives_the_same() -> None:
     [plain], [masked] = meter().measure(x), meter().measure(bad)
     torch.testing.assert_close(plain.row[:3], masked.row[:3], rtol=1e-5, atol=0.0)
     torch.testing.assert_close(plain.samples, masked.samples[:5], rtol=1e-5, atol=0.0)
+
+
+def test_the_rules_use_only_operations_that_torch_and_triton_share() -> None:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(input_rules.judge)))
+    used = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert used == {"ops.abs", "ops.exp", "ops.log", "ops.where", "float"}
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    assert names - set(input_rules.judge.__code__.co_varnames) == {"ADOPTED", "float", "ops"}
 
 
 def test_the_plan_covers_every_value_once() -> None:
