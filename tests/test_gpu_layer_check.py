@@ -31,7 +31,7 @@ def test_a_run_with_the_check_is_bit_equal_to_one_without(
             results.append(busy_module.fit(pl, module, check, **options))
         results[-1]["cuda random"] = torch.cuda.get_rng_state()
     assert busy_module.differences(*results) == []
-    assert f"what the first batch is at 6 layers, in {precision}" in caplog.text
+    assert f"measured 6 layers in the first batch, in {precision}" in caplog.text
 
 
 def test_the_crash_in_real_fp16(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -62,7 +63,7 @@ class InputError(RuntimeError):
 
 
 class InputCheck(RuntimeCallback):
-    """Looks at every floating tensor of a training batch, on its device, before it is trained on.
+    """Checks every floating tensor of a training batch, on its device, before it is trained on.
 
     A batch is flagged if one of its tensors, whatever their nesting,
 
@@ -70,8 +71,8 @@ class InputCheck(RuntimeCallback):
       mask and passes, and what is not finite in the first batch is named by a warning instead;
     - has a magnitude above `max_abs`;
     - has three dimensions or more and a channel (dimension 1) that is constant over all samples and positions, though
-      it varied in every batch before; that is told once for each, whatever the action, and trained on; one that is
-      constant in the first batch is named at the start instead;
+      it varied in every batch before; a warning says so once for each, whatever the action, and the batch is trained
+      on; one that is constant in the first batch is named at the start instead;
     - has a deviation that differs by more than `max_scale_ratio` from that of the earlier batches that were not
       flagged (their geometric mean).
 
@@ -93,7 +94,7 @@ class InputCheck(RuntimeCallback):
     tensors.
 
     With `"warn"` nothing waits for the device. With `"skip"` the device discards the update of the batch's whole
-    accumulation window, and gives back what its forward pass wrote, without a read of its own; with `"raise"` the
+    accumulation window, and restores what its forward pass wrote, without a read of its own; with `"raise"` the
     host reads one number per batch, and ends the run after the first batch as well, if that was not finite and neither
     is its loss. Both make one small all-reduce per batch where several processes train together.
 
@@ -114,7 +115,7 @@ class InputCheck(RuntimeCallback):
         max_scale_ratio: The largest ratio, either way, of a batch's deviation to the usual one, and of a layer's to 1.
         action: What becomes of a flagged batch: `"warn"` trains on it, `"skip"` discards its update, `"raise"` raises
             `InputError` before it is trained on.
-        every_n_steps: Look at every n-th batch. (Batches, not optimizer steps: with accumulation one of these takes
+        every_n_steps: Check every n-th batch. (Batches, not optimizer steps: with accumulation one of these takes
             several.)
 
     Raises:
@@ -161,7 +162,7 @@ class InputCheck(RuntimeCallback):
         self._indices = SampleIndices()
         self._first_batch = True
         self._is_first_check = True
-        self._on_trial: Seen | None = None  # the first batch that was looked at, until its loss is known
+        self._on_trial: Seen | None = None  # the first batch that was checked, until its loss is known
         self._layers: LayerCheck | None = None
         self._indices_known = False
         self._epoch_begins = True
@@ -229,9 +230,9 @@ class InputCheck(RuntimeCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Read what is on its way, which may say why, and leave."""
         if self._runtime is not None:
-            with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
-                self._report_layers()
-                self._reads.drain()
+            for read in (self._reads.drain, partial(self._report_layers, failed=True)):
+                with contextlib.suppress(RuntimeError, OSError):  # a device that failed must not hide what made it fail
+                    read()
         super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,10 +254,10 @@ class InputCheck(RuntimeCallback):
 
     # The layers, once, at the start of the fit.
 
-    def _report_layers(self) -> None:
+    def _report_layers(self, failed: bool = False) -> None:
         layers, self._layers = self._layers, None
         if layers is not None and self._runtime is not None:
-            layers.finish(self._runtime.events)
+            layers.finish(self._runtime.events, failed)
 
     def _before_cast(self, batch: Any) -> Any:
         """The batch as it was before a 16-true precision converted it."""
@@ -310,7 +311,7 @@ class InputCheck(RuntimeCallback):
             self._report.arrived(self._runtime, seen, arrays)
 
     def _is_log_due(self, trainer: Any) -> bool:
-        """Whether this batch is the first of those looked at of a step that Lightning logs, or since."""
+        """Whether this batch is the first checked one of a step that Lightning logs, or since."""
         if not trainer.loggers or not trainer.log_every_n_steps:
             return False
         before, self._logged = self._logged, (logger_step(trainer) + 1) // trainer.log_every_n_steps

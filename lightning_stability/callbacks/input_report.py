@@ -29,7 +29,7 @@ from lightning_stability.runtime import Runtime
 
 MOST_WARNINGS = 6
 MOST_SAMPLES = 16  # of one finding that are named
-MOST_IN_A_ROW = 8
+LONGEST_STREAK = 8
 """Updates skipped in a row that are warned of."""
 _REMEDIES = {
     "nonfinite": "put finite values in the place of what is missing and give the model a mask",
@@ -187,12 +187,7 @@ class InputReport:
     # The updates.
 
     def note_update(self, runtime: Runtime, record: StepRecord) -> bool:
-        """Count an update that was made, or that was not.
-
-        Args:
-            runtime: Of the fit.
-            record: Of the step.
-        """
+        """Count an update; returns whether so many in a row were skipped by now that `warn_of_skips` is due."""
         if record.outcome == "bad":
             self._counts.bad += 1
         self._updates.add(record.outcome)
@@ -213,7 +208,7 @@ class InputReport:
                 loss=record.loss,
                 loss_scale=record.loss_scale,
             )
-        return self._updates.in_a_row == MOST_IN_A_ROW
+        return self._updates.streak == LONGEST_STREAK
 
     def warn_of_skips(self, runtime: Runtime) -> None:
         """Nothing is learnt: say so once, on the ranks whose batches were flagged, and what to do."""
@@ -222,7 +217,7 @@ class InputReport:
             return
         updates.warned_of = True
         [((tensor, reason), count)] = updates.flagged.most_common(1)
-        row = "update was" if updates.in_a_row == 1 else f"{updates.in_a_row} updates were"
+        row = "update was" if updates.streak == 1 else f"{updates.streak} updates were"
         none = "" if updates.made else " and none of this fit was made"
         listed = "" if runtime.events.path is None else f", or leave out what {FILE_NAME} lists"
         warn_always(
@@ -235,7 +230,7 @@ class InputReport:
     def summarise(self, runtime: Runtime, only_flagged: bool) -> None:
         """Say at the end of a fit what was seen."""
         trainer, counts = runtime.trainer, self._counts
-        if self._updates.in_a_row and not self._updates.made:
+        if self._updates.streak and not self._updates.made:
             self.warn_of_skips(runtime)
         looked, flagged = counts.looked, counts.flagged
         if trainer.world_size > 1:
@@ -272,16 +267,16 @@ class _Updates:
     """The updates of this fit, and what its batches were flagged for."""
 
     made: int = 0
-    in_a_row: int = 0  # that were skipped for their inputs since one was made
+    streak: int = 0  # that were skipped for their inputs since one was made
     warned_of: bool = False
     flagged: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def add(self, outcome: str) -> None:
         if outcome == "rejected":
-            self.in_a_row += 1
+            self.streak += 1
         elif outcome == "taken":
             self.made += 1
-            self.in_a_row = 0
+            self.streak = 0
 
 
 @dataclass(slots=True)

@@ -50,8 +50,8 @@ class LayerCheck:
             self._watched = LayerScales(self._trainer.lightning_module)
             self._watched.__enter__()
 
-    def finish(self, events: EventLog) -> None:
-        """The forward pass is over: say what was seen, once."""
+    def finish(self, events: EventLog, failed: bool = False) -> None:
+        """The forward pass is over, or has raised: say what was seen, once."""
         if self._watched is None:
             return
         watched = self._watched
@@ -61,6 +61,8 @@ class LayerCheck:
         except RuntimeError as error:  # of figures that cannot be read, such as those made within `vmap`
             reason = (str(error).splitlines() or [""])[0]
             rank_zero_info(f"InputCheck: what reaches the layers could not be seen ({reason}).")
+            return
+        if failed and not layers:
             return
         # of a batch that is not finite itself the layers tell nothing more
         is_finite = all(scale.is_finite for scale in self._batch.values())
@@ -82,7 +84,7 @@ class LayerCheck:
             where = f"; all of them: {path}"
         if layers:
             rank_zero_info(
-                f"InputCheck: what the first batch is at {len(layers)} layers, in {precision}: the first and those"
+                f"InputCheck: measured {len(layers)} layers in the first batch, in {precision}: the first and those"
                 f" farthest from unit scale{where}\n{_table(layers)}"
             )
         else:

@@ -29,8 +29,8 @@ class TensorStats:
         samples: Float64, (samples, 3): for each position in dimension 0 the largest magnitude, the number of values
             that are not finite, and the root mean square of the distance to the usual mean. (The batch's own would let
             one outlier make all the others look like some; it serves where there is no earlier batch.)
-        is_first: Whether it is the first look at this tensor.
-        constant: Which channels are constant, int8, if it is the first look and there are channels; else None.
+        is_first: Whether this tensor was not measured before.
+        constant: Which channels are constant, int8, if it is the first time and there are channels; else None.
     """
 
     name: str
@@ -68,8 +68,8 @@ class InputMeter:
     a magnitude exceeds `max_abs`; if its deviation differs from the geometric mean of those of earlier batches by more
     than `max_scale_ratio`. Such batches do not enter that mean; but once `input_rules.ADOPTED` in a row have differed
     from it, or half as many if it is the first batch's own, the last of them is the usual from then on: an outlier in
-    the first batch must not condemn all others. A channel that is constant and varied in every batch before is told,
-    and no more: data that is fine has such too (an empty class of a mask, a silent clip).
+    the first batch must not condemn all others. A channel that is constant and varied in every batch before is
+    warned of, and no more: data that is fine has such too (an empty class of a mask, a silent clip).
 
     What is so by design must pass. -inf beside nothing but 0 is an additive attention mask, in whatever batch. Other
     values that are not finite may code what is missing: the majority of the batches decides, since a batch in which by
@@ -78,11 +78,8 @@ class InputMeter:
     0 is constant in a small batch by chance. And a tensor that never had a deviation, as a mask without padding, has
     no channel that could have lost it.
 
-    Args:
-        max_abs: The largest magnitude that is fine; None for any.
-        max_scale_ratio: The largest ratio of deviations that is fine, either way.
-
     Example:
+        >>> from lightning_stability.health.input_rules import FIELDS
         >>> meter = InputMeter(max_abs=None, max_scale_ratio=100.0)
         >>> [stats] = meter.measure({"eeg": torch.randn(4, 3, 100), "label": torch.tensor([0, 1, 1, 0])})
         >>> stats.name, bool(stats.flag)
@@ -100,11 +97,7 @@ class InputMeter:
 
     @torch.no_grad()
     def measure(self, batch: Any) -> list[TensorStats]:
-        """Measure every floating tensor of a batch.
-
-        Args:
-            batch: Tensors in any nesting.
-        """
+        """Measure every floating tensor of a batch, in any nesting."""
         tensors = [(name, tensor.detach()) for name, tensor in named_tensors(batch) if _is_measured(tensor)]
         return [self._measure(name, tensor) for name, tensor in tensors]
 
@@ -154,7 +147,7 @@ class InputMeter:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what was remembered."""
+        """Continue from what was remembered."""
         self._states = {
             name: TensorState(_scale_of(state["scale"]), _copied(state["channels"]), state["batches"])
             for name, state in state_dict.items()

@@ -73,7 +73,7 @@ class TestWhatIsSaid:
         said, _ = fit(pl, InputCheck(), loader())
         assert said == []
         look, summary = infos(caplog)
-        assert "what the first batch is at 5 layers" in look
+        assert "measured 5 layers in the first batch" in look
         assert "6 batches looked at, 0 flagged; largest magnitudes of `batch['x']`" in summary
         assert "deviations of `batch['x']`" in summary
 

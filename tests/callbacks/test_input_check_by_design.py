@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_stability import InputCheck, InputError, NaNEarlyStop
-from lightning_stability.callbacks.input_report import MOST_IN_A_ROW
+from lightning_stability.callbacks.input_report import LONGEST_STREAK
 from tests import runs
 from tests.callbacks.test_input_check import fit, infos, loader, make_module, one
 
@@ -222,7 +222,7 @@ class TestSkippedUpdates:
         check = InputCheck(max_abs=100.0, action="skip")
         said, _ = fit(one, check, loader(bad, batch_size=2, shuffle=False))
         [message] = [message for message in said if "Nothing is learnt" in message]
-        assert f"the last {MOST_IN_A_ROW} updates were skipped because of what went in; flagged most" in message
+        assert f"the last {LONGEST_STREAK} updates were skipped because of what went in; flagged most" in message
 
     @pytest.mark.parametrize(("batches", "which"), [(1, "the last update was skipped"), (3, "the last 3 updates were")])
     def test_a_short_fit_without_any_update_says_so_at_its_end(

@@ -41,7 +41,7 @@ class TestNothingChanges:
         with caplog.at_level("INFO"):
             result = fit(pl, module, [InputCheck()], **options, **PRECISIONS[precision](pl))
         assert differences(without, result) == []
-        assert f"what the first batch is at 6 layers, in {precision}" in caplog.text
+        assert f"measured 6 layers in the first batch, in {precision}" in caplog.text
         assert not [w for w in recwarn if "InputCheck" in str(w.message)]
         assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules())
 
@@ -72,7 +72,7 @@ class TestNothingChanges:
             with caplog.at_level("INFO"):
                 results.append(fit(one, module, check, plugins=runs.fp16(one)))
         assert differences(*results) == []
-        assert "what the first batch is at 6 layers" in caplog.text
+        assert "measured 6 layers in the first batch" in caplog.text
 
     def test_a_frozen_transformer_layer_keeps_its_fast_path(self, one: Any) -> None:
         class Probe(nn.Module):

@@ -60,7 +60,7 @@ def test_the_recipes_that_train_are_silent(corpus, tmp_path, command, config, li
     words = [f"--data.root={corpus}", "--data.batch_size=4", "--trainer.max_epochs=1", *limits]
     done = command("fit", f"--config={config}", *words, "--trainer.callbacks+=InputCheck", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "InputCheck: what the first batch is at 20 layers" in done.stderr
+    assert "InputCheck: measured 20 layers in the first batch" in done.stderr
     assert "InputCheck: the" not in done.stderr
     assert re.search(r"InputCheck: \d+ batches looked at, 0 flagged", done.stderr)
     assert events(tmp_path, "input_scales")[0]["far_from_unit_scale"] == []
