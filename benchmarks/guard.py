@@ -4,8 +4,9 @@ For each way, with fused and with foreach AdamW: the time of a step over that of
 interleaved with bare blocks in one process (see grad_norm.py). Beside it, once and on the CPU, which bad steps a run
 survives: it ends without an exception and with finite weights, buffers and epoch metrics.
 
-First of all the look that InputCheck takes at a batch: host and device time of its hook, beside one read of the batch's
-bytes at the bandwidth measured and beside one `amax`, and the number of kernels.
+First of all InputCheck's check of a batch: host and device time of its hook, with the Triton kernels and with torch's
+pass in their place, beside one read of the batch's bytes at the bandwidth measured and beside one `amax`, and the
+number of kernels.
 
 usage: python benchmarks/guard.py [--quick] [--rounds N] [--device cuda] [--workloads a,b] [--json FILE]
                                   [--no-inputs] [--no-scenarios]
@@ -39,6 +40,7 @@ import grad_norm  # noqa: E402
 from common import quiet, save, spread  # noqa: E402
 
 from lightning_stability import GradNormMonitor, InputCheck, NaNEarlyStop  # noqa: E402
+from lightning_stability.health import input_scan  # noqa: E402
 from tests.recovery import poison  # noqa: E402
 
 FUSED = {"fused": True, "foreach": False}
@@ -147,10 +149,15 @@ class TimeLook(pl.Callback):
         check = trainer.callbacks[trainer.callbacks.index(self) - 1]
 
         def look() -> None:
-            check._look(trainer, batch, batch_idx, None)
+            check._check(trainer, batch, batch_idx, None)
             check._reads.poll()
 
-        timed = {"look": look, "amax": lambda: batch.amax()}
+        def look_by_torch() -> None:
+            scan, input_scan.scan = input_scan.scan, input_scan.scan_with_torch
+            look()
+            input_scan.scan = scan
+
+        timed = {"look": look, "torch": look_by_torch, "amax": lambda: batch.amax()}
         self.result = grad_norm.interleaved(timed, self.device, self.repeats)
         self.result["kernels"] = kernels_of(look) if self.device.type == "cuda" else None
         trainer.should_stop = True
@@ -305,14 +312,12 @@ def print_looks(result: dict[str, Any]) -> None:
     heads = f"{'one read us':>12s} {'host us':>9s} {'device us':>10s} {'/ read':>7s} {'amax us':>9s} {'kernels':>8s}"
     print(f"\n{'InputCheck looks at':32s} {heads}")
     for name, of_batch in result.items():
-        look, amax = of_batch["look"], of_batch["amax"]
-        device = look.get("device_us")
-        columns = f"{'-':>10s} {'-':>7s}" if device is None else f"{device:10.1f} {device / of_batch['read_us']:7.2f}"
-        other = amax.get("device_us", amax["host_us"])
-        kernels = "-" if of_batch["kernels"] is None else f"{of_batch['kernels']:.1f}"
-        print(
-            f"{name:32s} {of_batch['read_us']:12.1f} {look['host_us']:9.1f} {columns:>18s} {other:9.1f} {kernels:>8s}"
-        )
+        amax = of_batch["amax"].get("device_us", of_batch["amax"]["host_us"])
+        for way, title in (("look", name), ("torch", "  by torch")):
+            host, device = of_batch[way]["host_us"], of_batch[way].get("device_us")
+            ratio = f"{'-':>10s} {'-':>7s}" if device is None else f"{device:10.1f} {device / of_batch['read_us']:7.2f}"
+            kernels = "-" if way == "torch" or of_batch["kernels"] is None else f"{of_batch['kernels']:.1f}"
+            print(f"{title:32s} {of_batch['read_us']:12.1f} {host:9.1f} {ratio:>18s} {amax:9.1f} {kernels:>8s}")
 
 
 def print_ratios(title: str, result: dict[str, Any]) -> None:

@@ -44,11 +44,7 @@ COLUMNS = tuple(field.name for field in fields(FlaggedInput))
 
 
 def append_flagged(folder: str | os.PathLike[str] | None, rows: Iterable[FlaggedInput]) -> None:
-    """Append rows to the file in a run's log folder; several processes may do so at once.
-
-    Args:
-        folder: The log folder; None writes nothing.
-        rows: What to append.
+    """Append rows to the file in a run's log folder, if it has one; several processes may do so at once.
 
     Example:
         >>> import tempfile

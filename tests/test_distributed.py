@@ -125,14 +125,14 @@ def test_a_bad_batch_on_one_rank_is_skipped_by_all_shards(tmp_path: Path, words:
             assert ours == reference, name
 
 
-LOOK = Path(__file__).with_name("distributed_look.py")
+LAYERS = Path(__file__).with_name("distributed_layers.py")
 
 
 @BRIEF_AND_THOROUGH
-def test_two_ranks_with_the_look_at_the_layers_are_those_without_and_the_first_reports(
+def test_two_ranks_with_the_layer_check_are_those_without_and_the_first_reports(
     tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    results = two_ranks(tmp_path, "ddp", "pytorch_lightning", *words, launch_both=True, script=LOOK)
+    results = two_ranks(tmp_path, "ddp", "pytorch_lightning", *words, launch_both=True, script=LAYERS)
     for name in results[0].keys() - {"report"}:
         assert [result[name] for result in results] == [[], []], name
     first, second = (result["report"] for result in results)

@@ -10,7 +10,7 @@ from lightning_stability import InputCheck, InputError
 from lightning_stability.health import input_scan
 from lightning_stability.health.inputs import InputMeter
 from tests import runs
-from tests.health.same_look import assert_same_look
+from tests.health.same_stats import assert_same_stats
 from tests.recovery import poison
 from tests.recovery.test_guard import OPTIMIZERS
 from tests.recovery.test_rejection import data
@@ -65,11 +65,11 @@ def test_the_kernels_say_what_torchs_pass_says(shape: tuple[int, ...], dtype: to
         batches[3][:, -1] = 0.5
     meters = InputMeter(1e3, 100.0), InputMeter(1e3, 100.0)
     for batch in batches:
-        [ours] = meters[0].look(batch)
+        [ours] = meters[0].measure(batch)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(input_scan, "scan", input_scan.scan_with_torch)
-            [reference] = meters[1].look(batch)
-        assert_same_look(ours, reference)
+            [reference] = meters[1].measure(batch)
+        assert_same_stats(ours, reference)
     assert input_scan._REFUSED == [], "the kernels did not run"
     assert input_scan.kernels_suit(batches[0].reshape(1, 1, -1))
 
@@ -77,9 +77,9 @@ def test_the_kernels_say_what_torchs_pass_says(shape: tuple[int, ...], dtype: to
 def test_two_kernels_a_tensor() -> None:
     meter, x = InputMeter(None, 100.0), torch.randn(32, 19, 2048, device="cuda")
     for _ in range(3):
-        meter.look(x)
+        meter.measure(x)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        meter.look(x)
+        meter.measure(x)
         torch.cuda.synchronize()
     on_device = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert {event.key: event.count for event in on_device} == {"read_values": 1, "judge_values": 1}

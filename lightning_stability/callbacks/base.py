@@ -88,6 +88,9 @@ class SessionMember:
     reads_steps = True
     """Whether it needs records; a run in which nobody does is not measured."""
 
+    reads_batches = False
+    """Whether it needs batches as they were before a 16-true precision cast them."""
+
     automatic = False
     """Whether it came with the environment: it then disables itself where it would refuse."""
 

@@ -1,10 +1,11 @@
-"""InputCheck: looks at the numbers that really flow in, before they hurt."""
+"""InputCheck: checks the numbers that flow in, before they hurt."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import StabilityCallback, warn_always
+from lightning_stability.callbacks.input_findings import Finding, why_nothing_is_checked
 from lightning_stability.callbacks.input_report import InputReport, Seen
-from lightning_stability.callbacks.layer_look import LayerLook
+from lightning_stability.callbacks.layer_check import LayerCheck
 from lightning_stability.checkpointing.loaders import training_iterator
 from lightning_stability.checkpointing.sample_indices import SampleIndices
 from lightning_stability.health import LateReads, StepRecord
-from lightning_stability.health.input_findings import Finding, small_members, why_nothing_to_look_at
 from lightning_stability.health.inputs import InputMeter
+from lightning_stability.health.values import small_members
 from lightning_stability.internals import logger_step
 
 Action = Literal["warn", "skip", "raise"]
@@ -61,7 +63,7 @@ class InputError(RuntimeError):
 
 
 class InputCheck(StabilityCallback):
-    """Looks at every floating tensor of a training batch, on its device, before it is trained on.
+    """Checks every floating tensor of a training batch, on its device, before it is trained on.
 
     A batch is flagged if one of its tensors, whatever their nesting,
 
@@ -69,8 +71,8 @@ class InputCheck(StabilityCallback):
       mask and passes, and what is not finite in the first batch is named by a warning instead;
     - has a magnitude above `max_abs`;
     - has three dimensions or more and a channel (dimension 1) that is constant over all samples and positions, though
-      it varied in every batch before; that is told once for each, whatever the action, and trained on; one that is
-      constant in the first batch is named at the start instead;
+      it varied in every batch before; a warning says so once for each, whatever the action, and the batch is trained
+      on; one that is constant in the first batch is named at the start instead;
     - has a deviation that differs by more than `max_scale_ratio` from that of the earlier batches that were not
       flagged (their geometric mean).
 
@@ -79,12 +81,11 @@ class InputCheck(StabilityCallback):
     its data loader left it; in every other precision the one that `training_step` gets, after
     `on_after_batch_transfer`.
 
-    Once, before the first training step of a fit, it runs the first batch through `training_step` and states mean,
-    deviation and range of the input of every layer, in the precision that is trained in and in fp32: the first and the
-    worst ones on screen, all in `input_scales.csv` in the log folder. It warns of layers whose input's deviation
-    is above `max_scale_ratio` or below one over it, and in 16 bits of those near the format's limit, and names the
-    module that multiplies. The run is left as it was; where that is impossible (manual optimization), the first step
-    itself is watched instead.
+    Once, in the first training step of a fit, it states mean, deviation and range of the input of every layer: after
+    the forward pass and before the backward pass, so before any weight changes. The first and the worst ones are on
+    screen, all in `input_scales.csv` in the log folder. It warns of layers whose input's deviation is above
+    `max_scale_ratio` or below one over it, and in 16 bits of those near the format's limit, and names the module that
+    multiplies. The run is bitwise identical to one without it.
 
     What a flagged batch is named by: its index, its rank, the samples' positions in it, their index in the dataset
     where the sampler tells it and no `collate_fn` of the user's makes the batch, and what a method
@@ -93,7 +94,7 @@ class InputCheck(StabilityCallback):
     tensors.
 
     With `"warn"` nothing waits for the device. With `"skip"` the device discards the update of the batch's whole
-    accumulation window, and gives back what its forward pass wrote, without a read of its own; with `"raise"` the
+    accumulation window, and restores what its forward pass wrote, without a read of its own; with `"raise"` the
     host reads one number per batch, and ends the run after the first batch as well, if that was not finite and neither
     is its loss. Both make one small all-reduce per batch where several processes train together.
 
@@ -114,7 +115,7 @@ class InputCheck(StabilityCallback):
         max_scale_ratio: The largest ratio, either way, of a batch's deviation to the usual one, and of a layer's to 1.
         action: What becomes of a flagged batch: `"warn"` trains on it, `"skip"` discards its update, `"raise"` raises
             `InputError` before it is trained on.
-        every_n_steps: Look at every n-th batch. (Batches, not optimizer steps: with accumulation one of these takes
+        every_n_steps: Check every n-th batch. (Batches, not optimizer steps: with accumulation one of these takes
             several.)
 
     Raises:
@@ -126,6 +127,8 @@ class InputCheck(StabilityCallback):
         >>> from lightning_stability import InputCheck
         >>> trainer = Trainer(max_steps=100, callbacks=[InputCheck(max_abs=1e3, action="skip")], logger=False)
     """
+
+    reads_batches = True
 
     def __init__(
         self,
@@ -160,9 +163,9 @@ class InputCheck(StabilityCallback):
         self._reads = LateReads()
         self._indices = SampleIndices()
         self._first_batch = True
-        self._first_look = True
-        self._on_trial: Seen | None = None  # the first batch that was looked at, until its loss is known
-        self._layers: LayerLook | None = None
+        self._is_first_check = True
+        self._on_trial: Seen | None = None  # the first batch that was checked, until its loss is known
+        self._layers: LayerCheck | None = None
         self._indices_known = False
         self._epoch_begins = True
         self._logged = 0  # log intervals begun so far
@@ -178,7 +181,7 @@ class InputCheck(StabilityCallback):
             self._indices.start()  # before the data loaders' iterators are made
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Go on with the log interval that the run is in."""
+        """Continue the log interval that the run is in."""
         self._logged = logger_step(trainer) // trainer.log_every_n_steps if trainer.log_every_n_steps else 0
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -186,21 +189,25 @@ class InputCheck(StabilityCallback):
         self._epoch_begins = True
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Look at the batch."""
+        """Check the batch."""
         if self.session is None or self._is_hidden(trainer):
             return
         indices = self._take_indices(trainer, batch_idx)
         if self._first_batch:
             self._first_batch = False
-            self._look_at_layers(trainer, pl_module, batch, batch_idx)
+            self._layers = LayerCheck(trainer, self.max_scale_ratio, only_warnings=self.automatic)
+            self._layers.start(self._before_cast(batch))
         if (trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1) % self.every_n_steps == 0:
-            self._look(trainer, batch, batch_idx, indices)
+            self._check(trainer, batch, batch_idx, indices)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """The first forward pass is over."""
+        if pl_module.automatic_optimization:  # else there may be several in a step
+            self._report_layers()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hand over what has arrived."""
-        if self._layers is not None and self.session is not None:
-            self._layers.after_step(trainer, self.session.events)
-            self._layers = None
+        self._report_layers()
         if self._on_trial is not None:
             self._end_trial(trainer, outputs)
         self._reads.poll()
@@ -216,9 +223,10 @@ class InputCheck(StabilityCallback):
             self._report.summarise(self.session, only_flagged=self.automatic)
 
     def on_session_end(self, exception: BaseException | None) -> None:
-        """Read what is on its way, which may say why, and leave."""
-        with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
-            self._reads.drain()
+        """Read what is on its way, which may say why."""
+        for read in (self._reads.drain, partial(self._report_layers, failed=True)) if exception is not None else ():
+            with contextlib.suppress(RuntimeError, OSError):  # a device that failed must not hide what made it fail
+                read()
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,7 +235,7 @@ class InputCheck(StabilityCallback):
         return {"inputs": self._meter.state_dict(), "counts": self._report.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self._meter.load_state_dict(state_dict["inputs"])
         self._report.load_state_dict(state_dict["counts"])
 
@@ -238,15 +246,19 @@ class InputCheck(StabilityCallback):
             self._reads.drain()  # says what their batches were flagged for
             self._report.warn_of_skips(self.session)
 
-    # The look at the layers, once, at the start of the fit.
+    # The layers, once, at the start of the fit.
 
-    def _look_at_layers(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """What the first batch is when it reaches each of them, before it is trained on."""
+    def _report_layers(self, failed: bool = False) -> None:
+        layers, self._layers = self._layers, None
+        if layers is not None and self.session is not None:
+            layers.finish(self.session.events, failed)
+
+    def _before_cast(self, batch: Any) -> Any:
+        """The batch as it was before a 16-true precision converted it."""
         assert self.session is not None
-        self._layers = LayerLook(self.max_scale_ratio, only_warnings=self.automatic)
-        self._layers.before_step(trainer, batch, batch_idx, self.session.uncast, self.session.events)
+        return batch if self.session.uncast is None else self.session.uncast
 
-    # The look at a batch.
+    # A batch.
 
     def _is_hidden(self, trainer: Any) -> bool:
         """Whether a `training_step(dataloader_iter)` fetches its batches itself, after every hook."""
@@ -263,12 +275,10 @@ class InputCheck(StabilityCallback):
         indices = self._indices.take(training_iterator(trainer))
         return indices if self._indices_known else None
 
-    def _look(self, trainer: Any, batch: Any, batch_idx: int, indices: list[int] | None) -> None:
-        assert self.session is not None
-        uncast = self.session.uncast
-        looks = self._meter.look(batch if uncast is None else uncast)
-        first, self._first_look = self._first_look, False
-        if first and not looks and not self.automatic and (why := why_nothing_to_look_at(batch)):
+    def _check(self, trainer: Any, batch: Any, batch_idx: int, indices: list[int] | None) -> None:
+        measured = self._meter.measure(self._before_cast(batch))
+        is_first, self._is_first_check = self._is_first_check, False
+        if is_first and not measured and not self.automatic and (why := why_nothing_is_checked(batch)):
             warn_always(f"InputCheck: {why}")
         seen = Seen(
             trainer.global_step,
@@ -276,18 +286,18 @@ class InputCheck(StabilityCallback):
             batch_idx,
             logger_step(trainer),
             self._is_log_due(trainer),
-            looks,
+            measured,
             indices,
             small_members(batch),
         )
-        if looks:
-            parts = [part for look in looks for part in (look.row, look.constant) if part is not None]
+        if measured:
+            parts = [part for stats in measured for part in (stats.row, stats.constant) if part is not None]
             device = parts[0].device
             parts = [part.to(device, non_blocking=True) for part in parts]
             self._reads.send(parts, lambda arrays: self._arrived(seen, arrays))
         if self.action != "warn":
             self._act(trainer, seen)
-        if self.action == "raise" and first:
+        if self.action == "raise" and is_first:
             self._on_trial = seen
 
     def _arrived(self, seen: Seen, arrays: Any) -> None:
@@ -295,7 +305,7 @@ class InputCheck(StabilityCallback):
             self._report.arrived(self.session, seen, arrays)
 
     def _is_log_due(self, trainer: Any) -> bool:
-        """Whether this batch is the first of those looked at of a step that Lightning logs, or since."""
+        """Whether this batch is the first checked one of a step that Lightning logs, or since."""
         if not trainer.loggers or not trainer.log_every_n_steps:
             return False
         before, self._logged = self._logged, (logger_step(trainer) + 1) // trainer.log_every_n_steps
@@ -305,7 +315,7 @@ class InputCheck(StabilityCallback):
         """Have the batch's update discarded, or raise, on all ranks alike."""
         assert self.session is not None
         device = trainer.strategy.root_device
-        flags = [look.flag.to(device, torch.float32, non_blocking=True) for look in seen.looks]
+        flags = [stats.flag.to(device, torch.float32, non_blocking=True) for stats in seen.stats]
         flags = flags or [torch.zeros((), device=device)]
         of_ranks = self._of_ranks(trainer, flags[0] if len(flags) == 1 else torch.stack(flags).amax())
         if self.action == "skip":

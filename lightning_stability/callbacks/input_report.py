@@ -1,9 +1,10 @@
-"""What InputCheck says and writes of the batches that it has looked at, once their numbers are on the host."""
+"""What InputCheck says and writes of the batches that it has checked, once their numbers are on the host."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,23 +13,23 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.callbacks.base import warn_always
-from lightning_stability.flagged_inputs import FILE_NAME, FlaggedInput, append_flagged
-from lightning_stability.health import StepRecord
-from lightning_stability.health.input_findings import (
+from lightning_stability.callbacks.input_findings import (
     Finding,
-    Ranges,
     constant_by_design,
     findings_of,
     key_of,
     nonfinite_by_design,
 )
-from lightning_stability.health.inputs import FIELDS, TensorLook
+from lightning_stability.flagged_inputs import FILE_NAME, FlaggedInput, append_flagged
+from lightning_stability.health import StepRecord
+from lightning_stability.health.input_rules import FIELDS
+from lightning_stability.health.inputs import TensorStats
 from lightning_stability.health.late_reads import Array
 from lightning_stability.runtime import Session
 
 MOST_WARNINGS = 6
 MOST_SAMPLES = 16  # of one finding that are named
-MOST_IN_A_ROW = 8
+LONGEST_STREAK = 8
 """Updates skipped in a row that are warned of."""
 _REMEDIES = {
     "nonfinite": "put finite values in the place of what is missing and give the model a mask",
@@ -46,7 +47,7 @@ class Seen:
     batch_idx: int
     logger_step: int
     is_logged: bool
-    looks: list[TensorLook]
+    stats: list[TensorStats]
     indices: list[int] | None
     members: Any
 
@@ -54,17 +55,12 @@ class Seen:
         """Where a sample is in the dataset; None if that is not sure."""
         if sample is None or self.indices is None:
             return None
-        sizes = {look.shape[0] for look in self.looks if look.shape}
+        sizes = {stats.shape[0] for stats in self.stats if stats.shape}
         return self.indices[sample] if sizes == {len(self.indices)} else None
 
 
 class InputReport:
     """Counts, logs, lists and warns.
-
-    Args:
-        action: InputCheck's.
-        max_abs: InputCheck's.
-        max_scale_ratio: InputCheck's.
 
     Attributes:
         newest: The last batch that was flagged, and for what.
@@ -83,31 +79,25 @@ class InputReport:
         self.taken_as_meant: Finding | None = None
 
     def arrived(self, runtime: Session, seen: Seen, arrays: list[Array]) -> None:
-        """A batch's numbers are there.
-
-        Args:
-            runtime: Of the fit.
-            seen: The batch.
-            arrays: For each of its looks the row, and which channels are constant where that is known.
-        """
+        """A batch's numbers are there."""
         trainer = runtime.trainer
         arrived, findings, metrics = iter(arrays), [], {}
-        for look in seen.looks:
+        for stats in seen.stats:
             row = next(arrived).tolist()
-            self._counts.ranges.add(f"{look.name} abs_max", row[0])
-            prefix = f"input/{key_of(look.name)}" if len(seen.looks) > 1 else "input"
+            self._counts.widen(f"{stats.name} abs_max", row[0])
+            prefix = f"input/{key_of(stats.name)}" if len(seen.stats) > 1 else "input"
             metrics[f"{prefix}/abs_max"] = row[0]
-            if look.has_scale:
-                self._counts.ranges.add(f"{look.name} std", row[1])
+            if stats.has_scale:
+                self._counts.widen(f"{stats.name} std", row[1])
                 metrics[f"{prefix}/std"] = row[1]
-            if look.constant is not None and (said := constant_by_design(look, next(arrived).tolist())):
+            if stats.constant is not None and (said := constant_by_design(stats, next(arrived).tolist())):
                 rank_zero_info(
                     f"InputCheck: {said} in the first batch: taken as meant to be, and not looked at any more."
                 )
-            if row[FIELDS.index("nonfinite")] and (look.name, "by design") not in self._warned:
-                self._take_as_meant(trainer, seen, look, nonfinite_by_design(look, row))
+            if row[FIELDS.index("nonfinite")] and (stats.name, "by design") not in self._warned:
+                self._take_as_meant(trainer, seen, stats, nonfinite_by_design(stats, row))
             if row[FIELDS.index("is_unwanted")] or row[FIELDS.index("is_constant")]:
-                findings += findings_of(look, row, self._max_abs, self._max_scale_ratio)
+                findings += findings_of(stats, row, self._max_abs, self._max_scale_ratio)
         self._counts.looked += 1
         if seen.is_logged and trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -116,14 +106,14 @@ class InputReport:
             self.newest = seen, findings
             self._report(runtime, seen, findings)
 
-    def _take_as_meant(self, trainer: Any, seen: Seen, look: TensorLook, finding: Finding | None) -> None:
+    def _take_as_meant(self, trainer: Any, seen: Seen, stats: TensorStats, finding: Finding | None) -> None:
         if finding is None:
             return
         self._warned.add((finding.tensor, "by design"))
         self.taken_as_meant = self.taken_as_meant or finding
         if sum(kind == "by design" for _, kind in self._warned) > MOST_WARNINGS:
             return
-        why = "It is the first batch looked at" if look.is_first else "Most batches before held such"
+        why = "It is the first batch looked at" if stats.is_first else "Most batches before held such"
         warn_always(
             f"InputCheck: {self.sentence(trainer, seen, finding)}. {why}, so that this is taken as meant to be: such"
             " values are flagged only while half of the batches or more hold none. If it is not meant, mend that data.",
@@ -170,13 +160,7 @@ class InputReport:
         )
 
     def sentence(self, trainer: Any, seen: Seen, finding: Finding) -> str:
-        """What is wrong with which batch, and which sample is the worst.
-
-        Args:
-            trainer: The Trainer.
-            seen: The batch.
-            finding: What is wrong with it.
-        """
+        """What is wrong with which batch, and which sample is the worst."""
         rank = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
         sentence = f"epoch {seen.epoch}, batch {seen.batch_idx}{rank}: {finding.text}"
         if not finding.samples:
@@ -203,35 +187,23 @@ class InputReport:
     # The updates.
 
     def note_update(self, runtime: Session, record: StepRecord) -> bool:
-        """Count an update that was made, or that was not.
-
-        Args:
-            runtime: Of the fit.
-            record: Of the step.
-
-        Returns:
-            Whether so many in a row were skipped by now that `warn_of_skips` is due.
-        """
+        """Count an update; returns whether so many in a row were skipped by now that `warn_of_skips` is due."""
         if record.outcome == "bad":
             self._counts.bad += 1
         self._updates.add(record.outcome)
         if record.outcome != "rejected":
             return False
         self._counts.skipped += 1
-        return self._updates.in_a_row == MOST_IN_A_ROW
+        return self._updates.streak == LONGEST_STREAK
 
     def warn_of_skips(self, runtime: Session) -> None:
-        """Nothing is learnt: say so once, on the ranks whose batches were flagged, and what to do.
-
-        Args:
-            runtime: Of the fit.
-        """
+        """Nothing is learnt: say so once, on the ranks whose batches were flagged, and what to do."""
         updates = self._updates
         if updates.warned_of or not updates.flagged:
             return
         updates.warned_of = True
         [((tensor, reason), count)] = updates.flagged.most_common(1)
-        row = "update was" if updates.in_a_row == 1 else f"{updates.in_a_row} updates were"
+        row = "update was" if updates.streak == 1 else f"{updates.streak} updates were"
         none = "" if updates.made else " and none of this fit was made"
         listed = "" if runtime.events.path is None else f", or leave out what {FILE_NAME} lists"
         warn_always(
@@ -242,14 +214,9 @@ class InputReport:
         )
 
     def summarise(self, runtime: Session, only_flagged: bool) -> None:
-        """Say at the end of a fit what was seen.
-
-        Args:
-            runtime: Of the fit.
-            only_flagged: Whether to say nothing if nothing was flagged.
-        """
+        """Say at the end of a fit what was seen."""
         trainer, counts = runtime.trainer, self._counts
-        if self._updates.in_a_row and not self._updates.made:
+        if self._updates.streak and not self._updates.made:
             self.warn_of_skips(runtime)
         looked, flagged = counts.looked, counts.flagged
         if trainer.world_size > 1:
@@ -266,7 +233,7 @@ class InputReport:
 
     def state_dict(self) -> dict[str, Any]:
         """The counts."""
-        return self._counts.state_dict()
+        return {**asdict(self._counts), "reasons": dict(self._counts.reasons)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
@@ -286,16 +253,16 @@ class _Updates:
     """The updates of this fit, and what its batches were flagged for."""
 
     made: int = 0
-    in_a_row: int = 0  # that were skipped for their inputs since one was made
+    streak: int = 0  # that were skipped for their inputs since one was made
     warned_of: bool = False
     flagged: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def add(self, outcome: str) -> None:
         if outcome == "rejected":
-            self.in_a_row += 1
+            self.streak += 1
         elif outcome == "applied":
             self.made += 1
-            self.in_a_row = 0
+            self.streak = 0
 
 
 @dataclass(slots=True)
@@ -307,7 +274,13 @@ class _Counts:
     skipped: int = 0
     bad: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-    ranges: Ranges = field(default_factory=Ranges)
+    ranges: dict[str, list[float]] = field(default_factory=dict)  # least and largest
+
+    def widen(self, name: str, value: float) -> None:
+        """See a number; one that is not finite is passed over."""
+        if math.isfinite(value):
+            least, largest = self.ranges.get(name, (value, value))
+            self.ranges[name] = [min(least, value), max(largest, value)]
 
     def details(self, guarded: bool) -> str:
         parts = []
@@ -318,18 +291,12 @@ class _Counts:
         if self.bad and not guarded:
             them = "it was" if self.bad == 1 else "they were"
             parts.append(f"; {_counted(self.bad, 'update')} skipped because {them} not finite")
-        names = dict.fromkeys(name.rpartition(" ")[0] for name in self.ranges.state_dict())
-        for name in names:
-            magnitudes, deviations = self.ranges.of(f"{name} abs_max"), self.ranges.of(f"{name} std")
-            for what, ends in (("largest magnitudes", magnitudes), ("deviations", deviations)):
-                if ends is not None:
+        for name in dict.fromkeys(name.rpartition(" ")[0] for name in self.ranges):
+            for what, key in (("largest magnitudes", "abs_max"), ("deviations", "std")):
+                if ends := self.ranges.get(f"{name} {key}"):
                     parts.append(f"; {what} of `{name}` {ends[0]:.4g} to {ends[1]:.4g}")
         return "".join(parts)
 
-    def state_dict(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name) for name in ("looked", "flagged", "skipped", "bad")}
-        return {**numbers, "reasons": dict(self.reasons), "ranges": self.ranges.state_dict()}
-
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> _Counts:
-        return cls(**{**state, "reasons": Counter(state["reasons"]), "ranges": Ranges(state["ranges"])})
+        return cls(**{**state, "reasons": Counter(state["reasons"])})

@@ -7,15 +7,23 @@ from collections import deque
 from typing import Any
 
 from torch.utils.data import default_collate
-from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from lightning_stability.internals import (
+    NEXT_INDEX,
+    LoaderIterator,
+    Overrides,
+    collates_by,
+    delivers_in_order,
+    sampler_iterator,
+)
 
 
 class SampleIndices:
-    """Notes what the samplers of data loaders yield, and gives it back batch by batch.
+    """Notes what the samplers of data loaders yield, and hands it out batch by batch.
 
     Loaders ask their sampler in the order in which they deliver, some batches ahead where workers load. While a fit
-    runs, the method of torch's loader iterators that asks it is stood in for; no sampler, loader or state is another
-    for it, and torchdata's StatefulDataLoader asks by the same method.
+    runs, the method of torch's loader iterators that asks it is replaced; samplers, loaders and their states are not,
+    and torchdata's StatefulDataLoader asks by the same method.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -28,38 +36,28 @@ class SampleIndices:
         >>> indices.stop()
     """
 
-    def __init__(self) -> None:
-        self._active = False
-
     def start(self) -> None:
         """Listen from now on."""
-        if not self._active:
-            self._active = True
-            _LISTENERS.add(self)
-            _BaseDataLoaderIter._next_index = _next_index  # type: ignore[method-assign]
+        if not _LISTENERS:
+            _OVERRIDES.set(LoaderIterator, NEXT_INDEX, _next_index)
+        _LISTENERS.add(self)
 
     def stop(self) -> None:
         """Listen no more; with the last listener torch's method is its own again."""
         _LISTENERS.discard(self)
-        if self._active and not _LISTENERS:
-            _BaseDataLoaderIter._next_index = _ORIGINAL  # type: ignore[method-assign]
-        self._active = False
+        if not _LISTENERS:
+            _OVERRIDES.restore()
 
     def take(self, iterator: Any) -> list[int] | None:
-        """What the next batch consists of that this iterator delivered; to be called once for each.
+        """Positions in the dataset of the next batch that this iterator delivered; to be called once for each.
 
-        Args:
-            iterator: A loader's.
-
-        Returns:
-            Positions in the dataset; None if they are not known, and where a `collate_fn` of the user's makes the batch
-            of them: it may sort it.
+        None if they are not known, and where a `collate_fn` of the user's makes the batch of them: it may sort it.
         """
         asked = _ASKED.get(iterator) if iterator is not None else None
         if asked is None or not asked.indices:
             return None
         batch = asked.indices.popleft()
-        ordered = getattr(iterator, "_in_order", True) and iterator._collate_fn is default_collate
+        ordered = delivers_in_order(iterator) and collates_by(iterator) is default_collate
         if asked.lost or not ordered:
             return None
         if isinstance(batch, (list, tuple)) and all(isinstance(i, int) for i in batch):
@@ -76,16 +74,18 @@ class _Asked:
         self.lost = False
 
 
-_ORIGINAL = _BaseDataLoaderIter._next_index
+_ORIGINAL = getattr(LoaderIterator, NEXT_INDEX)
+_OVERRIDES = Overrides()
 _LISTENERS: weakref.WeakSet[SampleIndices] = weakref.WeakSet()
 _ASKED: weakref.WeakKeyDictionary[Any, _Asked] = weakref.WeakKeyDictionary()
 
 
 def _next_index(iterator: Any) -> Any:
-    index = _ORIGINAL(iterator)  # type: ignore[no-untyped-call]
+    index = _ORIGINAL(iterator)
     asked = _ASKED.setdefault(iterator, _Asked())
-    if asked.sampler is not iterator._sampler_iter:  # an epoch begins: what was asked ahead is not delivered any more
-        asked.sampler = iterator._sampler_iter
+    sampler = sampler_iterator(iterator)
+    if asked.sampler is not sampler:  # an epoch begins: what was asked ahead is not delivered any more
+        asked.sampler = sampler
         asked.indices.clear()
         asked.lost = False
     asked.lost |= len(asked.indices) == asked.indices.maxlen

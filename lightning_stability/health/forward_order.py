@@ -13,10 +13,6 @@ def forward_order(loss: Tensor, names: Mapping[Tensor, str]) -> dict[str, int]:
     autograd numbers the nodes of its graph as the forward pass makes them. Parameters that it cannot tell apart (all
     of a compiled graph) come in the order of `names`; those that it does not know are left out.
 
-    Args:
-        loss: With its graph.
-        names: The parameters' names.
-
     Example:
         >>> import torch
         >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)

@@ -3,8 +3,16 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (Triton reads a kernel's annotations itself.)
 
+from types import FunctionType
+
 import triton
 import triton.language as tl
+
+from lightning_stability.health import input_rules
+
+# the rules' one source, with Triton's operations in the place of torch's
+_globals = {"ops": tl, "ADOPTED": tl.constexpr(input_rules.ADOPTED), "__name__": __name__}
+judge = triton.jit(FunctionType(input_rules.judge.__code__, _globals))
 
 
 @triton.jit(do_not_specialize=["samples", "of_piece", "stamp"])
@@ -159,7 +167,6 @@ def judge_values(
     SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
-    ADOPTED: tl.constexpr,
 ):
     """Add up, judge and remember: the first program for the batch, every other one for some of the samples.
 
@@ -228,29 +235,14 @@ def judge_values(
                 first_new = tl.minimum(first_new, tl.min(tl.where(fresh, channel, channels), axis=0))
                 tl.store(remembered + channel, tl.zeros((1024,), tl.int8) + 1, mask=fresh)
 
-        log_mean = tl.load(scale + 1)
-        log_std = tl.log(tl.where(std > 0.0, std, 1.0))
-        is_mask = (nonfinite > 0.0) & (negative == nonfinite) & (total > 0.0) & (largest == 0.0)
-        is_held = (nonfinite > 0.0) & (is_mask == 0)
-        balance = tl.load(scale + 4)
-        is_nonfinite = is_held & (balance <= 0.0) & (has_past != 0)
-        is_beyond = largest > max_abs
-        is_constant = (new > 0) & (has_past != 0) & (batches > 0.0)
-        is_drifted = (batches > 0.0) & (std > 0.0) & (tl.abs(log_std - log_mean) > log_ratio)
-        flagged = is_nonfinite | is_beyond | is_drifted
-        usual = tl.where(batches > 0.0, tl.exp(log_mean), float("nan"))
-        differs = is_drifted & (is_beyond == 0)
-        row = tl.load(scale + 3) + differs.to(tl.float64)
-        counted = (std > 0.0) & (flagged == 0)
-        adopted = differs & (counted == 0) & (row >= tl.where(batches > 1.0, ADOPTED, ADOPTED // 2))
-        weight = tl.where(adopted, 1.0, tl.where(counted, 1.0 / (batches + 1.0), 0.0))
-        remember = result + WIDTH
-        tl.store(remember, tl.where(adopted, 1.0, tl.where(counted, batches + 1.0, batches)))
-        tl.store(remember + 1, log_mean + weight * (log_std - log_mean))
-        tl.store(remember + 2, usual_mean + weight * (mean - usual_mean))
-        tl.store(remember + 3, tl.where(counted | adopted, 0.0, row))
-        tl.store(remember + 4, balance + tl.where(is_held, 1.0, -1.0))
-
+        (
+            usual, is_nonfinite, is_beyond, is_constant, is_drifted, is_mask, is_unwanted,
+            counted, log_mean, usual_mean, streak, balance,
+        ) = judge(
+            largest, std, mean, total, nonfinite, negative, new,
+            batches, tl.load(scale + 1), usual_mean, tl.load(scale + 3), tl.load(scale + 4),
+            max_abs, log_ratio, has_past,
+        )  # fmt: skip
         tl.store(result, largest)
         tl.store(result + 1, std)
         tl.store(result + 2, mean)
@@ -263,4 +255,9 @@ def judge_values(
         tl.store(result + 9, new.to(tl.float64))
         tl.store(result + 10, tl.where(new > 0, first_new, -1).to(tl.float64))
         tl.store(result + 11, is_mask.to(tl.float64))
-        tl.store(result + 12, flagged.to(tl.float64))
+        tl.store(result + 12, is_unwanted.to(tl.float64))
+        tl.store(result + WIDTH, counted)
+        tl.store(result + WIDTH + 1, log_mean)
+        tl.store(result + WIDTH + 2, usual_mean)
+        tl.store(result + WIDTH + 3, streak)
+        tl.store(result + WIDTH + 4, balance)

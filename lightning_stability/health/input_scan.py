@@ -1,47 +1,23 @@
-"""One tensor of a batch in as few passes as the device allows, and the verdict on it, all on the device."""
+"""One tensor of a batch in as few passes as the device allows, measured and judged on the device."""
 
 from __future__ import annotations
 
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_stability.health.input_rules import REMEMBERED, WIDTH, Limits, TensorState, judge_with_torch
 from lightning_stability.health.kernels import load_kernels
 
-if TYPE_CHECKING:
-    from lightning_stability.health.inputs import TensorState
-
-WIDTH = 13  # of a row: `inputs.FIELDS`
-REMEMBERED = 5  # numbers of a tensor's earlier batches: `inputs.TensorState.scale`
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64's squares need torch's way
-ADOPTED = 8
-"""After so many batches in a row of another scale, or half as many if the first alone had it, theirs is the usual."""
 _WARPS = 4
 _DEPTH = 256
 """Tiles that a program adds up in float32 at most."""
 _JUDGED = 2048
 """Partial results that a program of the second kernel has in hand at a time."""
-
-
-@dataclass(slots=True, frozen=True)
-class Limits:
-    """What a tensor is judged by.
-
-    Attributes:
-        max_abs: The largest magnitude.
-        log_ratio: The largest distance of the logarithm of its deviation from the usual.
-        watch_channels: Whether dimension 1 numbers channels that may be constant.
-        has_past: Whether there were batches before; without, nothing can differ from them.
-    """
-
-    max_abs: float
-    log_ratio: float
-    watch_channels: bool
-    has_past: bool
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -52,13 +28,8 @@ def wide(device: torch.device) -> torch.dtype:
 def scan(values: Tensor, state: TensorState, limits: Limits) -> tuple[Tensor, Tensor]:
     """Measure a tensor, judge it, and bring what is remembered of it up to date.
 
-    Args:
-        values: (samples, channels, positions), floating, not empty.
-        state: Written.
-        limits: What it is judged by.
-
-    Returns:
-        A row as `inputs.FIELDS` says, and (samples, 3) as `inputs.SAMPLE_FIELDS` says.
+    `values` are (samples, channels, positions), floating, not empty. Returns a row as `FIELDS` says and (samples, 3) as
+    `TensorStats.samples` says.
     """
     if kernels_suit(values):
         result = _scan_with_kernels(values, state, limits)
@@ -114,51 +85,9 @@ def scan_with_torch(values: Tensor, state: TensorState, limits: Limits) -> tuple
     std = (spread / total.clamp(min=1)).sqrt() * unit
     nonfinite = values.shape[1] * values.shape[2] - counts
     samples = torch.stack([peak, nonfinite, deviations], dim=1)
-    bad = nonfinite.sum()
-    is_mask = (bad > 0) & (negative == bad) & (total > 0) & (top == 0)
     constant = (least.amin(dim=0) == largest.amax(dim=0)) if limits.watch_channels else None
-    return _judge(top, std, mean * unit, bad, is_mask, constant, state, limits), samples
-
-
-def _judge(
-    peak: Tensor,
-    std: Tensor,
-    mean: Tensor,
-    nonfinite: Tensor,
-    is_mask: Tensor,
-    constant: Tensor | None,
-    state: TensorState,
-    limits: Limits,
-) -> Tensor:
-    count, log_mean, usual_mean, row, balance = state.scale
-    zero = torch.zeros_like(peak)
-    new, first = zero, zero - 1
-    if constant is not None and state.channels is not None:
-        fresh = constant & (state.channels == 0)
-        new = fresh.sum().to(peak.dtype)
-        first = torch.where(new > 0, fresh.to(torch.uint8).argmax().to(peak.dtype), -1.0)
-        state.channels = torch.maximum(state.channels, constant.to(torch.int8))
-    log_std = torch.log(torch.where(std > 0, std, 1.0))
-    is_held = (nonfinite > 0) & ~is_mask
-    is_nonfinite = is_held & (balance <= 0) & limits.has_past
-    balance = balance + torch.where(is_held, 1.0, -1.0)
-    is_beyond = peak > limits.max_abs
-    is_constant = (new > 0) & limits.has_past & (count > 0)
-    is_drifted = (count > 0) & (std > 0) & ((log_std - log_mean).abs() > limits.log_ratio)
-    flagged = is_nonfinite | is_beyond | is_drifted
-    usual = torch.where(count > 0, log_mean.exp(), math.nan)
-    counted = count + 1.0
-    scale = [counted, log_mean + (log_std - log_mean) / counted, usual_mean + (mean - usual_mean) / counted]
-    scale += [zero, balance]
-    differs = is_drifted & ~is_beyond
-    kept = torch.stack([count, log_mean, usual_mean, row + differs.to(row.dtype), balance])
-    adopted = torch.stack([zero + 1.0, log_std, mean, zero, balance])
-    outvoted = differs & (kept[3] >= torch.where(count > 1, ADOPTED, ADOPTED // 2))
-    state.scale = torch.where((std > 0) & ~flagged, torch.stack(scale), torch.where(outvoted, adopted, kept))
-    of_mask, of_all, *flags = (
-        flag.to(peak.dtype) for flag in (is_mask, flagged, is_nonfinite, is_beyond, is_constant, is_drifted)
-    )
-    return torch.stack([peak, std, mean, nonfinite, usual, *flags, new, first, of_mask, of_all])
+    row = judge_with_torch(top, std, mean * unit, total, nonfinite.sum(), negative, constant, state, limits)
+    return row, samples
 
 
 # With kernels
@@ -242,7 +171,6 @@ def scan_with_kernels(values: Tensor, state: TensorState, limits: Limits) -> tup
         SAMPLES=plan.judged,
         BLOCK=_JUDGED,
         WIDTH=WIDTH,
-        ADOPTED=ADOPTED,
         num_warps=8,
     )
     row, state.scale, of_samples = result.split_with_sizes((WIDTH, REMEMBERED, 3 * samples))

@@ -14,31 +14,12 @@ import torch
 from torch import Tensor
 
 from lightning_stability.health import input_scan
+from lightning_stability.health.input_rules import REMEMBERED, WIDTH, Limits, TensorState
 from lightning_stability.health.values import named_tensors
-
-FIELDS = (
-    "abs_max",  # of the finite values, like all that follow
-    "std",
-    "mean",
-    "nonfinite",  # how many values are not
-    "usual_std",  # of earlier batches; nan without any
-    "is_nonfinite",
-    "is_beyond_max_abs",
-    "is_constant",
-    "is_drifted",
-    "constant_channels",  # that are so for the first time
-    "first_constant_channel",
-    "is_mask",  # -inf beside nothing but 0
-    "is_unwanted",  # for any of these but a constant channel
-)
-"""What a row of a look holds, in this order, all float64."""
-WIDTH = len(FIELDS)
-SAMPLE_FIELDS = ("abs_max", "nonfinite", "deviation")
-"""What is known of each sample."""
 
 
 @dataclass(slots=True, eq=False)
-class TensorLook:
+class TensorStats:
     """One tensor of one batch, measured; still on its device.
 
     Attributes:
@@ -48,8 +29,8 @@ class TensorLook:
         samples: Float64, (samples, 3): for each position in dimension 0 the largest magnitude, the number of values
             that are not finite, and the root mean square of the distance to the usual mean. (The batch's own would let
             one outlier make all the others look like some; it serves where there is no earlier batch.)
-        is_first: Whether it is the first look at this tensor.
-        constant: Which channels are constant, int8, if it is the first look and there are channels; else None.
+        is_first: Whether this tensor was not measured before.
+        constant: Which channels are constant, int8, if it is the first time and there are channels; else None.
     """
 
     name: str
@@ -70,28 +51,6 @@ class TensorLook:
         return self.row[WIDTH - 1]
 
 
-@dataclass(slots=True, eq=False)
-class TensorState:
-    """What is remembered of a tensor's earlier batches, on its device.
-
-    Attributes:
-        scale: Float64, how many batches were counted in, the mean of the logarithms of their deviations, the mean of
-            their means, how many in a row have differed from it since, and by how many more batches held values that
-            are not finite (masks aside) than did not.
-        channels: Int8, 1 for each channel that was constant in a batch before; None if dimension 1 does not number
-            channels, since its size changes.
-        batches: How many batches were looked at.
-        stamps: Int32, the last batch in which each channel varied; scratch memory of the kernels.
-        partials: Float64, what the first kernel leaves to the second; likewise.
-    """
-
-    scale: Tensor
-    channels: Tensor | None
-    batches: int = 0
-    stamps: Tensor | None = None
-    partials: Tensor | None = None
-
-
 class InputMeter:
     """Measures the floating tensors of batches and compares each with its own past.
 
@@ -107,10 +66,10 @@ class InputMeter:
 
     A tensor is not to be trained on if a value is not finite and half of the batches before or more held none such; if
     a magnitude exceeds `max_abs`; if its deviation differs from the geometric mean of those of earlier batches by more
-    than `max_scale_ratio`. Such batches do not enter that mean; but once `input_scan.ADOPTED` in a row have differed
+    than `max_scale_ratio`. Such batches do not enter that mean; but once `input_rules.ADOPTED` in a row have differed
     from it, or half as many if it is the first batch's own, the last of them is the usual from then on: an outlier in
-    the first batch must not condemn all others. A channel that is constant and varied in every batch before is told,
-    and no more: data that is fine has such too (an empty class of a mask, a silent clip).
+    the first batch must not condemn all others. A channel that is constant and varied in every batch before is
+    warned of, and no more: data that is fine has such too (an empty class of a mask, a silent clip).
 
     What is so by design must pass. -inf beside nothing but 0 is an additive attention mask, in whatever batch. Other
     values that are not finite may code what is missing: the majority of the batches decides, since a batch in which by
@@ -119,17 +78,14 @@ class InputMeter:
     0 is constant in a small batch by chance. And a tensor that never had a deviation, as a mask without padding, has
     no channel that could have lost it.
 
-    Args:
-        max_abs: The largest magnitude that is fine; None for any.
-        max_scale_ratio: The largest ratio of deviations that is fine, either way.
-
     Example:
+        >>> from lightning_stability.health.input_rules import FIELDS
         >>> meter = InputMeter(max_abs=None, max_scale_ratio=100.0)
-        >>> [look] = meter.look({"eeg": torch.randn(4, 3, 100), "label": torch.tensor([0, 1, 1, 0])})
-        >>> look.name, bool(look.flag)
+        >>> [stats] = meter.measure({"eeg": torch.randn(4, 3, 100), "label": torch.tensor([0, 1, 1, 0])})
+        >>> stats.name, bool(stats.flag)
         ("batch['eeg']", False)
-        >>> [look] = meter.look({"eeg": torch.full((4, 3, 100), torch.nan), "label": torch.tensor([0, 1, 1, 0])})
-        >>> bool(look.flag), int(look.row[FIELDS.index("nonfinite")])
+        >>> [stats] = meter.measure({"eeg": torch.full((4, 3, 100), torch.nan), "label": torch.tensor([0, 1, 1, 0])})
+        >>> bool(stats.flag), int(stats.row[FIELDS.index("nonfinite")])
         (True, 1200)
     """
 
@@ -140,22 +96,18 @@ class InputMeter:
         self._states: dict[str, TensorState] = {}
 
     @torch.no_grad()
-    def look(self, batch: Any) -> list[TensorLook]:
-        """Measure every floating tensor of a batch.
-
-        Args:
-            batch: Tensors in any nesting.
-        """
+    def measure(self, batch: Any) -> list[TensorStats]:
+        """Measure every floating tensor of a batch, in any nesting."""
         tensors = [(name, tensor.detach()) for name, tensor in named_tensors(batch) if _is_measured(tensor)]
-        return [self._look_at(name, tensor) for name, tensor in tensors]
+        return [self._measure(name, tensor) for name, tensor in tensors]
 
-    def _look_at(self, name: str, tensor: Tensor) -> TensorLook:
+    def _measure(self, name: str, tensor: Tensor) -> TensorStats:
         samples = tensor.shape[0] if tensor.dim() else 1
         channels = tensor.shape[1] if tensor.dim() > 1 else 1
         values = tensor.reshape(samples, channels, -1)
         state = self._state_of(name, values)
         has_scale = tensor.dim() > 1
-        limits = input_scan.Limits(
+        limits = Limits(
             self._max_abs if tensor.dtype == torch.float64 else self._max_abs_of_float32,
             self._log_ratio if has_scale else math.inf,
             watch_channels=tensor.dim() > 2 and state.channels is not None and samples * values.shape[2] > 1,
@@ -166,16 +118,14 @@ class InputMeter:
         if is_first and limits.watch_channels and state.channels is not None:
             constant = state.channels.clone()
         state.batches += 1
-        return TensorLook(name, tuple(tensor.shape), row, of_samples, is_first, constant)
+        return TensorStats(name, tuple(tensor.shape), row, of_samples, is_first, constant)
 
     def _state_of(self, name: str, values: Tensor) -> TensorState:
         channels, device = values.shape[1], values.device
         state = self._states.get(name)
         if state is None:
             no_channels = torch.zeros(channels, dtype=torch.int8, device=device)
-            state = TensorState(
-                torch.zeros(input_scan.REMEMBERED, dtype=input_scan.wide(device), device=device), no_channels
-            )
+            state = TensorState(torch.zeros(REMEMBERED, dtype=input_scan.wide(device), device=device), no_channels)
             self._states[name] = state
         if state.scale.device != device:
             state.scale = state.scale.to(device, input_scan.wide(device))
@@ -197,7 +147,7 @@ class InputMeter:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what was remembered."""
+        """Continue from what was remembered."""
         self._states = {
             name: TensorState(_scale_of(state["scale"]), _copied(state["channels"]), state["batches"])
             for name, state in state_dict.items()
@@ -206,7 +156,7 @@ class InputMeter:
 
 def _scale_of(saved: Tensor) -> Tensor:
     """Older checkpoints do not count the batches that are not finite: the next one is judged as a first one is."""
-    return torch.cat([saved, saved.new_ones(input_scan.REMEMBERED - saved.numel())])
+    return torch.cat([saved, saved.new_ones(REMEMBERED - saved.numel())])
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:

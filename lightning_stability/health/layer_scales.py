@@ -1,4 +1,4 @@
-"""What the numbers are like that enter and leave each layer of a module."""
+"""Mean, standard deviation and range of what enters and leaves each layer of a module."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from torch.nn.utils import parametrize
 from torchmetrics import Metric
 
 from lightning_stability.health.values import named_tensors
+from lightning_stability.internals import compiles_its_call, has_own_parameters, within_compiled
 
 Side = Literal["input", "output"]
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Mean, deviation and range of a tensor's elements; NaN or infinite if some of them are."""
+    """Mean, standard deviation and range of a tensor's elements; NaN or infinite if some of them are."""
 
     mean: float
-    deviation: float
+    std: float
     least: float
     largest: float
 
@@ -57,19 +58,24 @@ class LayerScale:
     input: Scale | None
     output: Scale | None
 
+    @property
+    def ratio(self) -> float | None:
+        """What the layer multiplies standard deviations with; None if it has no such number."""
+        if self.input is None or self.output is None or not self.input.std > 0.0 or not self.output.std > 0.0:
+            return None
+        return self.output.std / self.input.std
+
 
 class LayerScales:
-    """Within a `with` block, looks at what enters and leaves each layer of a module.
+    """Within a `with` block, measures what enters and leaves each layer of a module, by forward hooks.
 
     Layers are the modules that call no other one: those without children, and those that have some but compute with
-    parameters of their own, such as `nn.MultiheadAttention`. Everything is computed on the device, in fp32 (fp64 for
-    fp64) and without overflow; nothing waits for it until the results are asked for. What fails to be measured is left
-    out and never fails the forward pass.
+    parameters of their own, such as `nn.MultiheadAttention`. A module given to `torch.compile` is one layer. Metrics
+    are none, and neither is what a hook would change: scripted modules, modules that compile their own call, and
+    torch's transformer layers outside of training, which would leave their fast path.
 
-    Args:
-        module: Whose layers to watch. Metrics are none.
-        compiled: Whether to watch what is inside of compiled modules too: only if they run uncompiled now, since a
-            hook would be compiled as well.
+    Everything is computed on the device, in fp32 (fp64 for fp64) and without overflow; nothing waits for it until the
+    results are asked for. What fails to be measured is left out and never fails the forward pass.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
@@ -79,22 +85,21 @@ class LayerScales:
         ('0', 'input', -7.0, 3.0)
         >>> [(layer.name, layer.kind) for layer in scales.read()]
         [('0', 'Linear'), ('1', 'Linear')]
-        >>> round(scales.read()[0].input.deviation, 3)
+        >>> round(scales.read()[0].input.std, 3)
         5.0
     """
 
-    def __init__(self, module: nn.Module, compiled: bool = False) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._compiled = compiled
         self._handles: list[Any] = []
         self._kinds: dict[str, str] = {}
         self._calls: dict[str, int] = defaultdict(int)
         self._callers: set[str] = set()  # and whatever else stands above a layer that was called
-        self._seen: list[_Look] = []
+        self._measured: list[_Measured] = []
 
     def __enter__(self) -> LayerScales:
-        for name, layer in layers(self._module, self._compiled):
-            self._kinds[name] = type(layer).__name__
+        for name, layer in layers(self._module):
+            self._kinds[name] = type(within_compiled(layer) or layer).__name__
             self._handles.append(layer.register_forward_pre_hook(self._input_hook(name), with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._output_hook(name)))
         return self
@@ -109,9 +114,9 @@ class LayerScales:
     def read(self) -> list[LayerScale]:
         """What was seen, in the order in which the layers were first called; waits for the device."""
         sides: dict[tuple[str, Side], list[tuple[int, list[float]]]] = defaultdict(list)
-        for look, numbers in self._looks():
-            if look.place == 0:
-                sides[look.name, look.side].append((look.count, numbers))
+        for one, numbers in self._read():
+            if one.place == 0:
+                sides[one.name, one.side].append((one.count, numbers))
         merged = {key: _merged(parts) for key, parts in sides.items()}
         return [
             LayerScale(name, self._kinds[name], calls, merged.get((name, "input")), merged.get((name, "output")))
@@ -122,105 +127,78 @@ class LayerScales:
     def first_beyond(self, limit: float) -> tuple[str, Side, float, float] | None:
         """The first layer, in forward order, with a value beyond a limit; waits for the device.
 
-        What is not finite does not count: masks are made of it.
-
-        Args:
-            limit: The largest magnitude that is still fine.
-
-        Returns:
-            Its name, "input" or "output", the least and the largest value; None if there is none.
+        What is not finite does not count: masks are made of it. Returns its name, "input" or "output", the least and
+        the largest value; None if there is none.
         """
-        for look, (*_, least, largest) in self._looks():
+        for one, (*_, least, largest) in self._read():
             if max(abs(least), abs(largest)) > limit:
-                return look.name, look.side, least, largest
+                return one.name, one.side, least, largest
         return None
 
-    def _looks(self) -> Iterator[tuple[_Look, list[float]]]:
-        looks = [look for look in self._seen if look.name not in self._callers]
-        return zip(looks, _read(look.figures for look in looks), strict=True)
+    def _read(self) -> Iterator[tuple[_Measured, list[float]]]:
+        measured = [one for one in self._measured if one.name not in self._callers]
+        return zip(measured, _read(one.figures for one in measured), strict=True)
 
     def _input_hook(self, name: str) -> Any:
         above = name.split(".")
         above = [".".join(above[:count]) for count in range(1, len(above))]
 
-        def look(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        def measure(layer: nn.Module, args: Any, kwargs: Any) -> None:
             self._calls[name] += 1
             self._callers.update(above)
-            self._look(name, "input", (args, kwargs))
+            self._measure(name, "input", (args, kwargs))
 
-        return look
+        return measure
 
     def _output_hook(self, name: str) -> Any:
-        return lambda layer, args, output: self._look(name, "output", output)
+        return lambda layer, args, output: self._measure(name, "output", output)
 
-    def _look(self, name: str, side: Side, values: Any) -> None:
+    def _measure(self, name: str, side: Side, values: Any) -> None:
         floating = (tensor for _, tensor in named_tensors(values) if tensor.is_floating_point() and tensor.numel())
         for place, tensor in enumerate(floating):
             try:
-                self._seen.append(_Look(name, side, place, tensor.numel(), _figures(tensor)))
+                self._measured.append(_Measured(name, side, place, tensor.numel(), _figures(tensor)))
             except (RuntimeError, NotImplementedError, TypeError):  # of a kind that has no such figures, sparse say
                 continue
 
 
-def layers(module: nn.Module, compiled: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """The descendants of a module that may be layers: those without children, and those with parameters of their own.
-
-    Args:
-        module: The module.
-        compiled: Whether to go into compiled modules.
-    """
-    if not compiled and getattr(module, "_compiler_ctx", None) is not None:
-        return  # Lightning's mark on a module whose steps are compiled as a whole
-    yield from _below(module, "", compiled)
+def layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The descendants of a module that may be layers, by name."""
+    if compiles_its_call(module):
+        return
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if within_compiled(child) is not None:
+            yield path, child
+            continue
+        if isinstance(child, (Metric, parametrize.ParametrizationList, torch.jit.ScriptModule)):
+            continue
+        if compiles_its_call(child) or (isinstance(child, nn.TransformerEncoderLayer) and not child.training):
+            continue
+        if not list(child.children()) or has_own_parameters(child) or parametrize.is_parametrized(child):
+            yield path, child
+        yield from layers(child, path)
 
 
 def scale_of(tensor: Tensor) -> Scale:
-    """Mean, deviation and range of a tensor; waits for the device.
-
-    Args:
-        tensor: Of any floating type, not empty.
+    """Mean, standard deviation and range of a floating tensor that is not empty; waits for the device.
 
     Example:
         >>> scale_of(torch.tensor([60000.0, -60000.0], dtype=torch.float16))
-        Scale(mean=0.0, deviation=60000.0, least=-60000.0, largest=60000.0)
+        Scale(mean=0.0, std=60000.0, least=-60000.0, largest=60000.0)
     """
     return _scale(next(iter(_read([_figures(tensor)]))))
 
 
-def _below(module: nn.Module, prefix: str, compiled: bool) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        if isinstance(child, (Metric, parametrize.ParametrizationList, torch.jit.ScriptModule)):
-            continue  # (scripted modules call no hooks)
-        inside = isinstance(module, torch._dynamo.OptimizedModule)  # type: ignore[attr-defined]
-        path = prefix if inside else f"{prefix}.{name}" if prefix else name
-        if not compiled and child._compiled_call_impl is not None:
-            continue
-        is_compiled = isinstance(child, torch._dynamo.OptimizedModule)  # type: ignore[attr-defined]
-        if is_compiled and not compiled:
-            continue
-        if not is_compiled and (
-            not any(True for _ in child.children())
-            or any(weight is not None for weight in child._parameters.values())
-            or parametrize.is_parametrized(child)
-        ):
-            yield path, child
-        yield from _below(child, path, compiled)
-
-
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """One tensor that entered or left a layer.
-
-    Attributes:
-        place: Which of the call's floating tensors it is.
-        figures: Its `_figures`.
-    """
+class _Measured:
+    """One tensor that entered or left a layer."""
 
     name: str
     side: Side
-    place: int
+    place: int  # among the call's floating tensors
     count: int
-    figures: Tensor
+    figures: Tensor  # its `_figures`
 
 
 @torch.no_grad()
@@ -258,9 +236,9 @@ def _merged(parts: list[tuple[int, list[float]]]) -> Scale:
     scales = [_scale(numbers) for _, numbers in parts]
     total = sum(count for count, _ in parts)
     mean = sum(count / total * scale.mean for (count, _), scale in zip(parts, scales, strict=True))
-    largest = max(max(scale.deviation, abs(scale.mean - mean)) for scale in scales) or 1.0
+    largest = max(max(scale.std, abs(scale.mean - mean)) for scale in scales) or 1.0
     square = sum(
-        count / total * ((scale.deviation / largest) ** 2 + ((scale.mean - mean) / largest) ** 2)
+        count / total * ((scale.std / largest) ** 2 + ((scale.mean - mean) / largest) ** 2)
         for (count, _), scale in zip(parts, scales, strict=True)
     )
     bad = any(math.isnan(scale.least) for scale in scales)

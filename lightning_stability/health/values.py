@@ -1,25 +1,109 @@
-"""Which tensors of a module or a batch are not finite, by name; a look that waits for the device."""
+"""The tensors of a batch or a module by name, and which of them are not finite, and where."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_stability.internals import leaves_with_paths, map_leaves
+
+SMALL = 4096
+"""Values up to which a tensor of labels is small."""
+
+
+# Where the tensors are
+
+
+def named_tensors(tree: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a batch, whatever their nesting, with a name that says where they are; no two names are equal.
+
+    Tensors may lie in dicts, lists, tuples, dataclasses, named tuples, and in attributes of what has a method `to`,
+    which Lightning moves to a device by that. Private attributes are looked into, but not named. An object that raises
+    when it is looked at holds none.
+
+    Example:
+        >>> [name for name, _ in named_tensors({"eeg": torch.zeros(1), "rest": [torch.zeros(1)]})]
+        ["batch['eeg']", "batch['rest'][0]"]
+    """
+    seen: dict[str, int] = defaultdict(int)
+    for path, tensor in _walk(tree, name, ()):
+        seen[path] += 1
+        yield path if seen[path] == 1 else f"{path} ({seen[path]})", tensor
+
+
+def _walk(tree: Any, name: str, within: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
+    for path, leaf in leaves_with_paths(tree):
+        if issubclass(type(leaf), Tensor):
+            yield name + path, leaf
+        elif not any(leaf is outer for outer in within):  # nor to its parent and back
+            for key, value in _members(leaf):
+                yield from _walk(value, name + path + key, (*within, leaf))
+
+
+def _members(value: Any) -> list[tuple[str, Any]]:
+    try:
+        if isinstance(value, Mapping):
+            return [(f"[{key!r}]", item) for key, item in value.items()]
+        if isinstance(value, (list, tuple)):
+            return [(f"[{index}]", item) for index, item in enumerate(value)]
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return [(f".{field.name}", getattr(value, field.name, None)) for field in dataclasses.fields(value)]
+        if callable(getattr(type(value), "to", None)) and not isinstance(value, (nn.Module, type)):
+            return [(_shown(key, item), item) for key, item in vars(value).items()]
+    except Exception:  # whatever a class of the user's raises
+        pass
+    return []
+
+
+def _shown(attribute: str, value: Any) -> str:
+    is_hidden = attribute.startswith("_") and not isinstance(value, Tensor)
+    return "" if is_hidden else f".{attribute}"
+
+
+def small_members(batch: Any) -> Any:
+    """A batch without its large tensors, which would otherwise stay in memory: labels, ids and names are kept.
+
+    None stands for every tensor that is too long, or that is neither one-dimensional or less nor integer. What is kept
+    is not copied.
+
+    Example:
+        >>> small_members({"eeg": torch.zeros(2, 19, 2048), "label": torch.tensor([0, 1]), "name": ["a", "b"]})
+        {'eeg': None, 'label': tensor([0, 1]), 'name': ['a', 'b']}
+    """
+    return map_leaves(_small, batch)
+
+
+def _small(value: Any) -> Any:
+    if isinstance(value, (Tensor, np.ndarray)):
+        ndim, size = value.ndim, value.numel() if isinstance(value, Tensor) else value.size
+        integer = not value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind in "iub"
+        return value if size <= SMALL and (ndim <= 1 or integer) else None
+    if isinstance(value, Mapping):
+        return {key: small_members(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(kept, field.name, small_members(getattr(value, field.name)))
+        return kept
+    return value if isinstance(value, (str, bytes, int, float, bool, type(None))) else None
+
+
+# What is not finite
 
 
 @torch.no_grad()
 def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of those tensors that hold NaN or infinity, in their order.
+    """The names of those tensors that hold NaN or infinity, in their order; tensors that cannot are passed over.
 
     All tensors of one device and dtype are read in one multi-tensor pass; the host waits once per device.
-
-    Args:
-        tensors: Names and tensors, as `named_parameters()` gives them; those that cannot hold such a value are passed
-            over.
 
     Example:
         >>> nonfinite_names([("a", torch.zeros(2)), ("b", torch.tensor([1.0, float("nan")])), ("c", torch.tensor(1))])
@@ -28,7 +112,7 @@ def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     names: list[str] = []
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = defaultdict(lambda: ([], []))
     for name, tensor in tensors:
-        values = _as_floats(tensor)
+        values = _stored_floats(tensor)
         if values is not None:
             places, held = groups[values.device, values.dtype]
             places.append(len(names))
@@ -41,63 +125,55 @@ def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         norms = torch._foreach_norm(held, float("inf"))  # type: ignore[no-untyped-call]
         flags[device].append(~torch.isfinite(torch.stack(norms)))
         order[device] += places
-    bad: list[int] = []
+    nonfinite: list[int] = []
     for device, of_device in flags.items():
         found = torch.cat(of_device).tolist()
-        bad += [place for place, is_bad in zip(order[device], found, strict=True) if is_bad]
-    return [names[place] for place in sorted(bad)]
+        nonfinite += [place for place, is_one in zip(order[device], found, strict=True) if is_one]
+    return [names[place] for place in sorted(nonfinite)]
 
 
-def named_tensors(batch: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a batch, whatever their nesting, with a name that says where they are.
+@torch.no_grad()
+def nonfinite_rows(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """Where a tensor is not finite: positions in its dimension 0 and in its dimension 1; waits for the device.
 
-    Args:
-        batch: Tensors in dicts, lists, tuples, dataclasses, named tuples, and attributes of what has a method `to`,
-            which Lightning moves to a device by that.
-        name: What the batch itself is called.
+    In a batch those are samples and columns or channels. Of a nested tensor only the samples are known.
 
     Example:
-        >>> [name for name, _ in named_tensors({"eeg": torch.zeros(1), "rest": [torch.zeros(1)]})]
-        ["batch['eeg']", "batch['rest'][0]"]
+        >>> nonfinite_rows(torch.tensor([[1.0, 2.0, 3.0], [4.0, float("nan"), float("inf")]]))
+        ([1], [1, 2])
     """
-    yield from _walk(batch, name, ())
-
-
-def _walk(batch: Any, name: str, within: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(batch, Tensor):
-        yield name, batch
-    elif isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from _walk(value, f"{name}[{key!r}]", within)
-    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        for key in batch._fields:
-            yield from _walk(getattr(batch, key), f"{name}.{key}", within)
-    elif isinstance(batch, (list, tuple)):
-        for index, value in enumerate(batch):
-            yield from _walk(value, f"{name}[{index}]", within)
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        for item in dataclasses.fields(batch):
-            yield from _walk(getattr(batch, item.name), f"{name}.{item.name}", within)
-    elif _is_of_own_class(batch) and not any(batch is outer for outer in within):  # nor to its parent and back
-        for key, value in vars(batch).items():
-            yield from _walk(value, f"{name}.{key}", (*within, batch))
-
-
-def _is_of_own_class(batch: Any) -> bool:
-    return (
-        callable(getattr(batch, "to", None)) and hasattr(batch, "__dict__") and not isinstance(batch, (nn.Module, type))
-    )
-
-
-def _as_floats(tensor: Tensor) -> Tensor | None:
-    if hasattr(tensor, "to_local"):  # a DTensor: this rank's part
+    if _stored_floats(tensor) is None or tensor.dim() == 0:
+        return [], []
+    if tensor.is_nested:
+        return [row for row, part in enumerate(tensor.unbind()) if not bool(part.isfinite().all())], []
+    if hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
-    if tensor.is_sparse:
-        tensor = tensor._values()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.detach())
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.device.type == "meta":
+    if tensor.layout != torch.strided:
+        sparse = tensor.to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
+        values = sparse.values()
+        indices = sparse.indices()[:, ~values.isfinite().reshape(len(values), -1).all(dim=1)]
+    else:
+        indices = (~_stored_floats(tensor).isfinite()).nonzero().t()  # type: ignore[union-attr]
+    rows, columns = ([int(place) for place in line.unique()] for line in (indices[0], indices[1:2]))
+    return rows, columns
+
+
+def _stored_floats(tensor: Tensor) -> Tensor | None:
+    """The numbers that a tensor of whatever kind stores; None if none of them can be non-finite, or none is there."""
+    try:
+        if is_lazy(tensor) or tensor.device.type == "meta":
+            return None
+        if hasattr(tensor, "to_local"):  # a DTensor: this rank's part
+            tensor = tensor.to_local()
+        tensor = tensor.detach()
+        if tensor.is_nested:
+            tensor = torch.cat([part.reshape(-1) for part in tensor.unbind()])
+        elif tensor.layout != torch.strided:
+            tensor = tensor.to_sparse_coo().coalesce().values()  # type: ignore[no-untyped-call]
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            return None
+        return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has no norm
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):  # a kind that nobody foresaw
         return None
-    if tensor.dtype.itemsize == 1:  # float8 has no norm
-        tensor = tensor.to(torch.float32)
-    return tensor.detach()

@@ -39,6 +39,9 @@ class Policy(Protocol):
     reads_steps: bool
     """Whether it needs records; a run in which nobody does is not measured."""
 
+    reads_batches: bool
+    """Whether it needs batches as they were before a 16-true precision cast them."""
+
     automatic: bool
     """Whether it came with the environment, and has to leave a run as it would be without."""
 

@@ -118,7 +118,7 @@ class Session(Callback):
         if policy not in self._policies:
             return
         self._policies.remove(policy)
-        if not any(p.reads_steps for p in self._policies):
+        if not any(p.reads_steps or p.reads_batches for p in self._policies):
             self._stop_measuring()
             return
         self._set_reading()
@@ -331,7 +331,8 @@ class Session(Callback):
             return
         if self.guard is not None:
             self.guard.note_loss(loss)
-        self.pipeline.on_loss(loss)
+        if any(policy.reads_steps for policy in self._policies):  # else no step would take it
+            self.pipeline.on_loss(loss)
 
     def on_backward_end(self) -> None:
         """A backward pass is over: what the forward pass wrote stays, or is restored."""
@@ -458,7 +459,7 @@ class Session(Callback):
         self._policies.append(policy)
         if policy.automatic:
             contain_hooks(policy, lambda error: self._on_error(error, policy))
-        if policy.reads_steps and self._hooks is None:
+        if (policy.reads_steps or policy.reads_batches) and self._hooks is None:
             self._hook()
         self._set_reading()
 

@@ -73,7 +73,7 @@ class TestWhatIsSaid:
         said, _ = fit(pl, InputCheck(), loader())
         assert said == []
         look, summary = infos(caplog)
-        assert "what the first batch is at 5 layers" in look
+        assert "measured 5 layers in the first batch" in look
         assert "6 batches looked at, 0 flagged; largest magnitudes of `batch['x']`" in summary
         assert "deviations of `batch['x']`" in summary
 
@@ -256,8 +256,10 @@ class TestWhenItLooks:
         self, accumulate: int, every: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[Any] = []
-        look = InputMeter.look
-        monkeypatch.setattr(InputMeter, "look", lambda self, batch: seen.append(batch["number"]) or look(self, batch))
+        measure = InputMeter.measure
+        monkeypatch.setattr(
+            InputMeter, "measure", lambda self, batch: seen.append(batch["number"]) or measure(self, batch)
+        )
         fit(
             one,
             InputCheck(every_n_steps=every),

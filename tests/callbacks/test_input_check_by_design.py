@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_stability import InputCheck, InputError, NaNEarlyStop
-from lightning_stability.callbacks.input_report import MOST_IN_A_ROW
+from lightning_stability.callbacks.input_report import LONGEST_STREAK
 from tests import runs
 from tests.callbacks.test_input_check import fit, infos, loader, make_module, one
 
@@ -54,7 +54,7 @@ class TestHealthyData:
         module = make_module(one, training_step=with_mask)
         said, trainer = fit(one, InputCheck(action=action), masks(padded), module, [runs.RecordCallback()])
         assert (said, trainer.global_step) == ([], BATCHES)
-        assert {record.outcome for record in trainer.callbacks[0].records} == {"taken"}
+        assert {record.outcome for record in trainer.callbacks[0].records} == {"applied"}
 
     def test_targets_that_are_missing_are_named_at_the_start_and_cost_no_update(self, action: Any) -> None:
         module = make_module(one, training_step=without_what_is_missing)
@@ -62,7 +62,7 @@ class TestHealthyData:
         [said], trainer = fit(one, InputCheck(action=action), data, module, [runs.RecordCallback()])
         assert "epoch 0, batch 0: `batch[1]` holds a value that is not finite; sample 1 (dataset index 1)" in said
         assert "It is the first batch looked at, so that this is taken as meant to be" in said
-        assert {record.outcome for record in trainer.callbacks[0].records} == {"taken"}
+        assert {record.outcome for record in trainer.callbacks[0].records} == {"applied"}
 
     def test_rare_features_cost_no_update(self, action: Any) -> None:
         def training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
@@ -73,7 +73,7 @@ class TestHealthyData:
         records = runs.RecordCallback()
         said, _ = fit(one, InputCheck(action=action), data, make_module(one, training_step=training_step), [records])
         assert said == []
-        assert [record.outcome for record in records.records] == ["taken"] * 16
+        assert [record.outcome for record in records.records] == ["applied"] * 16
 
 
 def test_channels_that_are_constant_from_the_start_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -109,7 +109,7 @@ def test_a_channel_that_becomes_constant_is_told_and_trained_on(action: Any, tmp
     module = make_module(one, training_step=training_step)
     logger = one.loggers.CSVLogger(tmp_path)
     said, _ = fit(one, InputCheck(action=action), DataLoader(x, batch_size=4), module, [records], logger=logger)
-    assert [record.outcome for record in records.records] == ["taken"] * BATCHES
+    assert [record.outcome for record in records.records] == ["applied"] * BATCHES
     [message] = said
     assert "batch 2: channel 4 of `batch` is constant, and varied in every batch before. Further" in message
     assert not list(tmp_path.rglob("flagged_inputs.csv"))
@@ -156,7 +156,11 @@ def test_what_most_of_the_batches_hold_is_not_flagged_any_more_and_a_warning_say
     module = make_module(one, training_step=without_what_is_missing)
     records = runs.RecordCallback()
     said, _ = fit(one, InputCheck(action="skip"), targets(list(range(1, BATCHES))), module, [records])
-    assert [record.outcome for record in records.records] == ["taken", *["rejected"] * 2, *["taken"] * (BATCHES - 3)]
+    assert [record.outcome for record in records.records] == [
+        "applied",
+        *["rejected"] * 2,
+        *["applied"] * (BATCHES - 3),
+    ]
     assert "epoch 0, batch 1: `batch[1]` holds a value that is not finite" in said[0]
     assert "epoch 0, batch 3: `batch[1]` holds a value that is not finite" in said[1]
     assert "Most batches before held such, so that this is taken as meant to be" in said[1]
@@ -171,7 +175,7 @@ class TestBadData:
         records = runs.RecordCallback()
         bad = {2: math.nan, 14: math.nan}  # of the batches 0 and 3
         said, trainer = fit(one, InputCheck(action="skip"), loader(bad, shuffle=False), callbacks=[records])
-        assert [record.outcome for record in records.records] == ["bad", *["taken"] * 2, "rejected", *["taken"] * 2]
+        assert [record.outcome for record in records.records] == ["bad", *["applied"] * 2, "rejected", *["applied"] * 2]
         assert "batch 0: `batch['x']` holds 6 values that are not finite; sample 2" in said[0]
         assert "taken as meant to be" in said[0]
         assert "batch 3: `batch['x']` holds 6 values that are not finite; sample 2" in said[1]
@@ -222,7 +226,7 @@ class TestSkippedUpdates:
         check = InputCheck(max_abs=100.0, action="skip")
         said, _ = fit(one, check, loader(bad, batch_size=2, shuffle=False))
         [message] = [message for message in said if "Nothing is learnt" in message]
-        assert f"the last {MOST_IN_A_ROW} updates were skipped because of what went in; flagged most" in message
+        assert f"the last {LONGEST_STREAK} updates were skipped because of what went in; flagged most" in message
 
     @pytest.mark.parametrize(("batches", "which"), [(1, "the last update was skipped"), (3, "the last 3 updates were")])
     def test_a_short_fit_without_any_update_says_so_at_its_end(

@@ -7,27 +7,28 @@ import pytest
 import torch
 
 from lightning_stability.health import input_scan
-from lightning_stability.health.inputs import FIELDS, InputMeter, TensorLook
-from tests.health.same_look import assert_same_look
+from lightning_stability.health.input_rules import FIELDS
+from lightning_stability.health.inputs import InputMeter, TensorStats
+from tests.health.same_stats import assert_same_stats
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def looks(batches: list[torch.Tensor], scan: Any, max_abs: float | None = None) -> tuple[list[TensorLook], Any]:
+def measured(batches: list[torch.Tensor], scan: Any, max_abs: float | None = None) -> tuple[list[TensorStats], Any]:
     meter = InputMeter(max_abs, 100.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(input_scan, "scan", scan)
-        found = [look for batch in batches for look in meter.look(batch)]
+        found = [stats for batch in batches for stats in meter.measure(batch)]
     return found, meter.state_dict()
 
 
-def compare(batches: list[torch.Tensor], max_abs: float | None = None) -> list[TensorLook]:
+def compare(batches: list[torch.Tensor], max_abs: float | None = None) -> list[TensorStats]:
     batches = [batch.to(DEVICE) for batch in batches]
-    ours, our_state = looks(batches, input_scan.scan_with_kernels, max_abs)
-    reference, state = looks(batches, input_scan.scan_with_torch, max_abs)
-    for look, expected in zip(ours, reference, strict=True):
-        assert_same_look(look, expected)
+    ours, our_state = measured(batches, input_scan.scan_with_kernels, max_abs)
+    reference, state = measured(batches, input_scan.scan_with_torch, max_abs)
+    for stats, expected in zip(ours, reference, strict=True):
+        assert_same_stats(stats, expected)
     for name, remembered in state.items():
         torch.testing.assert_close(our_state[name]["scale"], remembered["scale"], rtol=1e-5, atol=1e-6)
         channels = our_state[name]["channels"]
@@ -54,8 +55,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     batches = [torch.randn(4, 3, 50).to(dtype), torch.full((4, 3, 50), largest, dtype=dtype)]
     batches[1][:2] = -largest
-    look = compare(batches)[1]
-    assert float(look.row[1]) == pytest.approx(largest, rel=1e-6)
+    stats = compare(batches)[1]
+    assert float(stats.row[1]) == pytest.approx(largest, rel=1e-6)
 
 
 def test_values_that_do_not_lie_side_by_side() -> None:
@@ -66,7 +67,7 @@ def test_values_that_do_not_lie_side_by_side() -> None:
 def test_an_outlier_in_the_first_batch_and_one_in_the_first_value() -> None:
     batches = [torch.randn(4, 3, 20) * 1e5, *(torch.randn(4, 3, 20) for _ in range(12))]
     batches[11][0, 0, 0] = 1e30
-    flagged = [bool(look.flag) for look in compare(batches)]
+    flagged = [bool(stats.flag) for stats in compare(batches)]
     assert flagged == [False, *[True] * 4, *[False] * 6, True, False]
 
 
@@ -83,7 +84,7 @@ def test_masks_and_what_is_not_finite_by_design(shape: tuple[int, ...]) -> None:
     values["all"] = torch.full(shape, -math.inf)
     order = ["mask", "none", "mask", "nan", "both", "fine", "-inf", "-inf", "nan", "inf", "mask", "all"]
     order += ["fine", "fine", "fine", "all", "nan", "fine"]
-    row = [look.row for look in compare([values[kind] for kind in order])]
+    row = [stats.row for stats in compare([values[kind] for kind in order])]
     assert [bool(numbers[FIELDS.index("is_mask")]) for numbers in row] == [kind == "mask" for kind in order]
     flagged = [place for place, numbers in enumerate(row) if numbers[FIELDS.index("is_nonfinite")]]
     assert flagged == [3, 4, 6, 7, 8, 15, 16]
@@ -108,6 +109,6 @@ def test_what_float32_cannot_sum_up_is_summed_up_in_float64(how: str) -> None:
         x[2, 1, 7] = 0.1001
     else:
         x *= 5e-23
-    [look], _ = looks([x.to(DEVICE)], input_scan.scan_with_kernels)
+    [stats], _ = measured([x.to(DEVICE)], input_scan.scan_with_kernels)
     exact = x.double() - x.double().mean()
-    assert float(look.row[1]) == pytest.approx(float(exact.square().mean().sqrt()), rel=1e-6, abs=0.0)
+    assert float(stats.row[1]) == pytest.approx(float(exact.square().mean().sqrt()), rel=1e-6, abs=0.0)

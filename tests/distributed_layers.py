@@ -1,6 +1,6 @@
-"""One of two ranks that train with and without InputCheck's look at the layers, started by test_distributed.py.
+"""One of two ranks that train with and without InputCheck's layer scale check, started by test_distributed.py.
 
-usage: distributed_look.py ddp NAMESPACE FOLDER [thorough]
+usage: distributed_layers.py ddp NAMESPACE FOLDER [thorough]
 """
 
 import json
@@ -14,29 +14,29 @@ from torch import nn
 
 from lightning_stability import InputCheck, NaNEarlyStop
 from lightning_stability.events import read_events
-from tests import rehearsed_module, runs
+from tests import busy_module, runs
 
 
 def compare(pl: Any, **options: Any) -> list[str]:
-    """What differs between a run with the look and one without."""
+    """What differs between a run with the check and one without."""
     results = []
     for check in ([], [InputCheck()]):
-        module = rehearsed_module.make_module(pl)
+        module = busy_module.make_module(pl)
         chosen = {**options, "plugins": runs.fp16(pl)} if options.get("plugins") else options
         results.append(
-            rehearsed_module.fit(pl, module, [*check, NaNEarlyStop(patience=0)], devices=2, strategy="ddp", **chosen)
+            busy_module.fit(pl, module, [*check, NaNEarlyStop(patience=0)], devices=2, strategy="ddp", **chosen)
         )
-    return rehearsed_module.differences(*results)
+    return busy_module.differences(*results)
 
 
 def report(pl: Any, folder: Path, rank: int) -> dict[str, Any]:
     """Inputs that are far from unit scale, on both ranks."""
     logger = pl.loggers.CSVLogger(str(folder), name="", version="log")
-    module = rehearsed_module.make_module(pl)
+    module = busy_module.make_module(pl)
     nn.init.constant_(module.net[0].weight, 1e4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rehearsed_module.fit(pl, module, [InputCheck()], logger=logger, devices=2, strategy="ddp", max_epochs=1)
+        busy_module.fit(pl, module, [InputCheck()], logger=logger, devices=2, strategy="ddp", max_epochs=1)
     said = [str(w.message) for w in caught if "InputCheck: the" in str(w.message)]
     events = [e for e in read_events(folder / "log") if e["event"] == "input_scales"] if rank == 0 else []
     return {"said": said, "events": events}
