@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -19,9 +21,20 @@ def dense(value: Tensor | None) -> Tensor | None:
     """
     if value is None or is_lazy(value) or has_own_dispatch(value):
         return None
-    if value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_meta or not value.numel():
+    if (
+        value.layout != torch.strided
+        or value.is_nested
+        or value.is_quantized
+        or value.is_meta
+        or not _has_values(value)
+    ):
         return None
     return value.data.as_subclass(Tensor)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Not so if it has no elements, or if its memory is freed for a while, as FSDP does."""
+    return tensor.numel() > 0 and tensor.untyped_storage().size() > 0
 
 
 def is_writable(tensor: Tensor) -> bool:
@@ -39,32 +52,37 @@ def values_of(tensor: Tensor | None) -> Tensor | None:
         local = local.coalesce().values()
     elif local.layout != torch.strided or local.is_nested:
         local = local.values()
-    if has_own_dispatch(local) or local.dtype not in CHECKED or not local.numel():
+    if has_own_dispatch(local) or local.dtype not in CHECKED or not _has_values(local):
         return None
     local = local.as_subclass(Tensor)
     return torch.view_as_real(local.resolve_conj()) if local.is_complex() else local
 
 
-def sizes_of(tensors: list[Tensor]) -> list[float]:
+def sizes_by_device(tensors: list[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
     """The sum of each tensor's absolute values: NaN or infinite if it holds such a value, another if it was written.
 
-    (Of very large finite values the sum may be infinite, too.) One pass and one read for each device.
+    One pass over all tensors of a device and dtype.
 
     Args:
         tensors: As `values_of` gives them.
+
+    Yields:
+        For each device, which of the tensors are there, and a vector of their sums.
     """
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    kinds: dict[torch.device, dict[torch.dtype, list[int]]] = {}
     for place, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
-    by_device: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
-    for (device, dtype), places in kinds.items():
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
-        norms = norm_of_each([tensors[place] for place in places], 1, wide)
-        all_places, all_norms = by_device.setdefault(device, ([], []))
-        all_places += places
-        all_norms.append(torch.stack(norms).to(torch.float32 if device.type == "mps" else torch.float64))
+        kinds.setdefault(tensor.device, {}).setdefault(tensor.dtype, []).append(place)
+    for device, by_dtype in kinds.items():
+        # wide enough for any sum of finite float32 values
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        norms = [norm for places in by_dtype.values() for norm in norm_of_each([tensors[i] for i in places], 1, wide)]
+        yield [place for places in by_dtype.values() for place in places], torch.stack(norms)
+
+
+def sizes_of(tensors: list[Tensor]) -> list[float]:
+    """The same on the host, by one read for each device."""
     sizes = [0.0] * len(tensors)
-    for all_places, all_norms in by_device.values():
-        for place, size in zip(all_places, torch.cat(all_norms).tolist(), strict=True):
+    for places, on_device in sizes_by_device(tensors):
+        for place, size in zip(places, on_device.tolist(), strict=True):
             sizes[place] = size
     return sizes
