@@ -305,3 +305,19 @@ def test_buffers_that_become_others(bad: bool) -> None:
         if value is not None and name != "sparse":
             assert torch.equal(torch.nan_to_num(module._buffers[name]), torch.nan_to_num(value)), name
             assert bool(torch.isfinite(module._buffers[name]).all()) == bool(torch.isfinite(value).all()), name
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:`torch.jit")
+def test_buffers_of_a_scripted_module_are_kept() -> None:
+    module = nn.Sequential(torch.jit.script(nn.Sequential(nn.BatchNorm1d(2))))
+    buffers = BufferUndo(module)
+    for batch in range(3):
+        buffers.remember()
+        module(torch.full((2, 2), torch.nan if batch == 1 else float(batch)))
+        found = buffers.nonfinite()
+        assert found is not None
+        assert bool(found[0]) == (batch == 1)
+        buffers.restore(found[0])
+    assert [float(t.sum()) for _, t in module.named_buffers()][-1] == 2.0
+    assert all(t.isfinite().all() for t in module.buffers())
