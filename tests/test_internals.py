@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
+from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryAUROC
 
 from lightning_stability import internals
 from lightning_stability.internals import Overrides
@@ -93,6 +96,128 @@ def test_own_parameters_are_those_beside_the_childrens():
     net = nn.MultiheadAttention(2, 1)
     assert internals.has_own_parameters(net)
     assert not internals.has_own_parameters(nn.Sequential(nn.Linear(1, 1)))
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_a_modules_tensors_and_children_are_held_by_name(scripted):
+    module = nn.Sequential(nn.BatchNorm1d(2))
+    module = torch.jit.script(module) if scripted else module
+    children = internals.children_of(module)
+    assert list(children) == ["0"]
+    assert list(internals.parameters_of(module[0])) == ["weight", "bias"]
+    buffers = internals.buffers_of(children["0"])
+    assert buffers["running_mean"].data_ptr() == module[0].running_mean.data_ptr()
+    if not scripted:
+        buffers["running_mean"] = torch.ones(2)
+        assert module[0].running_mean.tolist() == [1.0, 1.0]
+
+
+def test_a_version_counts_writes_but_not_those_through_data():
+    tensor = torch.zeros(2)
+    before = internals.version_of(tensor)
+    tensor.data.add_(1)
+    assert internals.version_of(tensor) == before
+    tensor.add_(1)
+    assert internals.version_of(tensor) > before
+
+
+def test_tensors_that_compute_by_themselves_are_told_from_plain_ones():
+    class Named(torch.Tensor):
+        pass
+
+    jagged = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)
+    assert internals.has_own_dispatch(jagged)
+    plain = [torch.ones(2), nn.Parameter(torch.ones(2)), nn.UninitializedBuffer(), torch.ones(2).as_subclass(Named)]
+    assert not any(map(internals.has_own_dispatch, plain))
+
+
+def test_many_tensors_are_copied_and_measured_at_once():
+    targets, sources = [torch.zeros(2), torch.zeros(3)], [torch.ones(2), torch.full((3,), -2.0)]
+    internals.copy_each(targets, sources)
+    assert [t.tolist() for t in targets] == [s.tolist() for s in sources]
+    large = [torch.full((3,), 3e38), torch.tensor([1.0, torch.nan])]
+    norms = internals.norm_of_each(large, 1, torch.float64)
+    assert norms[0].item() == pytest.approx(9e38)
+    assert norms[1].isnan()
+    assert [norm.item() for norm in internals.norm_of_each(sources, 2)] == pytest.approx([2**0.5, 12**0.5])
+
+
+def test_a_metrics_defaults_and_count_of_updates():
+    metric = MeanMetric()
+    assert {name: float(value) for name, value in internals.metric_defaults(metric).items()} == {
+        "mean_value": 0.0,
+        "weight": 0.0,
+    }
+    assert internals.metric_defaults(BinaryAUROC())["preds"] == []
+    metric.update(2.0)
+    assert metric.compute() == 2.0
+    metric.mean_value.fill_(5.0)
+    internals.set_update_count(metric, 7)
+    assert metric.update_count == 7
+    assert metric.compute() == 5.0, "the value that was computed is forgotten"
+
+
+def test_a_metrics_newest_value():
+    metric = MeanMetric()
+    metric(2.0)
+    assert internals.newest_value(metric) == 2.0
+    internals.set_newest_value(metric, None)
+    assert internals.newest_value(metric) is None
+
+
+def test_items_of_self_log(pl):
+    def training_step(self, batch, batch_idx):
+        if self.metric is None:
+            self.metric = MeanMetric()
+        self.metric.update(1.0)
+        self.log("epoch", 1.0, on_step=False, on_epoch=True)
+        self.log("step", 1.0, on_step=True, on_epoch=False)
+        self.log("metric", self.metric, on_step=False, on_epoch=True)
+        items = {item.meta.name: item for item in self.trainer.fit_loop.epoch_loop._results.values()}
+        found.append(
+            {
+                name: (
+                    internals.is_logged_tensor(item),
+                    internals.logged_in(item),
+                    internals.is_logged_by_epoch(item),
+                    internals.is_unlogged(item),
+                )
+                for name, item in items.items()
+            }
+        )
+        if batch_idx == 1:
+            internals.mark_unlogged(items["epoch"])
+            assert internals.is_unlogged(items["epoch"])
+        return self.net(batch[0]).pow(2).mean()
+
+    found = []
+    module = runs.make_module(pl, training_step=training_step)
+    module.metric = None
+    trainer = runs.trainer(pl, max_epochs=1, max_steps=2)
+    trainer.fit(module, runs.data())
+    assert found[1] == {
+        "epoch": (True, "training_step", True, False),
+        "step": (True, "training_step", False, False),
+        "metric": (False, "training_step", True, False),
+    }
+    assert "metric" in trainer.callback_metrics
+    assert "epoch" not in trainer.callback_metrics
+
+
+def test_which_precisions_cast_their_inputs(pl):
+    plugins = pl.plugins.precision
+    assert internals.casts_inputs(plugins.HalfPrecision("16-true"))
+    assert not internals.casts_inputs(plugins.Precision())
+    assert not internals.casts_inputs(runs.fp16(pl)[0])
+
+
+def test_the_dtype_that_a_module_says_it_has(pl):
+    for module in (runs.make_module(pl), MeanMetric()):
+        internals.set_named_dtype(module, torch.float16)
+        assert module.dtype is torch.float16
+        assert internals.names_dtype(module, torch.float16)
+        assert not internals.names_dtype(module, torch.float32)
+    assert not internals.names_dtype(nn.Linear(1, 1), torch.float32)
 
 
 # --- Autograd and dispatch, for diagnosis ---

@@ -128,6 +128,9 @@ class SessionMember:
         incident = Incident.of(record, self.session.recent_batch(record), self.session.trainer.world_size > 1)
         return {"what": incident.what, "why": incident.why}
 
+    def on_nonfinite_contents(self, restored: list[str], lost: list[str]) -> None:
+        """Parameters or buffers became non-finite outside of a bad step; seen before a save or at an epoch's end."""
+
     def on_many_skips(self, skipped: int, of: int) -> None:
         """More than 5 % of the last updates were skipped."""
         warn_always(

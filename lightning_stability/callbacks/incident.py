@@ -79,6 +79,8 @@ def _explain(record: StepRecord, batch: Any) -> tuple[str, str]:
     if record.skipped_by == "GradScaler":
         scale = f"{record.loss_scale:g}" if record.loss_scale is not None else "unknown"
         return "loss_scale", f"gradients overflow at every loss scale; it has fallen to {scale}"
+    if record.loss is None and record.gradients_finite:
+        return "loss", "what `training_step` logged was not finite, and it returned no loss"
     where = f"the gradient of `{record.culprit}`" if record.culprit else "a gradient"
     if record.gradients == "overflow":
         return "gradient", f"the gradients were finite but their squares overflow fp32; the largest is {where}"

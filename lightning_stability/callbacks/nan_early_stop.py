@@ -327,7 +327,7 @@ class NaNEarlyStop(StabilityCallback):
         self.session.stopped(f"NaNEarlyStop: {incident.why}")
         checkpoint = self._keep_good_weights(trainer, stop_was_due) or newest_checkpoint(trainer)
         self._silence_checkpoints(trainer)
-        self._add_weights(trainer, incident)
+        self._add_contents(incident)
         if trainer.is_global_zero:
             self.session.events.write(
                 "training_stopped",
@@ -364,7 +364,7 @@ class NaNEarlyStop(StabilityCallback):
         elif incident.what == "weight":
             lines.append("  no ModelCheckpoint has written a checkpoint")
         else:
-            lines.append("  no ModelCheckpoint has written a checkpoint; the weights in memory are finite")
+            lines.append("  no ModelCheckpoint has written a checkpoint; parameters and buffers in memory are finite")
         if incident.what == "input" or (self.patience == 0 and incident.what in ("loss", "gradient")):
             option = f"NaNEarlyStop(patience={max(2, self.patience + 1)})"
             how = f"LIGHTNING_STABILITY_CALLBACKS='{option}'" if self.automatic else option
@@ -375,15 +375,31 @@ class NaNEarlyStop(StabilityCallback):
             )
         return "\n".join(lines)
 
-    def _add_weights(self, trainer: Any, incident: Incident) -> None:
+    def _add_contents(self, incident: Incident) -> None:
         """A skipped step makes no weight non-finite; if one is, an earlier update or other code has made it so."""
-        bad = _nonfinite_weights(trainer.lightning_module)
-        if bad:
+        assert self.session is not None
+        _, lost = self.session.restore_contents()
+        if lost:
             incident.what = "weight"
             incident.why += (
-                f"; the weights {listed(bad)} are not finite: an update before this step made them so, or code"
-                " outside of the optimizer"
+                f"; {listed(lost)} {'is' if len(lost) == 1 else 'are'} not finite: an update before this step wrote it,"
+                " or code outside of the optimizer"
             )
+
+    def on_nonfinite_contents(self, restored: list[str], lost: list[str]) -> None:
+        """Say what was restored; what was not ends the run."""
+        assert self.session is not None
+        trainer = self.session.trainer
+        where = f"epoch {trainer.current_epoch}, global step {trainer.global_step}"
+        if restored:
+            warn_always(
+                f"NaNEarlyStop: {listed(restored)} became non-finite outside of the optimizer ({where}); restored from"
+                " the newest good copy.",
+                on_this_rank=True,
+            )
+        if lost and self._incident is None:
+            why = f"{listed(lost)} became non-finite outside of a bad step, and no copy of it is kept"
+            self._incident = Incident("weight", why, trainer.global_step, trainer.current_epoch, -1, None)
 
     def _keep_good_weights(self, trainer: Any, stop_was_due: bool) -> str | None:
         """Save what was trained since the last checkpoint; it is finite, and otherwise lost."""

@@ -44,6 +44,8 @@ class StepRecord:
             was flagged, whatever the step came to; `"held"`, skipped because of an earlier step; `"no_loss"`.
         bad_option: An option of the optimizer that was not finite, such as `lr=nan`.
         exception: What `training_step` raised on a batch that was skipped for it.
+        restored: Parameters and buffers that were found non-finite after a bad step, and restored from a copy.
+        not_restored: Those that are non-finite, and of which there is no copy.
         batch_idx: The batch, counted in its epoch: the first whose loss is not finite, else the step's last.
         batch_number: The same batch, counted over the whole run, from 1.
         nonfinite_buffer: A buffer that the forward pass made non-finite; it has been given back.
@@ -80,6 +82,8 @@ class StepRecord:
     buffer_index: int | None = None
     bad_option: str | None = None
     exception: str | None = None
+    restored: list[str] = field(default_factory=list)
+    not_restored: list[str] = field(default_factory=list)
     largest_norm: float = FP32_LARGEST_NORM
     total_norm: float = field(init=False)
 

@@ -1,9 +1,9 @@
-"""The guard: a bad update is not made, and what its forward pass wrote is given back."""
+"""The guard: a bad update is not made, and what its forward pass wrote is restored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,7 @@ class Guard:
     once it exceeds `patience`, every later update is held back until the host has read it and stops.
 
     A batch can also be rejected from outside, before it is trained on: then its step is not taken, whatever came of
-    it, and what its forward pass wrote is given back. Such a step is neither bad nor good: the count passes over it.
+    it, and what its forward pass wrote is restored. Such a step is neither bad nor good: the count passes over it.
 
     Args:
         module: The LightningModule.
@@ -73,6 +73,7 @@ class Guard:
         self._batch_bad: Tensor | None = None
         self._forward_bad: Tensor | None = None
         self._written: tuple[Tensor, Tensor] | None = None
+        self._unseen: Tensor | None = None  # 1.0 if gradients of a backward pass that was not seen are not finite
         self._bad_in_a_row: dict[Optimizer, Tensor] = {}
         self._held: Tensor | None = None
         self._rejected: Tensor | None = None  # this batch
@@ -90,18 +91,14 @@ class Guard:
             self._buffers.rescan()
             self._metrics.rescan()
         self._in_batch = True
-        self._batch_bad = self._forward_bad = None
+        self._batch_bad = self._forward_bad = self._unseen = None
         self._buffers.remember()
         self._metrics.remember()
         if self._watch_writes:
             self._buffers.note_versions()
 
     def reject(self, rejected: Tensor) -> None:
-        """This batch is not to be trained on. Called after `begin_batch`, with what all ranks agree on.
-
-        Args:
-            rejected: 1.0 if that is so; 0-dimensional.
-        """
+        """This batch is not to be trained on. Called after `begin_batch`, with what all ranks agree on."""
         self._rejected = rejected.to(torch.float32)
 
     def _carry_rejection(self) -> None:
@@ -115,22 +112,14 @@ class Guard:
         self._stepped.clear()
 
     def rejection_of(self, optimizer: Optimizer) -> Tensor | None:
-        """1.0 if this step's gradients come from a rejected batch, among others; None if nobody rejects batches.
-
-        Args:
-            optimizer: About to step.
-        """
+        """1.0 if this step's gradients come from a rejected batch, among others; None if nobody rejects batches."""
         before = self._rejected_before.get(optimizer)
         if before is None or self._rejected is None:
             return self._rejected if before is None else before
         return torch.maximum(before, self._rejected)
 
     def note_loss(self, loss: Tensor) -> None:
-        """A forward pass has ended in this loss; its backward pass is about to run.
-
-        Args:
-            loss: With its graph.
-        """
+        """A forward pass has ended in this loss; its backward pass is about to run."""
         if not self._in_batch:
             return
         if self._watch_writes:
@@ -158,7 +147,7 @@ class Guard:
             bad = bad | (self._held > 0)
         if self._rejected is not None:
             bad = bad | (self._rejected > 0).to(bad.device)
-        self._buffers.give_back(bad)
+        self._buffers.restore(bad)
         self._batch_bad = bad if self._batch_bad is None else self._batch_bad | bad
         if not self._module.automatic_optimization:  # another forward pass may follow in this batch
             self._buffers.remember()
@@ -168,7 +157,7 @@ class Guard:
     def fail_batch(self, device: torch.device) -> None:
         """The forward pass has raised: restore what it wrote."""
         bad = torch.ones((), dtype=torch.bool, device=device)
-        self._buffers.give_back(bad)
+        self._buffers.restore(bad)
         self._batch_bad, self._forward_bad = bad, None
 
     def forget_batch(self) -> None:
@@ -176,24 +165,35 @@ class Guard:
         self._batch_bad = self._forward_bad = self._written = None
 
     def settle_batch(self) -> None:
-        """Give metric states back; once after `training_step`, once more for what was logged after it."""
+        """Restore metric states; once after `training_step`, once more for what was logged after it."""
         if not self._in_batch:
             return
         if self._batch_bad is None:
             self._judge_forward_alone()
         if self._batch_bad is not None:
-            self._metrics.give_back(self._batch_bad)
+            self._metrics.restore(self._batch_bad)
 
     def _judge_forward_alone(self) -> None:
-        """A forward pass that Lightning ran no backward pass for: only the buffers can tell."""
-        written = self._buffers.nonfinite()
-        bad = None if written is None else written[0]
+        """A forward pass whose backward pass was not seen: the buffers can tell, and what it logged."""
+        bad = self._forward_alone_bad()
         if self._rejected is not None:
             rejected = self._rejected > 0
             bad = rejected if bad is None else bad | rejected.to(bad.device)
         if bad is not None:
-            self._buffers.give_back(bad)
+            self._buffers.restore(bad)
             self._batch_bad = bad
+
+    def _forward_alone_bad(self) -> Tensor | None:
+        written = self._buffers.nonfinite()
+        if written is not None:
+            self._written = either(self._written, written)
+        bad, logged = None if written is None else written[0], self._metrics.nonfinite()
+        if logged is not None and self._unseen is not None:
+            # (a finite step may log what is not finite on purpose)
+            logged = logged & (self._unseen > 0).to(logged.device)
+        if logged is not None:
+            bad = logged if bad is None else bad | logged.to(bad.device)
+        return bad
 
     def note_metrics(self) -> None:
         """A bad batch's part in the metrics has been given back already: what it logs from now on goes back to this."""
@@ -219,20 +219,20 @@ class Guard:
             self._buffers.note_versions()
 
     def end_step(self, optimizer: Optimizer) -> None:
-        """A step is over, made or not: gradients from before it are gone.
-
-        Args:
-            optimizer: Whose step it was.
-        """
+        """A step is over, made or not: gradients from before it are gone."""
         self._stepped.add(optimizer)
         self._rejected_before.pop(optimizer, None)
 
-    def name_of_buffer(self, index: float) -> str:
-        """The buffer that a verdict points at.
+    def keep(self, parameters: Iterable[Tensor]) -> None:
+        """Keep copies of these parameters too: they are written outside of the optimizer."""
+        self._buffers.keep(parameters)
 
-        Args:
-            index: As in `Verdict.buffer`.
-        """
+    def copy_of(self, name: str) -> Tensor | None:
+        """What a buffer or parameter was before the newest batch; None if it is not kept."""
+        return self._buffers.copy_of(name)
+
+    def name_of_buffer(self, index: float) -> str:
+        """The buffer that a verdict points at."""
         return self._buffers.name_at(int(index))
 
     # A step.
@@ -247,21 +247,19 @@ class Guard:
         loss: Tensor | None,
         options_finite: bool = True,
     ) -> Verdict:
-        """Decide on the device whether a step is good.
-
-        Args:
-            optimizer: Whose step it is.
-            total_norm: Norm of all its gradients, 0-dimensional.
-            largest: Above it their squares overflow.
-            scale: What they are multiplied with; None for nothing.
-            loss: Sum of the losses of its batches; None if it has none.
-            options_finite: Whether the optimizer's options are finite, such as its learning rate.
-        """
+        """Decide on the device whether a step is good."""
         limit = largest if scale is None else largest * scale.to(total_norm.dtype)
         good = total_norm <= limit  # false for nan
+        forward_alone = None
+        if loss is None and self._in_batch:
+            if not self._module.automatic_optimization:  # `loss.backward()`: the gradients tell
+                self._unseen = good.logical_not().float()
+            forward_alone = self._forward_alone_bad()
         written, self._written = self._written, None
         forward_good = torch.ones_like(good)
         if not self._distributed:
+            if forward_alone is not None:
+                forward_good = forward_good & ~forward_alone.to(good.device)
             if loss is not None:
                 forward_good = torch.isfinite(loss).to(good.device)
             if written is not None:
@@ -275,22 +273,12 @@ class Guard:
         return Verdict(bad=bad, ordinary=forward_good.float(), buffer=written, rejected=rejected)
 
     def judge_again(self, verdict: Verdict, total_norm: Tensor) -> None:
-        """Take back a good verdict if the gradients have become bad since.
-
-        Args:
-            verdict: What `judge` returned.
-            total_norm: Norm of the gradients as they are now.
-        """
+        """Take back a good verdict if the gradients have become bad since."""
         verdict.bad = torch.maximum(verdict.bad, torch.isfinite(total_norm).logical_not().float())
 
     @contextmanager
     def decide(self, optimizer: Optimizer, verdict: Verdict) -> Iterator[bool]:
-        """Around the optimizer's own step: yields whether the host shall call it.
-
-        Args:
-            optimizer: The bare torch optimizer.
-            verdict: What `judge` returned; completed here.
-        """
+        """Around the optimizer's own step: yields whether the host shall call it."""
         verdict.found_inf = getattr(optimizer, "found_inf", None)
         if not decides_on_device(optimizer):
             verdict.skipped = bool(verdict.unwanted)

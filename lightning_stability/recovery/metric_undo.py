@@ -1,4 +1,4 @@
-"""Giving back what a bad batch wrote into metrics: torchmetrics of the module, and what `self.log` accumulates."""
+"""Restoring what a bad batch wrote into metrics: torchmetrics of the module, and what `self.log` accumulates."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_stability.internals import (
+    is_logged_by_epoch,
+    is_logged_tensor,
+    is_unlogged,
+    logged_in,
+    mark_unlogged,
+    metric_defaults,
+    newest_value,
+    set_newest_value,
+    set_update_count,
+)
 from lightning_stability.recovery.undo import is_on_host
 
 _BEFORE_A_BATCH = ("on_train_start", "on_train_epoch_start", "on_train_batch_start")
@@ -19,11 +30,12 @@ LIST_READS = 256
 
 
 class MetricUndo:
-    """Keeps the states of all metrics of a module and of `self.log(..., on_epoch=True)`, and gives them back.
+    """Keeps the states of all metrics of a module and of `self.log(..., on_epoch=True)`, and restores them.
 
-    Tensor states are given back on the device. List states (an AUROC's predictions) cannot be: their new elements are
-    noted with the verdict and removed by `trim`, before an epoch's metrics are computed. The number of updates, which
-    a mean over forward passes is weighted with, is given back where the host knows the verdict.
+    Tensor states are restored on the device. What the host must know waits with the verdict until `trim`, before an
+    epoch's metrics are computed: list states (an AUROC's predictions) lose the elements of bad batches, and keys that
+    only bad batches logged are left out. The number of updates, which a mean over forward passes is weighted with, is
+    restored where the host knows the verdict.
 
     Args:
         module: The LightningModule, whose `torchmetrics` states are kept.
@@ -34,8 +46,10 @@ class MetricUndo:
         self._module = module
         self._results = results
         self._metrics: list[Metric] = []
-        self._kept: list[_KeptMetric] = []
+        self._kept: dict[int, _KeptMetric] = {}
+        self._logged: dict[str, _KeptItem] = {}
         self._undecided: list[tuple[Tensor, list[tuple[Metric, str, list[Any]]]]] = []
+        self._only_bad: dict[int, tuple[Any, list[Tensor]]] = {}
         self.rescan()
 
     def rescan(self) -> None:
@@ -45,38 +59,93 @@ class MetricUndo:
     @torch.no_grad()
     def remember(self) -> None:
         """Keep every state as it is now, before a batch."""
-        self._kept = [_keep(metric) for metric in self._all()]
+        self._kept = {id(metric): _KeptMetric.of(metric) for metric in self._all()}
+        self._logged = {key: _KeptItem(item.update_count, is_unlogged(item)) for key, item in self._items()}
 
-    def give_back(self, bad: Tensor) -> None:
-        """Put every state back as remembered if the flag says so.
+    @torch.no_grad()
+    def nonfinite(self) -> Tensor | None:
+        """Whether this batch logged, or gave to a metric, something that is not finite.
 
-        Args:
-            bad: 0-dimensional, bool.
+        The judge of a batch whose backward pass was not seen: the module calls `loss.backward()` itself, or has left a
+        bad batch out by itself. States that were non-finite before are left out.
+
+        Returns:
+            0-dimensional, bool; None if nothing was logged or updated.
         """
+        found: Tensor | None = None
+        for old, new in self._changes():
+            # (a state may start from an infinite value: the largest so far starts from -inf)
+            flag = (~torch.isfinite(new) & (new != old) & ~torch.isnan(old)).any()
+            found = flag if found is None else found | flag.to(found.device)
+        return found
+
+    def _changes(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """What this batch wrote, each with what was there before."""
+        for metric in self._all():
+            kept = self._kept.get(id(metric)) or _KeptMetric.fresh(metric)
+            if metric.update_count <= kept.update_count:
+                continue
+            for name, old in kept.tensors.items():
+                new = getattr(metric, name)
+                if isinstance(new, Tensor) and new.is_floating_point() and new.shape == old.shape:
+                    yield old.to(new.device, new.dtype), new
+            for _, _, elements in _new_elements(kept):
+                yield from ((torch.zeros_like(e), e) for e in elements if isinstance(e, Tensor))
+        for _, item in self._updated_items():
+            if is_logged_tensor(item) and not is_logged_by_epoch(item):
+                yield torch.zeros_like(item.value), item.value
+
+    def restore(self, bad: Tensor) -> None:
+        """Restore every state as remembered if the flag (0-dimensional, bool) says so."""
         on_host = is_on_host(bad)
+        self._note_keys(bad)
         if on_host and not bad:
             return
-        known = {id(kept.metric): kept for kept in self._kept}
         added: list[tuple[Metric, str, list[Any]]] = []
         with torch.no_grad():
             for metric in self._all():
-                kept = known.get(id(metric)) or _fresh(metric)
-                if metric._update_count <= kept.update_count:  # not updated, or reset since
+                kept = self._kept.get(id(metric)) or _KeptMetric.fresh(metric)
+                if metric.update_count <= kept.update_count:  # not updated, or reset since
                     continue
-                _give_back_tensors(kept, bad)
+                _restore_tensors(kept, bad)
                 added += _new_elements(kept)
                 if on_host:
-                    metric._update_count, metric._computed = kept.update_count, None
+                    set_update_count(metric, kept.update_count)
                 else:  # what is settled here is not looked at again, unless it is updated once more
-                    kept.update_count = metric._update_count
+                    kept.update_count = metric.update_count
                     kept.lengths = {name: len(getattr(metric, name)) for name in kept.lengths}
         if added:
             self._undecided.append((bad, added))
             if on_host or len(self._undecided) >= LIST_READS:
-                self.trim()
+                self._trim_lists()
+
+    def _note_keys(self, bad: Tensor) -> None:
+        """Keys that were logged for the first time in this epoch, or by bad batches alone so far."""
+        good = is_on_host(bad) and not bad
+        for key, item in self._updated_items():
+            if not is_logged_by_epoch(item):
+                continue
+            before = self._logged.setdefault(key, _KeptItem(0, True))
+            if good:
+                self._only_bad.pop(id(item), None)
+            elif before.unlogged or id(item) in self._only_bad:
+                _, flags = self._only_bad.setdefault(id(item), (item, []))
+                flags.append(bad)
+                if len(flags) >= LIST_READS:
+                    flags[:] = [torch.stack(flags).all()]
 
     def trim(self) -> None:
-        """Remove the list elements of bad batches; reads their flags from the device."""
+        """Remove the list elements of bad batches and leave out the keys of bad batches alone; reads their flags."""
+        self._trim_lists()
+        only_bad, self._only_bad = self._only_bad, {}
+        if not only_bad:
+            return
+        verdicts = torch.stack([torch.stack(flags).all().cpu() for _, flags in only_bad.values()]).tolist()
+        for all_bad, (item, _) in zip(verdicts, only_bad.values(), strict=True):
+            if all_bad:
+                mark_unlogged(item)
+
+    def _trim_lists(self) -> None:
         undecided, self._undecided = self._undecided, []
         if not undecided:
             return
@@ -86,38 +155,40 @@ class MetricUndo:
                 gone = {id(element) for element in elements}
                 state = getattr(metric, name)
                 state[:] = [element for element in state if id(element) not in gone]
-                metric._computed = None
+                set_update_count(metric, metric.update_count)
 
     @torch.no_grad()
     def snapshot(self) -> list[MetricSnapshot]:
-        """Every state as it is now, for `put_back`; of what is logged by the step too."""
-        return [MetricSnapshot.of(metric) for metric in (*self._all(), *self._by_step_alone())]
+        """Every state as it is now, for `restore_snapshot`; of what is logged by the step too."""
+        by_step = [i for _, i in self._items() if is_logged_tensor(i) and not is_logged_by_epoch(i)]
+        return [MetricSnapshot.of(metric) for metric in (*self._all(), *by_step)]
 
     @torch.no_grad()
-    def put_back(self, snapshots: list[MetricSnapshot]) -> None:
-        """Make every state what it was, whatever has become of it since.
-
-        Args:
-            snapshots: What `snapshot` returned.
-        """
+    def restore_snapshot(self, snapshots: list[MetricSnapshot]) -> None:
+        """Make every state what it was when `snapshot` was called, whatever has become of it since."""
         for snapshot in snapshots:
-            snapshot.put_back()
+            snapshot.restore()
         known = {id(snapshot.metric) for snapshot in snapshots}
         for metric in self._all():
             if id(metric) not in known:
                 metric.reset()
 
-    def _by_step_alone(self) -> Iterable[Metric]:
-        items = (self._results() or {}).values()
-        return [i for i in items if i.is_tensor and not i.meta.on_epoch and i.meta.fx not in _BEFORE_A_BATCH]
+    def _items(self) -> list[tuple[str, Any]]:
+        """What `self.log` holds, but for what is logged before a batch is trained: that says nothing of it."""
+        return [(key, i) for key, i in (self._results() or {}).items() if logged_in(i) not in _BEFORE_A_BATCH]
+
+    def _updated_items(self) -> list[tuple[str, Any]]:
+        """Those of them that this batch has logged."""
+        return [
+            (key, item)
+            for key, item in self._items()
+            if not is_unlogged(item)
+            and item.update_count > (self._logged[key].update_count if key in self._logged else 0)
+        ]
 
     def _all(self) -> Iterable[Metric]:
-        results = self._results()
-        if results is None:
-            return self._metrics
-        # what is logged before a batch is trained says nothing of it
-        items = [i for i in results.values() if i.meta.on_epoch and i.meta.fx not in _BEFORE_A_BATCH]
-        logged = [item if item.is_tensor else item.value for item in items]
+        items = [item for _, item in self._items() if is_logged_by_epoch(item)]
+        logged = [item if is_logged_tensor(item) else item.value for item in items]
         elsewhere = [m for m in logged if isinstance(m, Metric) and not any(m is known for known in self._metrics)]
         return [*self._metrics, *elsewhere]
 
@@ -129,26 +200,29 @@ class MetricSnapshot:
     metric: Metric
     update_count: int
     states: dict[str, Any]
-    of_step: Any
-    """What it was in the newest step, which `on_step=True` logs."""
+    newest: Any
 
     @classmethod
     def of(cls, metric: Metric) -> MetricSnapshot:
-        """The states of now.
-
-        Args:
-            metric: Of torchmetrics.
-        """
-        states = {name: getattr(metric, name) for name in metric._defaults}
+        """The states of now."""
+        states = {name: getattr(metric, name) for name in metric_defaults(metric)}
         copies = {n: list(state) if isinstance(state, list) else state.detach().clone() for n, state in states.items()}
-        return cls(metric, metric._update_count, copies, metric._forward_cache)
+        return cls(metric, metric.update_count, copies, newest_value(metric))
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """The metric has these states."""
         for name, state in self.states.items():
             setattr(self.metric, name, state)
-        self.metric._update_count, self.metric._computed = self.update_count, None
-        self.metric._forward_cache = self.of_step
+        set_update_count(self.metric, self.update_count)
+        set_newest_value(self.metric, self.newest)
+
+
+@dataclass(slots=True)
+class _KeptItem:
+    """What `self.log` had accumulated under a key before a batch."""
+
+    update_count: int
+    unlogged: bool
 
 
 @dataclass(slots=True)
@@ -160,35 +234,30 @@ class _KeptMetric:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, metric: Metric) -> _KeptMetric:
+        return cls(metric, metric.update_count)._with({n: getattr(metric, n) for n in metric_defaults(metric)})
 
-def _keep(metric: Metric) -> _KeptMetric:
-    kept = _KeptMetric(metric, metric._update_count)
-    for name in metric._defaults:
-        state = getattr(metric, name)
-        if isinstance(state, list):
-            kept.lengths[name] = len(state)
-        elif isinstance(state, Tensor):
-            kept.tensors[name] = state.detach().clone()
-    return kept
+    @classmethod
+    def fresh(cls, metric: Metric) -> _KeptMetric:
+        """A metric that the batch itself made: before it was at its defaults."""
+        return cls(metric, 0)._with(metric_defaults(metric))
+
+    def _with(self, states: dict[str, Any]) -> _KeptMetric:
+        for name, state in states.items():
+            if isinstance(state, list):
+                self.lengths[name] = len(state)
+            elif isinstance(state, Tensor):
+                self.tensors[name] = state.detach().clone()
+        return self
 
 
-def _give_back_tensors(kept: _KeptMetric, bad: Tensor) -> None:
+def _restore_tensors(kept: _KeptMetric, bad: Tensor) -> None:
     for name, old in kept.tensors.items():
         state = getattr(kept.metric, name)
         if isinstance(state, Tensor) and state.shape == old.shape:
             here = bad.to(state.device)
             setattr(kept.metric, name, torch.where(here, old.to(state.device, state.dtype), state.detach()))
-
-
-def _fresh(metric: Metric) -> _KeptMetric:
-    """A metric that the batch itself made: it goes back to its defaults."""
-    kept = _KeptMetric(metric, 0)
-    for name, default in metric._defaults.items():
-        if isinstance(default, list):
-            kept.lengths[name] = 0
-        else:
-            kept.tensors[name] = default.detach().clone()
-    return kept
 
 
 def _new_elements(kept: _KeptMetric) -> list[tuple[Metric, str, list[Any]]]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_stability.internals import casts_inputs, metric_defaults, names_dtype, set_named_dtype
+
 Higher = Literal["32-true", "bf16-mixed"]
 
 BITS = {"16-mixed": 16, "16-true": 16, "bf16-mixed": 16, "bf16-true": 16, "32-true": 32, "64-true": 64}
@@ -43,7 +45,7 @@ def go_on_in(fallen_from: str, trainer: Any, checkpoint: dict[str, Any]) -> None
     module = trainer.lightning_module
     if fallen_from == "16-true":
         module.half()
-    elif not hasattr(trainer.precision_plugin, "_desired_input_dtype"):
+    elif not casts_inputs(trainer.precision_plugin):
         return
     module.float()
     # Lightning's WeightAveraging saves the weights themselves under another name
@@ -90,13 +92,13 @@ class WiderWeights:
                 (metric, name)
                 for metric in module.modules()
                 if isinstance(metric, Metric)
-                for name, default in metric._defaults.items()
+                for name, default in metric_defaults(metric).items()
                 if isinstance(default, Tensor) and default.dtype == torch.float16
             ]
             # what `dtype` says in Lightning's modules and in metrics
-            self._owners += [m for m in module.modules() if vars(m).get("_dtype") is torch.float16]
+            self._owners += [m for m in module.modules() if names_dtype(m, torch.float16)]
         for owner in self._owners:
-            owner._dtype = torch.float32
+            set_named_dtype(owner, torch.float32)
         self._convert_metrics(torch.float32)
         for optimizer in self._trainer.optimizers:
             for state in optimizer.state.values():
@@ -111,14 +113,14 @@ class WiderWeights:
             tensor.data = tensor.data.half()
             tensor.grad = None
         for owner in self._owners:
-            owner._dtype = torch.float16
+            set_named_dtype(owner, torch.float16)
         self._convert_metrics(torch.float16)
         for state, name in self._states:
             state[name] = state[name].half()
 
     def _convert_metrics(self, dtype: torch.dtype) -> None:
         for metric, name in self._metrics:
-            metric._defaults[name] = metric._defaults[name].to(dtype)  # type: ignore[union-attr]
+            metric_defaults(metric)[name] = metric_defaults(metric)[name].to(dtype)
             setattr(metric, name, getattr(metric, name).to(dtype))
 
     def _modules(self) -> Iterator[nn.Module]:

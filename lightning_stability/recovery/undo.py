@@ -1,9 +1,11 @@
-"""Giving back what a bad forward pass wrote into the module: buffers, and the weights that it renormalises."""
+"""Restoring what a bad forward pass wrote into the module: buffers, and the weights that it renormalises."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,14 +13,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
+from lightning_stability.internals import buffers_of, children_of, parameters_of, version_of
+from lightning_stability.recovery.flat_copies import FlatCopies, Found, word_of
+from lightning_stability.recovery.flat_copies import either as either
+from lightning_stability.recovery.tensors import CHECKED, dense, is_writable, sizes_of, values_of
+
 
 class BufferUndo:
-    """Keeps what the forward pass writes into the module and gives it back where the pass was bad.
+    """Keeps what the forward pass writes into the module and restores it where the pass was bad.
 
     That is every dense buffer (running statistics, integer counters, whatever else) and every parameter that is
-    written outside the optimizer: weights with a `max_norm`, and those whose version counter moved during an earlier
-    forward pass. On a device the choice between old and new is made there, without a host read; on the CPU, where
-    a look is free, a good batch costs one copy.
+    written outside the optimizer: weights with a `max_norm`, and those that an earlier forward pass was seen to write,
+    through `.data` too. On a device the choice between old and new is made there, without a host read; on the CPU,
+    where a read is free, a good batch costs two copies.
 
     Args:
         module: The LightningModule.
@@ -26,51 +33,66 @@ class BufferUndo:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._found: set[int] = set()  # parameters that are written outside the optimizer
+        self._watched: list[_Watched] = []
+        self._stale = True
         self._slots: list[_Slot] = []
         self._held: list[Any] = []  # what the slots hold, as it was when the copies were laid out
-        self._kept: list[Tensor | None] = []
-        self._layouts: list[_Layout] = []
-        self._old: list[Tensor | None] = []
-        self._versions: list[tuple[Tensor, int]] = []
-        self._found: set[int] = {id(p) for m in module.modules() if _max_norm(m) for p in m.parameters(recurse=False)}
-        self.rescan()
+        self._old: list[Tensor | None] = []  # and the copies
+        self._layouts: list[FlatCopies] = []
+        self._apart: list[tuple[_Slot, Tensor, Tensor]] = []  # tensors that are not contiguous, with their copies
+        self._lazy: list[Any] = []
+        self._gathered = False
+        self._scan()
 
     def rescan(self) -> None:
-        """Look again for what has to be kept; modules may have been added or replaced."""
-        self._slots = []
-        for prefix, owner in self._module.named_modules():
-            if isinstance(owner, Metric):
-                continue
-            written = [name for name, p in owner._parameters.items() if id(p) in self._found]
-            # a scripted module's are no dict; it writes in place only
-            buffers = dict(owner._buffers.items()) if isinstance(owner, torch.jit.ScriptModule) else owner._buffers
-            places = [(buffers, name) for name in buffers]
-            places += [(owner._parameters, name) for name in written]  # type: ignore[misc]
-            self._slots += [_Slot(tensors, name, f"{prefix}.{name}" if prefix else name) for tensors, name in places]
-        self._held, self._kept, self._layouts, self._old = [], [], [], []
+        """From the next `remember` on keep what the module holds then; modules may be added, or tensors of other types.
+
+        (Modules and buffers that are added or replaced are noticed without this.)
+        """
+        self._stale = True
+
+    def keep(self, parameters: Iterable[Tensor]) -> None:
+        """From the next `remember` on keep these parameters too: they are written outside the optimizer."""
+        new = {id(parameter) for parameter in parameters} - self._found
+        if new:
+            self._found |= new
+            self._stale = True
 
     @torch.no_grad()
     def remember(self) -> None:
         """Keep everything as it is now, before a forward pass."""
-        if not self._fits():
+        if self._stale or self._is_another_tree():
+            self._scan()
+        if self._stale or not self._fits():
             self._lay_out()
         for layout in self._layouts:
-            torch._foreach_copy_(layout.old_views, layout.data)  # type: ignore[arg-type]
+            layout.remember()
+        for _, memory, old in self._apart:
+            old.copy_(memory)
+        self._gathered = False
 
     def note_versions(self) -> None:
-        """Before a forward pass: note which version each parameter has."""
-        self._versions = [(p, p._version) for p in self._module.parameters()]
+        """Before a forward pass: note what each parameter is, so that `find_written` sees which are written.
+
+        Those that are not trained are read for it: a write through `.data` moves no version counter.
+        """
+        parameters = list(self._module.parameters())
+        frozen = {id(p): values for p in parameters if not p.requires_grad and (values := values_of(p)) is not None}
+        sizes = dict(zip(frozen, sizes_of(list(frozen.values())), strict=True))
+        self._watched = [_Watched(p, version_of(p), sizes.get(id(p))) for p in parameters if not is_lazy(p)]
 
     def find_written(self) -> None:
-        """After it: parameters with another version are written by the forward pass, and kept from now on."""
-        written = {id(parameter) for parameter, version in self._versions if parameter._version != version}
-        self._versions = []
-        if not written <= self._found:
-            self._found |= written
-            self.rescan()
+        """After it: parameters that it has written are kept from the next `remember` on."""
+        watched, self._watched = self._watched, []
+        written = [w.parameter for w in watched if version_of(w.parameter) != w.version]
+        read = [(w, values) for w in watched if w.size is not None and (values := values_of(w.parameter)) is not None]
+        sizes = sizes_of([values for _, values in read])
+        written += [w.parameter for (w, _), size in zip(read, sizes, strict=True) if _differ(w.size, size)]
+        self.keep(written)
 
     @torch.no_grad()
-    def nonfinite(self) -> tuple[Tensor, Tensor] | None:
+    def nonfinite(self) -> Found | None:
         """Whether the forward pass made something NaN or infinite that was not so before, and where.
 
         A value of -inf does not count: masks are made of it.
@@ -78,179 +100,197 @@ class BufferUndo:
         Returns:
             Two 0-dimensional tensors, a flag and an index into `name_at`; None if nothing of the kind is kept.
         """
-        if not self._kept:  # found or scanned just now
-            return None
+        found: Found | None = None
         if not self._fits():
-            return self._nonfinite_one_by_one()
-        found: tuple[Tensor, Tensor] | None = None
+            for slot, held, old in zip(self._slots, self._held, self._old, strict=True):
+                value = slot.value()
+                now = dense(value)
+                kept = old is not None or value is not held or any(value is lazy for lazy in self._lazy)
+                if kept and now is not None and now.dtype in CHECKED:
+                    found = either(found, self._newly_bad(slot, now, old))
+            return found
         start = 0
         for layout in self._layouts:
-            if layout.floating:
-                torch.cat(layout.flat(), out=layout.new)
-                bad = _bad(layout.new).logical_and_(_bad(layout.old).logical_not_())
-                # (`bad[index]` would read the index on the host)
-                found = either(found, (bad.any(), bad.to(torch.uint8).argmax() + start))
-            start += layout.old.numel()
+            of_layout = layout.nonfinite()
+            if of_layout is not None:
+                flag, index = of_layout
+                found = either(found, (flag, index + start if start else index))
+                start += layout.checked
+        for slot, memory, old in self._apart:
+            if memory.dtype in CHECKED:
+                found = either(found, self._newly_bad(slot, memory, old))
+        self._gathered = True
         return found
 
-    def _nonfinite_one_by_one(self) -> tuple[Tensor, Tensor] | None:
-        """The same, where buffers have become others: such as one that grows."""
-        found: tuple[Tensor, Tensor] | None = None
-        for slot, tensor, old in zip(self._slots, self._current(), self._old, strict=True):
-            if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
-                flag = _bad(tensor).any()
-                if old is not None:
-                    flag = flag & ~_bad(old).any().to(flag.device)
-                found = either(found, (flag, torch.full((), self._index_of(slot), device=flag.device)))
-        return found
-
-    def _index_of(self, slot: _Slot) -> int:
-        return sum(layout.old.numel() for layout in self._layouts) + self._slots.index(slot)
+    def _newly_bad(self, slot: _Slot, now: Tensor, old: Tensor | None) -> Found:
+        if old is None:
+            flag = _bad(now).any()
+        elif _alike(now, old):
+            flag = (_bad(now) & ~_bad(old)).any()
+        else:
+            flag = _bad(now).any() & ~_bad(old).any().to(now.device)
+        index = sum(layout.checked for layout in self._layouts) + self._slots.index(slot)
+        return flag, torch.full((), index, device=flag.device)
 
     def name_at(self, index: int) -> str:
-        """The buffer or parameter that an index of `nonfinite` points into.
-
-        Args:
-            index: The index.
-        """
+        """The buffer or parameter that an index of `nonfinite` points into."""
         for layout in self._layouts:
-            for name, size in zip(layout.names, layout.sizes, strict=True):
-                if index < size:
-                    return name
-                index -= size
+            if index < layout.checked:
+                return layout.name_at(index)
+            index -= layout.checked
         return self._slots[index].path if index < len(self._slots) else "a buffer"
 
-    @torch.no_grad()
-    def give_back(self, bad: Tensor) -> None:
-        """Put everything back as remembered if the flag says so.
+    def copy_of(self, name: str) -> Tensor | None:
+        """What was remembered of a buffer or parameter; None if it is not kept."""
+        return next((old for slot, old in zip(self._slots, self._old, strict=False) if slot.path == name), None)
 
-        Args:
-            bad: 0-dimensional, bool.
-        """
-        on_host = is_on_host(bad)
-        if not self._kept or (on_host and not bad):
+    @torch.no_grad()
+    def restore(self, bad: Tensor) -> None:
+        """Restore what was remembered if the flag (0-dimensional, bool) says so."""
+        on_host, gathered, self._gathered = is_on_host(bad), self._gathered, False
+        if on_host and not bad:
             return
-        if not self._fits():
-            self._give_back_one_by_one(bad)
+        if not gathered and not self._fits():
+            self._restore_one_by_one(bad)
             return
         for layout in self._layouts:
-            if not on_host:
-                torch.cat(layout.flat(), out=layout.new)
-                torch.where(bad, layout.old, layout.new, out=layout.new)
-            torch._foreach_copy_(layout.data, layout.old_views if on_host else layout.new_views)  # type: ignore[arg-type]
+            if on_host:
+                layout.restore()
+                continue
+            if not gathered:
+                layout.nonfinite()
+            layout.restore_where(bad)
+        for _, memory, old in self._apart:
+            memory.copy_(torch.where(bad.to(memory.device), old, memory))
 
-    def _give_back_one_by_one(self, bad: Tensor) -> None:
-        """The same, where buffers have become others: replaced, of another shape, gone, or made anew."""
-        for slot, kept, old in zip(self._slots, self._kept, self._old, strict=True):
-            now = slot.tensor()
-            if kept is None or old is None:
-                if now is not None and kept is None and bad:
-                    slot.tensors[slot.name] = None  # it was made by this pass
-            elif now is not None and _alike(now, old) and _is_writable(now):
-                now.data.copy_(torch.where(bad.to(now.device), old, now))
-            elif bad:
-                slot.tensors[slot.name] = kept
-                kept.data.copy_(old)
-
-    def _current(self) -> list[Tensor | None]:
-        return [slot.tensor() for slot in self._slots]
+    def _restore_one_by_one(self, bad: Tensor) -> None:
+        """The same, where buffers have become others: replaced, moved, of another shape, gone, or made anew."""
+        restarted: set[int] = set()  # modules
+        for slot, held, old in zip(self._slots, self._held, self._old, strict=True):
+            value = slot.value()
+            now = dense(value)
+            if now is not None and old is not None and _alike(now, old) and is_writable(now):
+                now.copy_(torch.where(bad.to(now.device), old, now))
+            elif any(value is lazy for lazy in self._lazy):
+                if not is_lazy(value) and id(slot.owner) not in restarted:
+                    restarted.add(id(slot.owner))
+                    _restart_statistics(slot.owner, bad)
+            elif (value is not held or (old is not None and not _alike(now, old))) and bad:
+                if old is not None:
+                    memory = dense(held)
+                    if memory is not None and _alike(memory, old):
+                        memory.copy_(old)
+                    else:
+                        held.data = old.clone()
+                slot.tensors[slot.name] = held
 
     def _fits(self) -> bool:
         """Whether the slots hold the same objects, in the same memory, as when the copies were laid out."""
-        held = [slot.tensors.get(slot.name) for slot in self._slots]
-        same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
-        return same and all(layout.is_in_place() for layout in self._layouts)
+        held = self._values()
+        if len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
+            return False
+        return all(layout.is_in_place() for layout in self._layouts) and all(map(is_lazy, self._lazy))
+
+    def _values(self) -> list[Any]:
+        """What the slots hold."""
+        buffers = chain.from_iterable(map(dict.values, self._buffers))
+        return [*buffers, *(slot.value() for slot in self._written)]
+
+    def _is_another_tree(self) -> bool:
+        """Whether modules or buffers were added, removed or replaced since the last scan."""
+        if sum(map(len, self._dicts)) != self._entries:
+            return True
+        return not all(map(operator.is_, chain.from_iterable(map(dict.values, self._children)), self._modules))
+
+    def _scan(self) -> None:
+        """Look for what has to be kept."""
+        modules = [(prefix, m) for prefix, m in self._module.named_modules() if not isinstance(m, Metric)]
+        self._found |= {id(p) for _, m in modules if _max_norm(m) for p in m.parameters(recurse=False)}
+        buffers = [(prefix, m, buffers_of(m)) for prefix, m in modules]
+        self._children = [children for m in self._module.modules() if (children := children_of(m))]
+        self._modules = [*chain.from_iterable(map(dict.values, self._children))]
+        self._dicts = [b for _, _, b in buffers] + [children_of(m) for m in self._module.modules()]
+        self._entries = sum(map(len, self._dicts))
+        self._buffers = [tensors for _, _, tensors in buffers if tensors]
+        self._written = [
+            _Slot(m, parameters_of(m), name, _path(prefix, name))
+            for prefix, m in modules
+            for name, parameter in parameters_of(m).items()
+            if id(parameter) in self._found
+        ]
+        self._slots = [_Slot(m, tensors, name, _path(p, name)) for p, m, tensors in buffers for name in tensors]
+        self._slots += self._written
+        self._stale = True
 
     def _lay_out(self) -> None:
-        """Make room for copies: one flat tensor for each device and dtype, with a view for each tensor."""
-        self._held = [slot.tensors.get(slot.name) for slot in self._slots]
-        self._kept = current = self._current()
-        by_kind: dict[Any, dict[int, tuple[Tensor, str]]] = {}
-        for slot, tensor in zip(self._slots, current, strict=True):
-            if tensor is not None:
-                by_kind.setdefault((tensor.device, tensor.dtype), {}).setdefault(id(tensor), (tensor, slot.path))
-        self._layouts = [
-            _Layout.of([t for t, _ in kind.values()], [n for _, n in kind.values()]) for kind in by_kind.values()
-        ]
-        views = {id(t): v for layout in self._layouts for t, v in zip(layout.tensors, layout.old_views, strict=True)}
-        self._old = [None if tensor is None else views[id(tensor)] for tensor in current]
+        """Make room for copies: one flat tensor for each device and word, with a view for each tensor."""
+        self._held = [slot.value() for slot in self._slots]
+        self._lazy = [value for value in self._held if value is not None and is_lazy(value)]
+        self._apart = []
+        copies: dict[int, Tensor] = {}
+        kinds: dict[Any, list[tuple[Tensor, Tensor, str]]] = {}
+        for slot, value in zip(self._slots, self._held, strict=True):
+            memory = dense(value)
+            if memory is None or id(value) in copies or not is_writable(memory):
+                continue
+            copies[id(value)] = memory  # for now
+            if memory.is_contiguous() and not memory.is_conj() and not memory.is_neg():
+                kinds.setdefault((memory.device, word_of(memory)), []).append((value, memory, slot.path))
+            else:
+                self._apart.append((slot, memory, memory.clone()))
+                copies[id(value)] = self._apart[-1][2]
+        self._layouts = [FlatCopies(*map(list, zip(*kind, strict=True))) for kind in kinds.values()]
+        for layout in self._layouts:
+            copies |= {id(value): old for value, old in zip(layout.tensors, layout.old, strict=True)}
+        self._old = [copies.get(id(value)) for value in self._held]
+        self._stale = False
 
 
 @dataclass(slots=True, eq=False)
 class _Slot:
     """A place in a module that may hold a tensor."""
 
+    owner: nn.Module
     tensors: dict[str, Any]
     name: str
     path: str
 
-    def tensor(self) -> Tensor | None:
-        """What it holds now, if that is a dense tensor with values."""
-        tensor = self.tensors.get(self.name)
-        if tensor is None or tensor.layout != torch.strided or is_lazy(tensor):
-            return None
-        return tensor  # type: ignore[no-any-return]
+    def value(self) -> Any:
+        return self.tensors.get(self.name)
 
 
 @dataclass(slots=True)
-class _Layout:
-    """Tensors of one device and dtype, and two flat copies of them."""
+class _Watched:
+    """A parameter before a forward pass."""
 
-    tensors: list[Tensor]
-    names: list[str]
-    sizes: list[int]
-    data: list[Tensor]
-    old: Tensor
-    new: Tensor
-    old_views: list[Tensor]
-    new_views: list[Tensor]
-
-    @classmethod
-    def of(cls, tensors: list[Tensor], names: list[str]) -> _Layout:
-        sizes = [tensor.numel() for tensor in tensors]
-        first = tensors[0]
-        old, new = (torch.zeros(sum(sizes), dtype=first.dtype, device=first.device) for _ in range(2))
-        views = [
-            [piece.view(t.shape) for piece, t in zip(torch.split(flat, sizes), tensors, strict=True)]
-            for flat in (old, new)
-        ]
-        # `.data`: a pass that is yet to run backward may hold these tensors, and must not be told of a write
-        return cls(tensors, names, sizes, [tensor.data for tensor in tensors], old, new, *views)
-
-    def flat(self) -> list[Tensor]:
-        """The tensors, one-dimensional."""
-        return [data.reshape(-1) for data in self.data]
-
-    def is_in_place(self) -> bool:
-        """Whether the tensors are still in that memory; `Module.to` moves all of them and keeps the objects."""
-        first, last = self.tensors[0], self.tensors[-1]
-        return first.data_ptr() == self.data[0].data_ptr() and last.data_ptr() == self.data[-1].data_ptr()
-
-    @property
-    def floating(self) -> bool:
-        return self.old.is_floating_point() or self.old.is_complex()
+    parameter: Tensor
+    version: int
+    size: float | None
 
 
-def either(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A flag that is set where one of two is, and the index of the first that is.
-
-    Args:
-        a: A flag and its index, or None for nothing.
-        b: The same; may be on another device.
-    """
-    if a is None:
-        return b
-    flag, index = (tensor.to(a[0].device) for tensor in b)
-    return a[0] | flag, torch.where(a[0], a[1], index)
+def _path(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+def _restart_statistics(owner: nn.Module, bad: Tensor) -> None:
+    """The first batch of a lazy batch norm was bad: its statistics begin anew."""
+    reset = getattr(owner, "reset_running_stats", None)
+    if reset is None:
+        return
+    now = {name: value.clone() for name, value in buffers_of(owner).items() if dense(value) is not None}
+    reset()
+    for name, value in now.items():
+        first = buffers_of(owner)[name].data
+        first.copy_(torch.where(bad.to(first.device), first, value))
 
 
-def _is_writable(tensor: Tensor) -> bool:
-    """Not so if elements share their memory, as those of an expanded tensor do."""
-    return all(stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def _alike(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def _differ(a: float | None, b: float) -> bool:
+    """Whether two sums of absolute values are of different contents; NaN is like NaN."""
+    return a != b and (a == a or b == b)
 
 
 def _bad(values: Tensor) -> Tensor:
@@ -265,5 +305,5 @@ def _max_norm(module: nn.Module) -> bool:
 
 
 def is_on_host(flag: Tensor) -> bool:
-    """Whether the host can look at a flag without waiting for a device."""
+    """Whether the host can read a flag without waiting for a device."""
     return flag.device.type == "cpu"

@@ -57,6 +57,9 @@ class Policy(Protocol):
     def describe_skip(self, record: StepRecord) -> dict[str, Any]:
         """The fields of the event `update_skipped` that explain it."""
 
+    def on_nonfinite_contents(self, restored: list[str], lost: list[str]) -> None:
+        """Parameters or buffers became non-finite outside of a bad step; seen before a save or at an epoch's end."""
+
     def on_many_skips(self, skipped: int, of: int) -> None:
         """More than 5 % of the last updates were skipped; called once."""
 

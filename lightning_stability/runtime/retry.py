@@ -156,8 +156,8 @@ class Retries:
             raise retrier.no_memory_for_retry(failed) from error
         said = retrier.after_retry(failed, again)
         if again.outcome != Outcome.APPLIED:  # it is as if there had been the first try alone
-            tried.give_back(torch.tensor(True))
-            self._metrics.put_back(tried_metrics)
+            tried.restore(torch.tensor(True))
+            self._metrics.restore_snapshot(tried_metrics)
             guard.note_metrics()
         return said, result
 

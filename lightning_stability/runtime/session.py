@@ -24,6 +24,7 @@ from lightning_stability.events import EventLog
 from lightning_stability.health import StepRecord
 from lightning_stability.internals import Overrides
 from lightning_stability.recovery import Guard, MetricUndo
+from lightning_stability.recovery.content import Contents
 from lightning_stability.recovery.guard import decides_on_device
 from lightning_stability.runtime.containment import Contained, contain_hooks
 from lightning_stability.runtime.counts import Counts
@@ -68,6 +69,7 @@ class Session(Callback):
         self._seconds_of_start = time.monotonic()
         self._rejected_by = ""
         self._uncast_for_retry: UncastBatch | None = None
+        self._contents: Contents | None = None
         self._hooks: PluginHooks | None = None
         self._unknown: UnknownOptimizers | None = None
         self.has_begun = False
@@ -168,6 +170,20 @@ class Session(Callback):
         if self.pipeline.guard is not None:
             self.pipeline.guard.rescan()  # buffers may have changed their type
 
+    def restore_contents(self) -> tuple[list[str], list[str]]:
+        """Look at everything the module holds; restore what became non-finite. Waits for the device.
+
+        Returns:
+            The names of what has been restored, and of what could not be: there is no copy of it.
+        """
+        contents, guard = self._contents, self.pipeline.guard
+        if contents is None or guard is None:
+            return [], []
+        bad = contents.became_nonfinite()
+        restored = contents.restore(bad, guard.copy_of) if bad else []
+        guard.keep(contents.written)
+        return restored, [name for name in bad if name not in restored]
+
     def stopped(self, why: str) -> None:
         """A callback ends the run, for this reason."""
         self._lifecycle.stopped(why)
@@ -230,6 +246,8 @@ class Session(Callback):
         self._unknown = UnknownOptimizers(module, self.pipeline.watch)
         if self._shall_guard():
             self.pipeline.guard = Guard(module, self._results, trainer.world_size > 1)
+            self._contents = Contents(module, lambda: trainer.optimizers)
+            self._contents.reference()
             if not all(policy.automatic for policy in self._policies if policy.guards):
                 for optimizer in trainer.optimizers:
                     say_what_it_costs(trainer, optimizer)
@@ -273,6 +291,7 @@ class Session(Callback):
         self._contain(self.drain)
         if self.guard is not None:
             self._contain(self.guard.end_epoch)
+            self._contain(self._check_contents)
         self._write_progress(trainer, internals.batch_index(trainer), always=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -283,6 +302,7 @@ class Session(Callback):
         """No checkpoint holds what a bad step has left in a metric."""
         if self.has_begun:
             self._contain(self.drain)
+            self._contain(self._check_contents)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Read what is on its way, which may say why: after an exception Lightning calls no teardown."""
@@ -396,6 +416,9 @@ class Session(Callback):
         """Count a step, write its event, and show it to the policies in their order."""
         self._last = record
         many = self.counts.add(record)
+        if record.outcome == Outcome.BAD:
+            answer = self._contain(self.restore_contents)
+            record.restored, record.not_restored = answer or ([], [])
         if self.trainer.is_global_zero:
             if record.outcome in _SKIPS and self._is_told(record):
                 self._write_skip(record)
@@ -471,6 +494,18 @@ class Session(Callback):
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
+
+    def _check_contents(self) -> None:
+        """Where nothing was bad, something may have been written that no step's judgement sees."""
+        restored, lost = self.restore_contents()
+        if self._contents is not None:
+            self._contents.reference()
+        if restored or lost:
+            if self.trainer.is_global_zero:
+                step, epoch = self.trainer.global_step, self.trainer.current_epoch
+                self.events.write("contents_nonfinite", step, epoch, restored=restored, not_restored=lost)
+            for policy in [p for p in self._policies if p.guards]:
+                self._contain(policy.on_nonfinite_contents, restored, lost, policy=policy)
 
     def _set_reading(self) -> None:
         self.pipeline.reads.every = min((p.read_every for p in self._policies if p.reads_steps), default=1)

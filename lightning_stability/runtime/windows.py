@@ -90,8 +90,8 @@ class Window:
         """Restore buffers and metric states to before the first batch."""
         always = torch.tensor(True)
         self._buffers.nonfinite()
-        self._buffers.give_back(always)
-        self._metrics.give_back(always)
+        self._buffers.restore(always)
+        self._metrics.restore(always)
 
     def again(self, convert: Convert) -> Iterator[Callable[[], Any]]:
         """What runs the batches again, in order; to be run as it is asked for, since random states are restored then.
