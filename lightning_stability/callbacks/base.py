@@ -128,7 +128,7 @@ class SessionMember:
         incident = Incident.of(record, self.session.recent_batch(record), self.session.trainer.world_size > 1)
         return {"what": incident.what, "why": incident.why}
 
-    def on_nonfinite_contents(self, restored: list[str], lost: list[str]) -> None:
+    def on_nonfinite_contents(self, restored: list[str], lost: list[str], all_ranks: bool) -> None:
         """Parameters or buffers became non-finite outside of a bad step; seen before a save or at an epoch's end."""
 
     def on_many_skips(self, skipped: int, of: int) -> None:

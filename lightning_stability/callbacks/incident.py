@@ -85,7 +85,8 @@ def _explain(record: StepRecord, batch: Any) -> tuple[str, str]:
     if record.gradients == "overflow":
         return "gradient", f"the gradients were finite but their squares overflow fp32; the largest is {where}"
     verdict = "not finite" if record.gradients_finite else record.gradients
-    return "gradient", f"{where} was {verdict} while the loss was finite"
+    of_loss = "" if record.loss is None else " while the loss was finite"
+    return "gradient", f"{where} was {verdict}{of_loss}"
 
 
 def poisoned_attributes(module: nn.Module) -> list[str]:

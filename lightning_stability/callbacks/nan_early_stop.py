@@ -249,7 +249,9 @@ class NaNEarlyStop(StabilityCallback):
             )
         self._first_incident = self._first_incident or incident.place
         self._last_incident = incident.place
-        if in_a_row > self.patience:
+        if record.not_restored:
+            self._add_lost(incident, record.not_restored)
+        if in_a_row > self.patience or record.not_restored:  # (no later step can be good either)
             self._incident = self._incident or incident
             self.session.ending = True
         elif trainer.is_global_zero:
@@ -376,17 +378,21 @@ class NaNEarlyStop(StabilityCallback):
         return "\n".join(lines)
 
     def _add_contents(self, incident: Incident) -> None:
-        """A skipped step makes no weight non-finite; if one is, an earlier update or other code has made it so."""
+        """A message claims only what was looked at: are parameters and buffers finite now?"""
         assert self.session is not None
         _, lost = self.session.restore_contents()
-        if lost:
-            incident.what = "weight"
-            incident.why += (
-                f"; {listed(lost)} {'is' if len(lost) == 1 else 'are'} not finite: an update before this step wrote it,"
-                " or code outside of the optimizer"
-            )
+        if lost and incident.what != "weight":
+            self._add_lost(incident, lost)
 
-    def on_nonfinite_contents(self, restored: list[str], lost: list[str]) -> None:
+    def _add_lost(self, incident: Incident, lost: list[str]) -> None:
+        """A skipped step makes no weight non-finite; if one is, an earlier update or other code has made it so."""
+        incident.what = "weight"
+        incident.why += (
+            f"; {listed(lost)} {'is' if len(lost) == 1 else 'are'} not finite: an update before this step made"
+            f" {'it' if len(lost) == 1 else 'them'} so, or code outside of the optimizer"
+        )
+
+    def on_nonfinite_contents(self, restored: list[str], lost: list[str], all_ranks: bool) -> None:
         """Say what was restored; what was not ends the run."""
         assert self.session is not None
         trainer = self.session.trainer
@@ -397,7 +403,7 @@ class NaNEarlyStop(StabilityCallback):
                 " the newest good copy.",
                 on_this_rank=True,
             )
-        if lost and self._incident is None:
+        if lost and all_ranks and self._incident is None:
             why = f"{listed(lost)} became non-finite outside of a bad step, and no copy of it is kept"
             self._incident = Incident("weight", why, trainer.global_step, trainer.current_epoch, -1, None)
 

@@ -57,7 +57,7 @@ class Policy(Protocol):
     def describe_skip(self, record: StepRecord) -> dict[str, Any]:
         """The fields of the event `update_skipped` that explain it."""
 
-    def on_nonfinite_contents(self, restored: list[str], lost: list[str]) -> None:
+    def on_nonfinite_contents(self, restored: list[str], lost: list[str], all_ranks: bool) -> None:
         """Parameters or buffers became non-finite outside of a bad step; seen before a save or at an epoch's end."""
 
     def on_many_skips(self, skipped: int, of: int) -> None:

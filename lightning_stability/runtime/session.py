@@ -291,7 +291,7 @@ class Session(Callback):
         self._contain(self.drain)
         if self.guard is not None:
             self._contain(self.guard.end_epoch)
-            self._contain(self._check_contents)
+            self._contain(self._check_contents, True)
         self._write_progress(trainer, internals.batch_index(trainer), always=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -302,7 +302,7 @@ class Session(Callback):
         """No checkpoint holds what a bad step has left in a metric."""
         if self.has_begun:
             self._contain(self.drain)
-            self._contain(self._check_contents)
+            self._contain(self._check_contents, trainer.world_size == 1)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Read what is on its way, which may say why: after an exception Lightning calls no teardown."""
@@ -495,9 +495,15 @@ class Session(Callback):
             self._hooks.remove()
             self._hooks = None
 
-    def _check_contents(self) -> None:
-        """Where nothing was bad, something may have been written that no step's judgement sees."""
+    def _check_contents(self, all_ranks: bool) -> None:
+        """Where nothing was bad, something may have been written that no step's judgement sees.
+
+        Args:
+            all_ranks: Whether all ranks are here now, so that they can act alike.
+        """
         restored, lost = self.restore_contents()
+        if all_ranks and self.trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
+            lost = lost or ["a parameter or buffer of another rank"]
         if self._contents is not None:
             self._contents.reference()
         if restored or lost:
@@ -505,7 +511,7 @@ class Session(Callback):
                 step, epoch = self.trainer.global_step, self.trainer.current_epoch
                 self.events.write("contents_nonfinite", step, epoch, restored=restored, not_restored=lost)
             for policy in [p for p in self._policies if p.guards]:
-                self._contain(policy.on_nonfinite_contents, restored, lost, policy=policy)
+                self._contain(policy.on_nonfinite_contents, restored, lost, all_ranks, policy=policy)
 
     def _set_reading(self) -> None:
         self.pipeline.reads.every = min((p.read_every for p in self._policies if p.reads_steps), default=1)
