@@ -18,6 +18,7 @@ from lightning_stability.health.values import named_tensors, nonfinite_names
 from lightning_stability.internals import input_dtype, logger_step, window_is_open
 from lightning_stability.recovery.precision import BITS, Higher, WiderWeights, go_on_in, make_plugin
 from lightning_stability.runtime import DeliberateError, Order, Outcome, session_of
+from lightning_stability.runtime.validation import ValidationRetries
 
 FP16_MAX = 65504.0
 _LOW = ("16-mixed", "16-true", "bf16-mixed")
@@ -81,6 +82,7 @@ class PrecisionFallback(StabilityCallback):
         self._low_plugin: Any = None
         self._wider: WiderWeights | None = None
         self._ranges: LayerScales | None = None
+        self._validation: ValidationRetries | None = None
         self._change_next = False
         self._is_done = False
         self._not_the_cause = 0
@@ -101,6 +103,12 @@ class PrecisionFallback(StabilityCallback):
             self._clear()
             if self._change is not None and self._change.to != str(trainer.precision):
                 self._change = None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Watch the validation too, that before the first step included."""
+        session = self.session
+        if session is not None:
+            self._validation = ValidationRetries(trainer, self, lambda: session.uncast)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on in the precision that the run had fallen back to, before anything is made for another one."""
@@ -139,6 +147,7 @@ class PrecisionFallback(StabilityCallback):
             self._is_done = False
             self._low_plugin = self._wider = None
             self.session.drain()
+            self._leave_validation()
             self._leave_session()
             self._loss_scale = None if self._loss_scale is None else 1.0
             self._log_precision(trainer)
@@ -229,6 +238,33 @@ class PrecisionFallback(StabilityCallback):
         self._note_change(record, str(trainer.precision), self._reason(record), retried=False)
         self._say_change(f"Training goes on in {{to}}, but this batch is not trained again: {why}.")
 
+    # A validation batch.
+
+    def wants_validation_retry(self) -> bool:
+        """As long as the run is in 16 bits."""
+        return self.wants_retry()
+
+    def before_validation_retry(self) -> None:
+        """Change the precision."""
+        assert self.session is not None
+        self._raise_precision(self.session.trainer)
+
+    def after_validation_retry(self, batch_idx: int, why: str, helped: bool) -> None:
+        """Stay if that helped; else return to where the run was."""
+        assert self.session is not None
+        trainer = self.session.trainer
+        low = self._low_plugin.precision
+        if not helped:
+            self._lower_precision()
+            return
+        step, epoch = trainer.global_step, trainer.current_epoch
+        self._change = _Change(low, self.to, step, epoch, batch_idx, f"in validation, {why}")
+        self._is_done = True
+        if trainer.is_global_zero:
+            details = {"batch_idx": batch_idx, "precision_from": low, "precision_to": self.to, "why": self._change.why}
+            self.session.events.write("precision_changed", step, epoch, **details)
+        self._say_change("The batch has been validated in {to}, and the run continues in it.")
+
     def _nonfinite_inputs(self, record: StepRecord) -> list[str]:
         """Which of the batch's tensors no precision would help."""
         assert self.session is not None
@@ -277,6 +313,12 @@ class PrecisionFallback(StabilityCallback):
     def on_session_end(self, exception: BaseException | None) -> None:
         """The second try may have failed."""
         self._stop_watching()
+        self._leave_validation()
+
+    def _leave_validation(self) -> None:
+        if self._validation is not None:
+            self._validation.remove()
+            self._validation = None
 
     # What is said of it.
 
@@ -348,7 +390,7 @@ class PrecisionFallback(StabilityCallback):
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = {"_low_plugin": None, "_wider": None, "_ranges": None}
+        gone = {"_low_plugin": None, "_wider": None, "_ranges": None, "_validation": None}
         return {**super().__getstate__(), **gone}
 
 

@@ -338,7 +338,7 @@ class Session(Callback):
     def on_input(self, batch: Any) -> None:
         """A batch is about to be cast to the precision's own type, where that casts."""
         dtype = internals.input_dtype(self.trainer.precision_plugin)
-        if not self.trainer.training or dtype is None:
+        if not (self.trainer.training or self.trainer.validating or self.trainer.sanity_checking) or dtype is None:
             return
         if dtype == torch.float16:
             self.uncast = batch
