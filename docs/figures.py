@@ -97,7 +97,7 @@ def input_check() -> Any:
     names: list[str] = []  # of the crash's layers: the stable recipe has no `input_stats`
     with tempfile.TemporaryDirectory() as folder:
         for recipe, column, color in (
-            ("tuab_crash", "fp32_input_deviation", RED),
+            ("tuab_crash", "input_deviation", RED),
             ("tuab_stable", "input_deviation", BLUE),
         ):
             logs = check(folder, f"--config={recipe}", "--trainer.max_steps=1")
@@ -114,7 +114,7 @@ def input_check() -> Any:
     layers.axhspan(1e-2, 1e2, color=GREEN, alpha=0.1, label="no warning")
     short = [name.removeprefix("encoder.") for name in names]
     layers.set_xticks(range(len(names)), short, rotation=40, ha="right", fontsize=7)
-    layers.set_title("what reaches each layer, before the first step", loc="left", fontweight="bold")
+    layers.set_title("what reaches each layer, in the first step", loc="left", fontweight="bold")
     batches.plot(series, color=BLUE, marker=".", label="a batch")
     high = [series[batch] for batch in flagged]
     batches.plot(flagged, high, "x", color=RED, markersize=8, clip_on=False, label="flagged")

@@ -87,7 +87,7 @@ def test_channels_that_are_constant_from_the_start_are_named_once(caplog: pytest
     x[8:, 4] = 0.0
     module = make_module(one, training_step=training_step)
     said, _ = fit(one, InputCheck(), DataLoader(x, batch_size=4), module, max_epochs=2)
-    assert [message for message in infos(caplog) if "by" in message or "in the first batch" in message] == [
+    assert [message for message in infos(caplog) if "by" in message or "constant in the first batch" in message] == [
         "InputCheck: channel 2 of `batch` is constant in the first batch: taken as meant to be, and not looked at"
         " any more."
     ]
