@@ -189,6 +189,20 @@ def input_dtype(plugin: Any) -> torch.dtype | None:
     return dtype
 
 
+def scaler_state(plugin: Any) -> list[torch.Tensor]:
+    """Copies of GradScaler's scale and of its count of good steps, on the device; empty without one."""
+    scaler = getattr(plugin, "scaler", None)
+    tensors = () if scaler is None else (scaler._scale, scaler._growth_tracker)
+    return [tensor.clone() for tensor in tensors if tensor is not None]
+
+
+def set_scaler_state(plugin: Any, state: list[torch.Tensor]) -> None:
+    """Restore what `scaler_state` has copied."""
+    if state:
+        plugin.scaler._scale.copy_(state[0])
+        plugin.scaler._growth_tracker.copy_(state[1])
+
+
 def default_store() -> Any:
     """The key-value store that the processes of a distributed run share."""
     return torch.distributed.distributed_c10d._get_default_store()

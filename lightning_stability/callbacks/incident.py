@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_stability.health.record import StepRecord
 from lightning_stability.health.values import named_tensors, nonfinite_names
@@ -99,8 +100,15 @@ def poisoned_attributes(module: nn.Module) -> list[str]:
         for name, value in vars(part).items():
             if name not in _OF_TORCH and not isinstance(value, nn.Module):
                 prefix = f"{path}.{name}" if path else name
-                found += nonfinite_names(named_tensors(value, prefix))
+                tensors = dict(named_tensors(value, prefix))
+                # (masks are made of -inf)
+                found += [name for name in nonfinite_names(tensors.items()) if _has_nan_or_inf(tensors[name])]
     return found
+
+
+def _has_nan_or_inf(tensor: Tensor) -> bool:
+    dense = tensor.to_dense() if tensor.layout != torch.strided else tensor
+    return bool(torch.isnan(dense).any() or torch.isposinf(dense.real).any())
 
 
 _OF_TORCH = frozenset(

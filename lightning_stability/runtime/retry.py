@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_stability.health import StepRecord
-from lightning_stability.internals import transferred, zero_without_hooks
+from lightning_stability.internals import set_scaler_state, transferred, zero_without_hooks
 from lightning_stability.recovery import BufferUndo, Guard, MetricUndo
 from lightning_stability.runtime.record import Outcome
 from lightning_stability.runtime.windows import BadStep, Windows, options_of, set_options
@@ -109,6 +109,7 @@ class Retries:
     def _answer(self, failed: StepRecord, result: Any) -> Any:
         """What becomes of a bad step, and of those that were held for its sake."""
         held = [record for record in self._arrived if record.outcome == Outcome.HELD]
+        plugin = self._trainer.precision_plugin
         said = failed
         if self.retrier is not None and self.retrier.wants_retry():
             why = self._objection()
@@ -118,11 +119,14 @@ class Retries:
             else:
                 self.retrier.cannot_retry(failed, why)
         self._finish(said)
-        if self.retrier is None or not held or self._is_ending():
+        if self.retrier is None or self._is_ending():
             return result
-        self._arrived.clear()
         self._guard.release()
+        if held:
+            self._arrived.clear()
         for record in held:
+            if self.windows is not None and self._trainer.precision_plugin is plugin:
+                set_scaler_state(plugin, self.windows.closed[0].scaler)
             again, result = self._train(record)
             self._arrived.append(again)
         return result

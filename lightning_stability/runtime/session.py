@@ -377,6 +377,8 @@ class Session(Callback):
 
     def on_step_begin(self, optimizer: Optimizer) -> None:
         """A step begins."""
+        if self.pipeline.read_lag and self.retries is not None and self.retries.windows is not None:
+            self.retries.windows.note_scaler(self.trainer.precision_plugin)
         self.pipeline.on_step_begin(optimizer)
 
     def on_step_end(self) -> None:

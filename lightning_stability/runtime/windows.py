@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_stability.health import StepRecord
 from lightning_stability.health.values import named_tensors
+from lightning_stability.internals import scaler_state
 from lightning_stability.recovery.metric_undo import MetricUndo
 from lightning_stability.recovery.random_state import RandomState
 from lightning_stability.recovery.undo import BufferUndo
@@ -62,6 +63,8 @@ class Window:
         self._metrics = MetricUndo(module, results)
         self._device = device
         self.batches: list[WindowBatch] = []
+        self.scaler: list[torch.Tensor] = []
+        """GradScaler's state before the step: a held step has counted as a good one."""
         self.options: Options = []
         """The optimizer's options when it stepped: a scheduler has moved them by the time a window is trained again."""
 
@@ -144,6 +147,10 @@ class Windows:
         """An epoch begins."""
         for window in (self.open, *self.closed, *self._free):
             window.rescan()
+
+    def note_scaler(self, plugin: Any) -> None:
+        """The open window's step is about to be made."""
+        self.open.scaler = scaler_state(plugin)
 
     def close(self, optimizer: Optimizer) -> None:
         """The optimizer has stepped: the next window begins. The oldest closed one is given up if there is no room."""
