@@ -103,7 +103,7 @@ class SessionMember:
         super().__init_subclass__(**kwargs)
         setup = vars(cls).get("setup")
         if setup is not None:
-            cls.setup = _joining(setup)  # type: ignore[method-assign]
+            setattr(cls, "setup", _joining(setup))  # noqa: B010
 
     def is_needed(self, trainer: Any) -> bool:
         """Whether the callback has anything to do under this Trainer; if not it costs nothing."""
@@ -162,11 +162,11 @@ class SessionMember:
             return
         objection = self.objection(trainer)
         if objection is not None:
-            self._refuse(trainer, objection)
+            self._refuse_run(trainer, objection)
         else:
             self.session = Session.join(trainer, self)
 
-    def _refuse(self, trainer: Any, message: str) -> None:
+    def _refuse_run(self, trainer: Any, message: str) -> None:
         """Refuse a run; an automatic callback only disables itself."""
         if not self.automatic:
             raise MisconfigurationException(message)

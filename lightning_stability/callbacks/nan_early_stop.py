@@ -141,7 +141,7 @@ class NaNEarlyStop(StabilityCallback):
         # Each rank may hold other shards of them, and all have to decide alike.
         if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
             where = listed(bad) if bad else "on another rank"
-            self._refuse(
+            self._refuse_run(
                 trainer,
                 f"NaNEarlyStop: trained weights are not finite before the first step: {where}. Expected finite"
                 " values; check how they are initialised or which checkpoint they were loaded from.",
@@ -253,7 +253,7 @@ class NaNEarlyStop(StabilityCallback):
             self._add_lost(incident, record.not_restored)
         if in_a_row > self.patience or record.not_restored:  # (no later step can be good either)
             self._incident = self._incident or incident
-            self.session.ending = True
+            self.session.end()
         elif trainer.is_global_zero:
             row = f", {in_a_row} in a row" if in_a_row > 1 else ""
             warn_always(
@@ -326,7 +326,7 @@ class NaNEarlyStop(StabilityCallback):
     def _announce(self, trainer: Any, incident: Incident) -> None:
         assert self.session is not None
         stop_was_due, trainer.should_stop = trainer.should_stop, True
-        self.session.stopped(f"NaNEarlyStop: {incident.why}")
+        self.session.end(f"NaNEarlyStop: {incident.why}")
         checkpoint = self._keep_good_weights(trainer, stop_was_due) or newest_checkpoint(trainer)
         self._silence_checkpoints(trainer)
         self._add_contents(incident)

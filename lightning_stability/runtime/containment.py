@@ -67,3 +67,17 @@ class Contained:
         call = contained(getattr(self._target, name), self._on_error, lambda: None)
         setattr(self, name, call)  # the next time it is found without us
         return call
+
+
+class ContainedListener(Contained):
+    """A `hooks.StepListener` whose errors are contained, but for what the user's code raises."""
+
+    def after_step(self, optimizer: Any, model: Any, result: Any, kwargs: dict[str, Any]) -> Any:
+        """A failure of ours leaves the step's result as it is."""
+        contained = super().__getattr__("after_step")
+        answer = contained(optimizer, model, result, kwargs)
+        return result if answer is None else answer
+
+    def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The user's own exceptions are not ours to contain."""
+        return self._target.training_step(original, args, kwargs)

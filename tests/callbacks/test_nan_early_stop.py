@@ -328,7 +328,7 @@ class TestWhatItSays:
                     module.net.head.bias.data.fill_(torch.nan)
 
         run = Run(one, {}, callbacks=[Spoil()])
-        assert "the weights `net.head.bias` are not finite: an update before this step" in run.said[0]
+        assert "`net.head.bias` is not finite: an update before this step" in run.said[0]
 
     def test_the_culprit_is_the_last_in_forward_order_not_in_the_order_of_definition(self, one: Any) -> None:
         class Backwards(nn.Module):

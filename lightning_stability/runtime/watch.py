@@ -1,0 +1,397 @@
+"""The session's part inside a step: it hears of batches, losses, gradients and steps, and guards them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_stability import internals
+from lightning_stability._compat import MisconfigurationException
+from lightning_stability.health import StepRecord
+from lightning_stability.internals import Overrides
+from lightning_stability.recovery import Guard, MetricUndo
+from lightning_stability.recovery.content import Contents
+from lightning_stability.recovery.guard import decides_on_device
+from lightning_stability.runtime.containment import Contained, ContainedListener
+from lightning_stability.runtime.dispatch import Dispatch
+from lightning_stability.runtime.hooks import PluginHooks
+from lightning_stability.runtime.optimizers import UnknownOptimizers
+from lightning_stability.runtime.pipeline import Pipeline
+from lightning_stability.runtime.record import Limits, Outcome
+from lightning_stability.runtime.retry import Retries
+from lightning_stability.runtime.trainers import refuse_optimizer, say_what_it_costs
+from lightning_stability.runtime.windows import BadStep, UncastBatch, Windows
+
+
+class Watch:
+    """Measures and guards the steps of one Trainer while its own callbacks train it (`hooks.StepListener`).
+
+    Args:
+        trainer: Returns the Trainer.
+        dispatch: Shows records to the policies.
+        limits: What separates an ordinary skip from a bad step.
+        is_ours: Whether the run is training; the learning-rate and batch-size finders do it with other callbacks.
+    """
+
+    def __init__(
+        self, trainer: Callable[[], Any], dispatch: Dispatch, limits: Limits, is_ours: Callable[[], bool]
+    ) -> None:
+        self._trainer_of = trainer
+        self._dispatch = dispatch
+        self._is_ours = is_ours
+        self._overrides = Overrides()
+        self._recent: deque[tuple[int, Any]] = deque(maxlen=2)
+        self._uncast_for_retry: UncastBatch | None = None
+        self._contents: Contents | None = None
+        self._hooks: PluginHooks | None = None
+        self._unknown: UnknownOptimizers | None = None
+        self.ending = False
+        """Set by a policy that ends the run: a held update stays held."""
+        self.subscribers: list[Callable[[BadStep], None]] = []
+        self.uncast: Any = None
+        self.retries: Retries | None = None
+        self.pipeline = Pipeline(
+            self._trainer,
+            limits,
+            deliver=self._on_record,
+            is_active=lambda: is_ours() and dispatch.read_steps,
+            wants_update=dispatch.wants_update,
+            is_automatic=dispatch.is_automatic,
+            refuse=self._refuse_to_guard,
+        )
+        self.pipeline.gate = Contained(self.pipeline, dispatch.on_error)
+
+    @property
+    def _trainer(self) -> Any:
+        return self._trainer_of()
+
+    @property
+    def guard(self) -> Guard | None:
+        """Keeps bad updates from being made, if a policy asked for that."""
+        return self.pipeline.guard
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether it hears of steps."""
+        return self._hooks is not None
+
+    # The fit.
+
+    def hook(self) -> None:
+        """Hear of steps from now on."""
+        strategy = self._trainer.strategy
+        self._hooks = PluginHooks(strategy.precision_plugin, strategy, ContainedListener(self, self._dispatch.on_error))
+
+    def use_plugin(self, plugin: Any) -> None:
+        """Train with another precision plugin from now on."""
+        was_hooked = self.is_hooked
+        self._unhook()
+        self._trainer.strategy.precision_plugin = plugin
+        if was_hooked:
+            self.hook()
+        self.pipeline.forget_precision()
+        if self.guard is not None:
+            self.guard.rescan()  # buffers may have changed their type
+
+    def start(self) -> None:
+        """Everything is set up and restored: take the places in the step."""
+        trainer, module = self._trainer, self._trainer.lightning_module
+        for optimizer in trainer.optimizers:
+            self.pipeline.watch(optimizer)
+        self._unknown = UnknownOptimizers(module, self.pipeline.watch)
+        if self._shall_guard():
+            self.pipeline.guard = Guard(module, self._results, trainer.world_size > 1)
+            self._contents = Contents(module, lambda: trainer.optimizers)
+            self._contents.reference()
+            if not all(policy.automatic for policy in self._dispatch.those_that_guard()):
+                for optimizer in trainer.optimizers:
+                    say_what_it_costs(trainer, optimizer)
+        self.arrange()
+
+    def arrange(self) -> None:
+        """The policies are others: read, guard, keep batches and hold updates as they need it."""
+        self.pipeline.reads.every = self._dispatch.read_every
+        if self.guard is not None and not self._dispatch.those_that_guard():
+            self.pipeline.guard = None
+        if self.retries is not None:
+            self.retries.settle()
+        self._make_retries()
+        self._set_hold()
+
+    def stop(self) -> None:
+        """Restore the Trainer as it was, and drop what was not read."""
+        self._overrides.restore()
+        self.retries = None
+        self.pipeline.remove()
+        self._unhook()
+        if self._unknown is not None:
+            self._unknown.remove()
+            self._unknown = None
+
+    def drain(self) -> None:
+        """Wait for the records of all steps so far and hand them to the policies."""
+        if self.guard is not None:
+            self.guard.settle_all()
+        self.pipeline.reads.drain()
+        if self.retries is not None:
+            self.retries.settle()
+
+    def forget_steps(self) -> None:
+        """An earlier state has been restored: what is known of the steps since does not count."""
+        self.pipeline.forget_losses()
+        if self.guard is not None:
+            self.guard.release()
+            self.guard.forget_batch()
+            self.guard.rescan()
+
+    # Epochs and batches.
+
+    def begin_epoch(self) -> None:
+        """Modules, buffers and metrics may be others."""
+        if self.guard is not None:
+            self.guard.rescan()
+        if self.retries is not None and self.retries.windows is not None:
+            self.retries.windows.rescan()
+
+    def begin_batch(self, batch: Any) -> None:
+        """A batch is about to enter `training_step`."""
+        if self.guard is not None:
+            self._recent.append((internals.batch_number(self._trainer), batch))
+            self.guard.begin_batch()
+
+    def end_batch(self, drains: bool) -> None:
+        """`training_step` and its optimizer steps are through, and no validation or save has come yet."""
+        self.uncast = None
+        if self.guard is None:
+            return
+        if self.retries is not None:
+            self.retries.settle()
+        self.guard.settle_batch()
+        if drains or internals.validation_is_due(self._trainer) or self._trainer.is_last_batch:
+            self.drain()
+
+    def end_epoch(self) -> None:
+        """Its metrics are computed next."""
+        self.drain()
+        if self.guard is not None:
+            self.guard.end_epoch()
+
+    def recent_batch(self, record: StepRecord) -> Any:
+        """The batch that a record names, if it is still held; else None."""
+        return next((batch for number, batch in self._recent if number == record.batch_number), None)
+
+    def restore_contents(self) -> tuple[list[str], list[str]]:
+        """Look at everything the module holds; restore what became non-finite. Waits for the device.
+
+        Returns:
+            The names of what has been restored, and of what could not be: there is no copy of it.
+        """
+        contents, guard = self._contents, self.guard
+        if contents is None or guard is None:
+            return [], []
+        bad = contents.became_nonfinite()
+        restored = contents.restore(bad, guard.copy_of) if bad else []
+        guard.keep(contents.written)
+        return restored, [name for name in bad if name not in restored]
+
+    def check_contents(self, all_ranks: bool) -> None:
+        """Where no step was bad, something may have been written that no step's judgement sees.
+
+        Args:
+            all_ranks: Whether all ranks are here now, so that they can act alike.
+        """
+        if self._contents is None or self.guard is None:
+            return
+        restored, lost = self.restore_contents()
+        if all_ranks and self._trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
+            lost = lost or ["a parameter or buffer of another rank"]
+        self._contents.reference()
+        if restored or lost:
+            self._dispatch.nonfinite_contents(restored, lost, all_ranks)
+
+    # One step (`hooks.StepListener`).
+
+    def on_input(self, batch: Any) -> None:
+        """A batch is about to be cast to the precision's own type, where that casts."""
+        trainer = self._trainer
+        dtype = internals.input_dtype(trainer.precision_plugin)
+        if dtype is None or not (trainer.training or trainer.validating or trainer.sanity_checking):
+            return
+        if dtype == torch.float16:
+            self.uncast = batch
+        if self.retries is not None and self.retries.windows is not None:
+            self._uncast_for_retry = UncastBatch(batch, trainer.strategy.root_device)
+
+    def on_loss(self, loss: Tensor) -> None:
+        """A backward pass is about to run from this loss."""
+        if not self._is_ours():
+            return
+        if self.guard is not None:
+            self.guard.note_loss(loss)
+        if self._dispatch.read_steps:  # else no step would take it
+            self.pipeline.on_loss(loss)
+
+    def on_backward_end(self) -> None:
+        """A backward pass is over: what the forward pass wrote stays, or is restored."""
+        if self.guard is not None and self._is_ours():
+            self.guard.after_backward()
+
+    def on_gradients(self, optimizer: Optimizer) -> None:
+        """They are final but for clipping."""
+        self.pipeline.measure(optimizer)
+
+    def on_own_clipping(self, optimizer: Any) -> None:
+        """A module clips by itself."""
+        self.pipeline.on_own_clipping(getattr(optimizer, "optimizer", optimizer))
+
+    def on_clipped(self, optimizer: Optimizer) -> None:
+        """Clipping is over."""
+        self.pipeline.on_clipped(optimizer)
+
+    def clips(self, optimizer: Optimizer, max_norm: float) -> bool:
+        """Clip with the norm that was measured; False if it cannot be used."""
+        return self.pipeline.clips(optimizer, max_norm)
+
+    def on_step_begin(self, optimizer: Optimizer) -> None:
+        """A step begins."""
+        if self.pipeline.read_lag and self.retries is not None and self.retries.windows is not None:
+            self.retries.windows.note_scaler(self._trainer.precision_plugin)
+        self.pipeline.on_step_begin(optimizer)
+
+    def on_step_end(self) -> None:
+        """A step is over; a forward pass without a backward pass is judged before any `on_train_batch_end`."""
+        self.pipeline.on_step_end()
+        if self.guard is not None and self._is_ours():
+            self.guard.settle_batch()
+
+    def after_step(self, optimizer: Optimizer, model: Any, result: Any, kwargs: dict[str, Any]) -> Any:
+        """The plugin's `optimizer_step` is through: the place to train a bad step's batches again."""
+        if self.retries is None or not self._is_ours():
+            return result
+        return self.retries.after_step(optimizer, model, result, kwargs)
+
+    def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call it; an exception that a non-finite batch has caused may be answered by skipping the batch."""
+        try:
+            return original(*args, **kwargs)
+        except Exception as error:
+            if self.guard is None or not self._is_ours() or not self._skips_exception(error, args, kwargs):
+                raise
+            loss = torch.full((), math.nan, device=self._trainer.strategy.root_device)
+            self.guard.fail_batch(loss.device)
+            self.pipeline.add_loss(loss)
+            self.pipeline.losses.exception = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            return None
+
+    # Parts of the above.
+
+    @property
+    def can_skip_a_batch(self) -> bool:
+        """Whether a batch on which `training_step` has raised can be left out."""
+        return self._trainer.world_size == 1 and bool(self._trainer.lightning_module.automatic_optimization)
+
+    def _skips_exception(self, error: Exception, args: Any, kwargs: Any) -> bool:
+        batch = args[0] if args else next(iter(kwargs.values()), None)
+        policies = list(self._dispatch.policies)
+        answers = [self._dispatch.contain(p.skips_exception, error, batch, policy=p) for p in policies]
+        return self.can_skip_a_batch and any(answers)
+
+    def _on_record(self, record: StepRecord) -> None:
+        if self.retries is None:
+            self._deliver(record)
+        else:
+            self.retries.add(record)
+
+    def _deliver(self, record: StepRecord) -> None:
+        if record.outcome == Outcome.BAD:
+            answer = self._dispatch.contain(self.restore_contents)
+            record.restored, record.not_restored = answer or ([], [])
+        self._dispatch.deliver(record)
+
+    def _unhook(self) -> None:
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+
+    def _results(self) -> Any:
+        return internals.logged_results(self._trainer)
+
+    def _shall_guard(self) -> bool:
+        """Whether a policy wants updates guarded. If they cannot be, automatic policies leave; others refuse."""
+        guarding = self._dispatch.those_that_guard()
+        try:
+            for optimizer in self._trainer.optimizers if guarding else ():
+                refuse_optimizer(optimizer)
+        except MisconfigurationException as refusal:
+            self._refuse_to_guard(refusal)
+            return False
+        return bool(guarding)
+
+    def _refuse_to_guard(self, refusal: MisconfigurationException) -> None:
+        guarding = self._dispatch.those_that_guard()
+        if not all(policy.automatic for policy in guarding):
+            raise refusal
+        for policy in guarding:
+            policy.disable(self._trainer, refusal)
+
+    def _make_retries(self) -> None:
+        """Keep the batches of the open window where somebody may need them again."""
+        trainer, guard = self._trainer, self.guard
+        self._overrides.restore()
+        self.retries = self.pipeline.read_lag = None
+        candidates: list[Any] = [policy for policy in self._dispatch.policies if hasattr(policy, "wants_retry")]
+        retrier = next((policy for policy in candidates if policy.wants_retry()), None)
+        if guard is None or (retrier is None and not self.subscribers):
+            return
+        module, windows = trainer.lightning_module, None
+        self.pipeline.read_lag = lag = self._lag()
+        if module.automatic_optimization:
+            windows = Windows(module, self._results, trainer.strategy.root_device, lag + 1)
+            internals.on_closure(self._overrides, trainer, self._on_closure)
+        self.retries = Retries(
+            trainer,
+            retrier,
+            guard,
+            windows,
+            MetricUndo(module, self._results),
+            step=self._try_step,
+            drain=self.pipeline.reads.drain,
+            forget_losses=self.pipeline.forget_losses,
+            deliver=self._deliver,
+            show=self._show,
+            is_ending=lambda: self.ending,
+        )
+
+    def _lag(self) -> int:
+        """How many steps the host may be behind: where the device decides alone, it need not wait for it."""
+        trainer = self._trainer
+        on_device = trainer.strategy.root_device.type != "cpu" and trainer.world_size == 1
+        return int(on_device and all(decides_on_device(optimizer) for optimizer in trainer.optimizers))
+
+    def _set_hold(self) -> None:
+        """After how many bad updates in a row the device holds those that follow, until the host has answered."""
+        if self.guard is None:
+            return
+        if self.retries is None or self.retries.retrier is None:
+            self.guard.patience = self._dispatch.patience
+        else:  # a step that is going to be trained again: at once, or after the one that is under way
+            self.guard.patience = 0 if self.pipeline.read_lag else math.inf
+
+    def _try_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
+        assert self._hooks is not None
+        return self._hooks.step(optimizer, model, closure, kwargs)
+
+    def _on_closure(self, closure: Any, kwargs: dict[str, Any]) -> None:
+        if self._is_ours() and self.retries is not None and self.retries.windows is not None:
+            self.retries.windows.open.add(closure, kwargs, self._uncast_for_retry)
+            self._uncast_for_retry = None
+
+    def _show(self, bad_step: BadStep) -> None:
+        for listener in self.subscribers:
+            self._dispatch.contain(listener, bad_step)
