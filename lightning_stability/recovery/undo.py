@@ -169,19 +169,18 @@ class BufferUndo:
         for slot, held, old in zip(self._slots, self._held, self._old, strict=True):
             value = slot.value()
             now = dense(value)
-            if now is not None and old is not None and _alike(now, old) and is_writable(now):
-                now.copy_(torch.where(bad.to(now.device), old, now))
+            if old is not None and now is not None and _takes(now, old, value is held):
+                now.copy_(torch.where(bad.to(now.device), old.to(now.device, now.dtype), now))
             elif any(value is lazy for lazy in self._lazy):
                 if not is_lazy(value) and id(slot.owner) not in restarted:
                     restarted.add(id(slot.owner))
                     _restart_statistics(slot.owner, bad)
-            elif (value is not held or (old is not None and not _alike(now, old))) and bad:
-                if old is not None:
-                    memory = dense(held)
-                    if memory is not None and _alike(memory, old):
-                        memory.copy_(old)
-                    else:
-                        held.data = old.clone()
+            elif (value is not held or old is not None) and bad:
+                memory = dense(held)
+                if old is not None and memory is not None and _takes(memory, old, True):
+                    memory.copy_(old)
+                elif old is not None:
+                    held.data = old.clone()
                 slot.tensors[slot.name] = held
 
     def _fits(self) -> bool:
@@ -284,8 +283,14 @@ def _restart_statistics(owner: nn.Module, bad: Tensor) -> None:
         first.copy_(torch.where(bad.to(first.device), first, value))
 
 
-def _alike(a: Tensor | None, b: Tensor) -> bool:
-    return a is not None and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def _takes(memory: Tensor, old: Tensor, is_same_object: bool) -> bool:
+    """Whether a copy is written into memory; that of the same object may have been converted, as precisions do."""
+    fits = memory.shape == old.shape if is_same_object else _alike(memory, old)
+    return fits and is_writable(memory)
 
 
 def _differ(a: float | None, b: float) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_stability.recovery import BufferUndo, undo
+from lightning_stability.recovery import BufferUndo, flat_copies, undo
 from tests.recovery.test_content import strange_tensors
 
 
@@ -249,6 +249,19 @@ def test_memory_that_a_bad_pass_has_replaced_is_restored(size: int) -> None:
 
 
 @pytest.mark.usefixtures("way")
+def test_memory_that_is_converted_after_a_bad_pass_keeps_its_new_type() -> None:
+    """As PrecisionFallback converts weights and buffers that are fp16."""
+    module = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    buffers = BufferUndo(module)
+    buffers.remember()
+    module(torch.full((2, 3), torch.nan))
+    module[0].running_var.data = module[0].running_var.data.double()
+    buffers.restore(torch.tensor(True))
+    assert module[0].running_var.dtype is torch.float64
+    assert [float(tensor.sum()) for tensor in module.buffers()] == [0.0, 3.0, 0.0] * 2
+
+
+@pytest.mark.usefixtures("way")
 def test_frozen_weights_that_are_written_through_data_are_found() -> None:
     module = Holder()
     module.plain.requires_grad_(False)
@@ -321,3 +334,30 @@ def test_buffers_of_a_scripted_module_are_kept() -> None:
         buffers.restore(found[0])
     assert [float(t.sum()) for _, t in module.named_buffers()][-1] == 2.0
     assert all(t.isfinite().all() for t in module.buffers())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_on_a_gpu_with_and_without_graphs(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat_copies, "CUDA_GRAPHS", graphs)
+    module = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(70))).cuda().half()
+    buffers = BufferUndo(module)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for batch in range(12):
+        before = state(module)
+        buffers.remember()
+        for tensor in module.buffers():
+            tensor.add_(1)
+        if batch % 3 == 2:
+            module[batch].running_var[1] = torch.inf
+        after = state(module)
+        kept.append(buffers.nonfinite())
+        buffers.restore(kept[-1][0])
+        expected = before if batch % 3 == 2 else after
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state(module).items())
+        if batch == 7:
+            module[0].running_mean = torch.ones_like(module[0].running_mean)
+    assert [bool(flag) for flag, _ in kept] == [batch % 3 == 2 for batch in range(12)]
+    names = [buffers.name_at(int(index)) for flag, index in kept if flag]
+    assert names[-1] == "11.running_var"
