@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -237,6 +238,13 @@ class TestRisingNorm:
         norms[80] = norms[100] = norms[101] = 50.0
         messages, events = self.fit(pl, norms, tmp_path)
         assert (messages, events) == ([], [])
+
+    @pytest.mark.parametrize("start", [0, 30, 200])
+    def test_a_slow_rise_in_noise_is_called_out(self, pl: Any, tmp_path: Path, start: int) -> None:
+        logs = np.random.default_rng(0).normal(0, 0.5, size=start + 100) + 0.047 * np.arange(-start, 100).clip(0)
+        messages, [event] = self.fit(pl, np.exp(logs).tolist(), tmp_path)
+        assert len(messages) == 1
+        assert event["step"] > start
 
     def test_falling_is_not(self, pl: Any, tmp_path: Path) -> None:
         assert self.fit(pl, [100 * 0.97**i for i in range(150)], tmp_path)[0] == []
