@@ -21,9 +21,9 @@ RECENT_BLOCKS = 3
 RECENT_STEPS = BLOCK_STEPS * RECENT_BLOCKS
 
 FAST_FACTOR, FAST_DEVIATIONS, FAST_STEPS = 5.0, 5.0, 3
-"""A fast rise: so many steps in a row are above this multiple of the usual norm, and above so many standard deviations."""
+"""A fast rise: so many steps in a row are above this multiple of the usual norm, and so many standard deviations up."""
 SLOW_FACTOR, SLOW_DEVIATIONS = 10.0, 2.0
-"""A slow rise: more than half of the recent steps are that far above the usual norm."""
+"""A slow rise: the same of more than half of the recent steps."""
 ENOUGH_STEPS = 40
 """With fewer steps to say what is usual, the standard deviation does not widen the range of a slow rise: it may be the
 rise itself, from step 0 on."""
