@@ -1,7 +1,7 @@
 """How often GradNormMonitor's rule sees a rising norm, and how often it warns of one that only varies.
 
-A healthy run is noise in the logarithm of the norm, around a constant or a slow course (`SHAPES`). A rise multiplies the
-norm by 100 within some steps, and the norm stays there. It is seen if the rule warns within 100 steps of its beginning.
+A healthy run is noise in the logarithm of the norm, around a constant or a slow course (`SHAPES`). A rise multiplies
+the norm by 100 within some steps, and the norm stays there. It is seen if the rule warns within 100 steps of its start.
 
 The settings are a grid: length of the rise x standard deviation of the noise x first step of the rise x kind of noise.
 The rule was made on every second setting, as on a chessboard ("made_on"). The docs give the figures of the other half.
