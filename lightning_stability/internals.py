@@ -59,6 +59,11 @@ class Overrides:
 # --- Loggers ---
 
 
+def logger_prefix(logger: Any) -> str:
+    """What a logger puts in front of each key; its `log_metrics` does, and who goes past it has to."""
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+
+
 # --- Checkpoints, loop progress and data loaders ---
 
 

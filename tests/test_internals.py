@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lightning_stability.internals import Overrides
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_stability.internals import Overrides, logger_prefix
 
 
 class Thing:
@@ -35,6 +38,16 @@ def test_overrides_leave_what_somebody_set_over_them():
 
 
 # --- Loggers ---
+
+
+@pytest.mark.parametrize("prefix", ["", "run"])
+def test_a_loggers_prefix_is_that_of_its_keys(pl, tmp_path, prefix):
+    logger = pl.loggers.TensorBoardLogger(tmp_path, prefix=prefix)
+    logger.log_metrics({"loss": 1.0}, step=0)
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert events.Tags()["scalars"] == [f"{logger_prefix(logger)}loss"]
 
 
 # --- Checkpoints, loop progress and data loaders ---
