@@ -127,7 +127,7 @@ def test_overflow_and_infinity_are_told_apart() -> None:
     reads, norms = LateReads(), []
     for value in (1e25, float("inf"), 2.0):
         weight.grad = torch.full((3,), value, device="cuda")
-        meter.measure({})
+        meter.measure({}, force=True)
         meter.send(reads, lambda measured: norms.append(float(measured.grad_norms[0])))
     reads.drain()
     assert norms == pytest.approx([3**0.5 * 1e25, float("inf"), 3**0.5 * 2.0], rel=1e-6)
@@ -212,7 +212,7 @@ def test_plain_gradients_are_measured_by_address() -> None:
     meter, _ = meter_of([torch.ones(3, device="cuda")])
     assert meter.pointers is not None, "the kernels cannot be imported"
     for _ in range(3):
-        meter.measure({})
+        meter.measure({}, force=True)
         assert meter.pointers.refused is None
         assert meter.measures_by_address
     sums, fill = meter.pointers._launches[True]
@@ -234,7 +234,7 @@ def test_norms_of_each_dtype_equal_those_of_float64(dtype: torch.dtype, by_addre
         if step % 2:  # at other addresses
             for weight in weights:
                 weight.grad = weight.grad.clone(memory_format=torch.preserve_format)
-        meter.measure({})
+        meter.measure({}, force=True)
         assert meter.measures_by_address is (by_address and meter.pointers is not None)
         assert meter.norms.tolist() == pytest.approx(expected, rel=1e-6)
         assert float(meter.total_norm()) == pytest.approx(math.hypot(*expected), rel=1e-6)
@@ -245,10 +245,10 @@ def test_bad_elements_give_the_same_norms_by_address_as_by_torch(bad: float) -> 
     values = [torch.ones(20_000, device="cuda"), torch.ones(20_000, device="cuda"), torch.ones(3, device="cuda")]
     values[1][19_999] = bad
     meter, _ = meter_of(values)
-    meter.measure({})
+    meter.measure({}, force=True)
     ours = meter.norms.tolist()
     meter.pointers = None
-    meter.measure({})
+    meter.measure({}, force=True)
     assert ours == pytest.approx(meter.norms.tolist(), rel=1e-6, nan_ok=True)
 
 
@@ -271,14 +271,14 @@ def test_gradients_of_any_kind_in_turn() -> None:
 def test_addresses_that_change_while_the_device_lags_behind() -> None:
     meter, weights = meter_of([torch.ones(4, device="cuda") for _ in range(3)])
     steps = [[torch.full((4,), float(3 * step + i), device="cuda") for i in range(3)] for step in range(100)]
-    meter.measure({})
+    meter.measure({}, force=True)
     torch.cuda.synchronize()
     torch.cuda._sleep(200_000_000)
     vectors = []
     for gradients in steps:
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
-        meter.measure({})
+        meter.measure({}, force=True)
         vectors.append(meter.norms)
     assert [v.tolist() for v in vectors] == [[2.0 * (3 * step + i) for i in range(3)] for step in range(100)]
 
@@ -288,7 +288,7 @@ def test_another_stream_gets_memory_of_its_own() -> None:
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
         stream.wait_stream(torch.cuda.default_stream())
         with torch.cuda.stream(stream):
-            meter.measure({})
+            meter.measure({}, force=True)
             assert meter.norms.tolist() == [2.0]
 
 
@@ -300,7 +300,7 @@ def test_a_tensor_of_more_than_two_to_the_31_elements() -> None:
     weight.grad[-1] = 3.0
     weight.grad[2**31 + 1] = 4.0
     meter = GradientMeter(torch.optim.SGD([weight], lr=0.1), {}, drives_clipping=False)
-    meter.measure({})
+    meter.measure({}, force=True)
     assert meter.norms.tolist() == [5.0]
 
 

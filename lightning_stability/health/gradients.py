@@ -77,6 +77,7 @@ class GradientMeter:
         self._carrier = next((bucket for bucket in self._buckets if bucket.carries_scalars(self._device)), None)
         self.pointers = None if drives_clipping or not PointerNorms.suit(in_order) else PointerNorms(in_order)
         # One step's state, from `measure` to `send`.
+        self.is_measured = False
         self._row: Tensor | None = None  # all norms, and numbers that travel with them
         self._total: Tensor | None = None
         self._riders: list[str] = []
@@ -119,15 +120,24 @@ class GradientMeter:
         """Whether the last measurement was one of `PointerNorms`."""
         return self._total is not None
 
-    def measure(self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> None:
-        """Take the norm of every gradient as it is now.
+    def measure(
+        self, scalars: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None, force: bool = False
+    ) -> None:
+        """Take the norm of every gradient as it is now. Until `send` or `discard` a second call does nothing.
+
+        So it can be called where a module clips in manual optimization, and again at its step: the norm is the one from
+        before clipping. `clip_` ends that too: gradients that come after it in the same step are others.
 
         Args:
             scalars: Numbers on the device, none of them negative, that travel to the host as they are now, by
                 name.
             kept: Numbers that nobody writes again: they travel too, and need no copy now.
+            force: Measure anew: an optimizer that evaluates its closure again has new gradients.
         """
+        if self.is_measured and not force:
+            return
         self._start_over()
+        self.is_measured = True
         if self.pointers is not None and self._measure_by_address(self.pointers, scalars, kept or {}):
             return
         riders = {name: scalar for name, scalar in scalars.items() if self._rides_along(scalar)}
@@ -173,6 +183,7 @@ class GradientMeter:
             max_norm: The norm that the gradients shall not exceed.
         """
         norms = self.norms
+        self.is_measured = False
         if self._absent and not self._sharded:
             # Lightning's total leaves absent gradients out; a zero in between would change the sum's order.
             norms = self._gathered(self._without_absent())
@@ -235,7 +246,13 @@ class GradientMeter:
         else:
             reads.hold([array, *(vector.numpy(force=True) for vector in weights_and_update)], arrived)
 
+    def discard(self) -> None:
+        """Forget a measurement that is not going to be sent, because its step does not take place."""
+        self._start_over()
+        self._before = self._weight_norms = None
+
     def _start_over(self) -> None:
+        self.is_measured = False
         self._row, self._total, self._riders = None, None, []
         self._norms, self._vector, self._array, self._absent = (), None, None, False
         self._scalars, self._values = {}, {}

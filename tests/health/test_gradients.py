@@ -141,6 +141,25 @@ def test_large_gradients_of_equal_values(size: int, dtype: torch.dtype) -> None:
     assert measure(meter).grad_norms[0] == pytest.approx(exact, rel=1e-4)
 
 
+@pytest.mark.parametrize("ends", ["send", "discard", "force", "clip"])
+def test_a_second_measurement_in_a_step_changes_nothing(ends: str) -> None:
+    meter, [parameter] = make([torch.ones(4)], drives_clipping=ends == "clip")
+    meter.measure({"scale": torch.tensor(8.0)})
+    parameter.grad.mul_(0.5)  # clipped by somebody
+    meter.measure({"scale": torch.tensor(1.0)})
+    assert float(meter.total_norm()) == 2.0
+    if ends == "send":
+        first = send(meter)
+        assert (first.grad_norms.tolist(), first.scalars) == ([2.0], {"scale": 8.0})
+    elif ends == "discard":
+        meter.discard()
+    elif ends == "clip":
+        meter.clip_(10.0)
+    meter.measure({"scale": torch.tensor(1.0)}, force=ends == "force")
+    then = send(meter)
+    assert (then.grad_norms.tolist(), then.scalars["scale"]) == ([1.0], 1.0)
+
+
 def test_scalars_travel_along_as_they_were_at_the_measurement() -> None:
     scale = torch.tensor(8.0)
     meter, _ = make([torch.ones(2)])
