@@ -56,6 +56,32 @@ class Overrides:
 # --- Precision plugins and optimizers ---
 
 
+def loss_scale(scaler: Any) -> Any:
+    """GradScaler's scale as the device tensor that it updates in place; None before it scaled its first loss.
+
+    `GradScaler.get_scale()` is the public way, but it waits for the device.
+    """
+    return scaler._scale
+
+
+def found_inf_tensors(scaler: Any, optimizer: Any) -> list[Any]:
+    """What `GradScaler.unscale_` found in this optimizer's gradients, one tensor per device; none before it looked."""
+    return list(scaler._per_optimizer_states.get(id(optimizer), {}).get("found_inf_per_device", {}).values())
+
+
+def unscales_itself(optimizer: Any) -> bool:
+    """Whether the optimizer divides the scale out inside its step, so that gradients carry it until then.
+
+    True for the fused ones and for any optimizer that declares the same to GradScaler.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def is_flattened(parameter: Any) -> bool:
+    """Whether FSDP1 holds the parameter: as one flat shard of several, or as this rank's piece of it."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
 # --- Loggers ---
 
 

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_stability.internals import Overrides, logger_prefix
+from lightning_stability.internals import (
+    Overrides,
+    found_inf_tensors,
+    is_flattened,
+    logger_prefix,
+    loss_scale,
+    unscales_itself,
+)
 
 
 class Thing:
@@ -35,6 +44,33 @@ def test_overrides_leave_what_somebody_set_over_them():
 
 
 # --- Precision plugins and optimizers ---
+
+
+@pytest.mark.parametrize(("fused", "gradient"), [(False, 1.0), (False, float("inf")), (True, 1.0)])
+def test_a_scaler_has_its_scale_and_what_it_found(fused, gradient):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([weight], fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    assert loss_scale(scaler) is None
+    assert found_inf_tensors(scaler, optimizer) == []
+    scaler.scale(weight.sum() * gradient).backward()
+    assert float(loss_scale(scaler)) == 1024.0
+    assert unscales_itself(optimizer) is fused
+    if not fused:
+        scaler.unscale_(optimizer)
+        assert [float(found) for found in found_inf_tensors(scaler, optimizer)] == [float(gradient != 1.0)]
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp1_marks_what_it_has_flattened(tmp_path, original):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = FullyShardedDataParallel(torch.nn.Linear(2, 2), use_orig_params=original, device_id=torch.device("cpu"))
+        assert [is_flattened(parameter) for parameter in net.parameters()] == [True] * (2 if original else 1)
+        assert not is_flattened(torch.nn.Parameter(torch.zeros(1)))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # --- Loggers ---

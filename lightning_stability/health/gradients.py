@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,13 +57,20 @@ class GradientMeter:
         optimizer: The bare torch optimizer.
         names: Each parameter's name, by identity; a parameter that is missing there gets a number.
         drives_clipping: Whether `clip_` will be called.
+        groups: Over which processes FSDP1 has sharded each parameter: see `buckets.shard_groups`.
     """
 
-    def __init__(self, optimizer: Optimizer, names: Mapping[Tensor, str], drives_clipping: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        names: Mapping[Tensor, str],
+        drives_clipping: bool,
+        groups: Mapping[Tensor, Any] | None = None,
+    ) -> None:
         self._optimizer = optimizer
         self.drives_clipping = drives_clipping
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
-        self._buckets = buckets_of([p for group in self._groups for p in group], drives_clipping)
+        self._buckets = buckets_of([p for group in self._groups for p in group], drives_clipping, groups)
         in_order = [parameter for bucket in self._buckets for parameter in bucket.parameters]
         self.parameter_names = tuple(names.get(p, f"unnamed_{i}") for i, p in enumerate(in_order))
         all_double = bool(in_order) and all(p.dtype in (torch.float64, torch.complex128) for p in in_order)
@@ -70,12 +78,14 @@ class GradientMeter:
         self._device = in_order[0].device if in_order else torch.device("cpu")
         self._on_host = self._device.type != "cuda"
         self._several_devices = len({bucket.device for bucket in self._buckets}) > 1
-        self._sharded = any(bucket.mesh is not None for bucket in self._buckets)
+        self._sharded = any(bucket.sharded_over for bucket in self._buckets)
         wide = self._sharded or any(bucket.norm_dtype is torch.float64 for bucket in self._buckets)
         self._dtype = torch.float64 if wide or any(p.dtype == torch.float64 for p in in_order) else torch.float32
         self._gathers_at_once = drives_clipping and not self._on_host and self._dtype == torch.float32
         self._carrier = next((bucket for bucket in self._buckets if bucket.carries_scalars(self._device)), None)
-        self.pointers = None if drives_clipping or not PointerNorms.suit(in_order) else PointerNorms(in_order)
+        self.pointers = (
+            None if drives_clipping or self._sharded or not PointerNorms.suit(in_order) else PointerNorms(in_order)
+        )
         # One step's state, from `measure` to `send`.
         self.is_measured = False
         self._row: Tensor | None = None  # all norms, and numbers that travel with them
@@ -347,12 +357,12 @@ class GradientMeter:
         """Make norms of shards those of whole gradients, with one all-reduce per mesh dimension."""
         start = 0
         for bucket in self._buckets:
-            if bucket.mesh is not None:
+            if groups := bucket.sharded_over:
                 part = norms[start : start + len(bucket.parameters)].square_()
                 if bucket.replicas is not None:
                     part.div_(bucket.replicas)
-                for dimension in range(bucket.mesh.ndim):
-                    dist.all_reduce(part, group=bucket.mesh.get_group(dimension))
+                for group in groups:
+                    dist.all_reduce(part, group=group)
                 part.sqrt_()
             start += len(bucket.parameters)
 
