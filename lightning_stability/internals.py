@@ -6,7 +6,11 @@ where they are needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 _ABSENT = object()
 
@@ -80,6 +84,29 @@ def unscales_itself(optimizer: Any) -> bool:
 def is_flattened(parameter: Any) -> bool:
     """Whether FSDP1 holds the parameter: as one flat shard of several, or as this rank's piece of it."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def foreach_norms(tensors: list[Tensor], dtype: torch.dtype | None) -> Sequence[Tensor]:
+    """The L2 norm of each tensor, by few kernels; accumulated and returned in `dtype`.
+
+    Raises TypeError, AttributeError or NotImplementedError where one is None or sparse.
+    """
+    return torch._foreach_norm(tensors, 2, dtype)
+
+
+def foreach_scale_(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply each tensor in place."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def foreach_subtract_(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Subtract from each tensor another one, in place."""
+    torch._foreach_sub_(tensors, others)
+
+
+def foreach_copies(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of each tensor."""
+    return list(torch._foreach_add(tensors, 0))
 
 
 # --- Loggers ---

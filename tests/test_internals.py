@@ -9,6 +9,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_stability.internals import (
     Overrides,
+    foreach_copies,
+    foreach_norms,
+    foreach_scale_,
+    foreach_subtract_,
     found_inf_tensors,
     is_flattened,
     logger_prefix,
@@ -59,6 +63,21 @@ def test_a_scaler_has_its_scale_and_what_it_found(fused, gradient):
     if not fused:
         scaler.unscale_(optimizer)
         assert [float(found) for found in found_inf_tensors(scaler, optimizer)] == [float(gradient != 1.0)]
+
+
+def test_foreach_functions_take_many_tensors_at_once():
+    tensors = [torch.full((4,), 60000.0, dtype=torch.float16), torch.tensor([3.0, 4.0])]
+    assert [float(norm) for norm in foreach_norms(tensors, torch.float32)] == [120000.0, 5.0]
+    copies = foreach_copies(tensors)
+    foreach_scale_(tensors[1:], torch.tensor(0.5))
+    foreach_subtract_(copies, tensors)
+    assert [t.tolist() for t in copies] == [[0.0] * 4, [1.5, 2.0]]
+
+
+@pytest.mark.parametrize("bad", [None, torch.ones(2).to_sparse()])
+def test_foreach_norms_refuses_what_it_cannot_take(bad):
+    with pytest.raises((TypeError, AttributeError, NotImplementedError)):
+        foreach_norms([torch.ones(2), bad], None)
 
 
 @pytest.mark.parametrize("original", [True, False])

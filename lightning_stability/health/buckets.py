@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_stability.internals import is_flattened
+from lightning_stability.internals import foreach_norms, is_flattened
 
 # torch's CPU norm adds squares up in a few fp32 lanes: 7e-4 off on 16 million normal values, 1e-2 on equal
 # ones. Rows of this size are below 4e-5, at next to no cost.
@@ -76,14 +76,6 @@ class Bucket:
     regular: bool = True
     gradients: list[Tensor | None] = field(default_factory=list)
 
-    def carries_scalars(self, device: torch.device) -> bool:
-        """Whether an fp32 number that is not negative comes back as it was when its norm is taken.
-
-        In float64 it does: the square of an fp32 number is exact there, and so is the root of that.
-        """
-        in_float64 = self.dtype == torch.float32 and self.norm_dtype == torch.float64
-        return in_float64 and self.device == device and not self.sharded_over
-
     @property
     def sharded_over(self) -> list[Any]:
         """The process groups, one after the other, over which squares have to be added up."""
@@ -91,29 +83,24 @@ class Bucket:
             return [self.mesh.get_group(dimension) for dimension in range(self.mesh.ndim)]
         return [] if self.group is None else [self.group]
 
-    def gradient_norms(self, riders: Sequence[Tensor] = ()) -> Sequence[Tensor]:
-        """One norm per parameter, 0 where there is no gradient, and after them those of the riders."""
+    def gradient_norms(self) -> Sequence[Tensor]:
+        """One norm per parameter, 0 where there is no gradient."""
         if self.regular:
-            # An absent or sparse gradient is told by the call that refuses it, so that nobody has to look at
-            # each.
+            # An absent or sparse gradient is found by the call that refuses it, so that nobody has to look at each.
             try:
-                gradients: list[Any] = [p.grad for p in self.parameters]
-                gradients = self.local(gradients)
-                norms = self.norms([*gradients, *riders] if riders else gradients)
+                gradients: list[Any] = self.local([p.grad for p in self.parameters])  # type: ignore[misc]
+                norms = self.norms(gradients)
             except (TypeError, AttributeError, NotImplementedError):
                 self.regular = False
             else:
-                self.gradients = gradients  # type: ignore[assignment]
+                self.gradients = gradients
                 return norms
-        return self._irregular_norms(riders)
-
-    def _irregular_norms(self, riders: Sequence[Tensor]) -> Sequence[Tensor]:
         self.gradients = [None if p.grad is None else self._dense(p) for p in self.parameters]
         present = [gradient for gradient in self.gradients if gradient is not None]
         self.regular = len(present) == len(self.parameters) and not self._any_sparse()
-        norms = iter(self.norms([*present, *riders]) if present or riders else ())
+        found = iter(self.norms(present) if present else ())
         zero = torch.zeros((), dtype=self.norm_dtype or torch.float32, device=self.device)
-        return [zero if gradient is None else next(norms) for gradient in self.gradients] + list(norms)
+        return [zero if gradient is None else next(found) for gradient in self.gradients]
 
     def _any_sparse(self) -> bool:
         return any(p.grad is not None and p.grad.is_sparse for p in self.parameters)
@@ -123,13 +110,13 @@ class Bucket:
         if not parameter.grad.is_sparse:
             return self.local([parameter.grad])[0]
         if parameter.grad.is_coalesced():
-            return parameter.grad._values()
+            return parameter.grad.values()
         # Rows that occur twice have to be added before they are squared, and clipping has to reach the sum. The
         # gradient itself is left alone otherwise: an optimizer adds such rows up one by one, to other bits.
         gradient = parameter.grad.coalesce()
         if self.clipped:
             parameter.grad = gradient
-        return gradient._values()
+        return gradient.values()
 
     def local(self, tensors: list[Tensor]) -> list[Tensor]:
         if self.mesh is None:
@@ -139,7 +126,7 @@ class Bucket:
     def norms(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         with torch.inference_mode():  # less host time for each tensor than no_grad
             if not self.in_pieces:
-                return torch._foreach_norm(tensors, 2, self.norm_dtype)
+                return foreach_norms(tensors, self.norm_dtype)
             return [self._norm_in_pieces(tensor) for tensor in tensors]
 
     def _norm_in_pieces(self, tensor: Tensor) -> Tensor:

@@ -224,10 +224,10 @@ def test_the_vector_of_a_sparse_and_an_absent_gradients_norms() -> None:
 @pytest.mark.parametrize("loss", [torch.tensor(-2.0), torch.tensor(-2.0, dtype=torch.bfloat16)])
 @pytest.mark.parametrize("present", [True, False])
 def test_what_travels_along_when_the_norms_drive_the_clipping(loss: torch.Tensor, present: bool) -> None:
-    """On a device norms, scale and loss are gathered at once, and the coefficient is written beside them."""
+    """On a device nothing is read at once: what is written later must not change what is on its way."""
     meter, parameters = make([torch.ones(4), torch.ones(9) if present else None, torch.ones(16)], drives_clipping=True)
     _, theirs = make([None if p.grad is None else p.grad.clone() for p in parameters])
-    meter._on_host, meter._gathers_at_once = False, True
+    meter._on_host = False  # as on a GPU
     scale, results, reads = torch.tensor(8.0), [], LateReads()
     for _ in range(2):
         meter.measure({"loss_scale": scale}, {"loss": loss, "bad_batch": torch.tensor(3)})
