@@ -350,39 +350,18 @@ class TimeHooks(pl.Callback):
 
         clips = bool(trainer.gradient_clip_val)
         ours(clips)  # makes the meter
-        meter = runtime.steps.meters[optimizer]
-        pointers = meter.pointers
-
-        def without_kernels() -> None:
-            meter.pointers = None
-            ours(clip=False)
-            meter.pointers = pointers
-
         timed: dict[str, Callable[[], Any]] = {
             "torch._foreach_norm": lambda: torch._foreach_norm(held),
             "GradNormMonitor": lambda: ours(clip=False),
             "get_total_norm": lambda: torch.nn.utils.get_total_norm([p.grad for p in parameters]),
         }
-        if pointers is not None:
-            timed["GradNormMonitor without Triton"] = without_kernels
         if clips:
             timed = {
                 "clip_grad_norm_": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1e6),
                 "GradNormMonitor with clipping": lambda: ours(clip=True),
             }
         self.result = interleaved(timed, self.device, self.repeats)
-        if not clips:
-            runtime.steps.begin_step(optimizer)
-            runtime.steps.measure(optimizer, pl_module)
-            self.result["GradNormMonitor"]["way"] = way_of(meter)
         runtime.steps.begin_step(optimizer)  # leave the real step as it was found
-
-
-def way_of(meter: Any) -> str:
-    if meter.measures_by_address:
-        return "Triton kernels, by address"
-    refused = meter.pointers.refused if meter.pointers is not None else None
-    return "torch._foreach_norm" + (f" ({refused})" if refused else "")
 
 
 def hook_times(workload: Workload, device: torch.device, bandwidth: float) -> dict[str, Any]:
@@ -495,7 +474,7 @@ class Report:
             for key in ("host_us", "device_us"):
                 columns += f" {times[key]:10.1f}" if key in times else " " * 11
                 columns += f" {times[key] / reference[key]:7.2f}" if key in times and key in reference else " " * 8
-            print(f"{hook:40s}{columns}  {times.get('way', '')}".rstrip())
+            print(f"{hook:40s}{columns}")
 
     def add_steps(self, name: str, steps: dict[str, Any]) -> None:
         self.content["workloads"][name]["steps"] = steps

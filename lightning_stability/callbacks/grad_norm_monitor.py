@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import StabilityCallback
+from lightning_stability.callbacks.loggers import call_logger, log_metrics, loggers_for_extra_keys
 from lightning_stability.health import ParameterGroups, StepRecord
 from lightning_stability.health.trend import NormTrend, Rise
 
@@ -127,34 +129,12 @@ class GradNormMonitor(StabilityCallback):
         statistics.peak = None
         if not trainer.is_global_zero:
             return
-        for logger in self._loggers(trainer):
-            self._write(logger, metrics, record.logger_step)
+        for logger in trainer.loggers if self.asked_for else loggers_for_extra_keys(trainer):
+            log_metrics(logger, metrics, record.logger_step, self.asked_for)
         if record.optimizer not in self._charted:
             self._charted.add(record.optimizer)
             if self.asked_for:
                 self._lay_out_charts(trainer, several, scaled=record.loss_scale is not None)
-
-    def _loggers(self, trainer: Any) -> list[Any]:
-        """All of them; if nobody asked for the callback, TensorBoard's once the run itself has written to it.
-
-        Other loggers keep tables of the user's own keys, and a run that logs nothing has no file.
-        """
-        if self.asked_for:
-            return list(trainer.loggers)
-        return [
-            logger
-            for logger in trainer.loggers
-            if is_instance_by_name(logger, "TensorBoardLogger") and logger._experiment is not None
-        ]
-
-    def _write(self, logger: Any, metrics: dict[str, float], step: int) -> None:
-        if self.asked_for:
-            logger.log_metrics(metrics, step=step)
-            return
-        # Past `log_metrics`: who overrides it, or counts its calls, expects what the run itself logs and no more.
-        prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-        for key, value in metrics.items():
-            logger.experiment.add_scalar(prefix + key, value, step)
 
     def _call_out(self, record: StepRecord, rise: Rise) -> None:
         assert self.session is not None
@@ -187,7 +167,7 @@ class GradNormMonitor(StabilityCallback):
             charts["loss scale"] = _lines(["loss_scale"])
         for logger in trainer.loggers:
             if is_instance_by_name(logger, "TensorBoardLogger"):
-                logger.experiment.add_custom_scalars({"gradients": charts})
+                call_logger(logger, partial(logger.experiment.add_custom_scalars, {"gradients": charts}))
 
 
 class _Statistics:

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_stability.internals import foreach_norms, is_flattened
 
 # torch's CPU norm adds squares up in a few fp32 lanes: 7e-4 off on 16 million normal values, 1e-2 on equal
 # ones. Rows of this size are below 4e-5, at next to no cost.
 CPU_PIECE = 2**14
 
 
-def buckets_of(parameters: list[Tensor], drives_clipping: bool) -> list[Bucket]:
-    """Put parameters into buckets, in the order in which each kind comes first.
+def shard_groups(module: nn.Module) -> dict[Tensor, Any]:
+    """The process group over which FSDP1 has sharded each parameter of a module, and so each gradient.
 
-    Args:
-        parameters: Of one optimizer.
-        drives_clipping: Whether their norms are to be those that Lightning clips with.
+    `module` is the outermost one, `trainer.strategy.model`. Parameters that no FSDP module shards are left out.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return {}
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    groups: dict[Tensor, Any] = {}
+    for unit in FullyShardedDataParallel.fsdp_modules(module):  # an inner one comes later, and is the one that counts
+        group = None if unit.sharding_strategy == ShardingStrategy.NO_SHARD else unit.process_group
+        groups.update({p: group for p in unit.parameters() if is_flattened(p)})
+    return {parameter: group for parameter, group in groups.items() if group is not None}
+
+
+def buckets_of(
+    parameters: list[Tensor], drives_clipping: bool, groups: Mapping[Tensor, Any] | None = None
+) -> list[Bucket]:
+    """Put one optimizer's parameters into buckets, in the order in which each kind comes first.
+
+    `drives_clipping`: whether their norms are to be those that Lightning clips with. `groups`: see `shard_groups`.
     """
     buckets: dict[Any, Bucket] = {}
     for parameter in parameters:
-        mesh = getattr(parameter, "device_mesh", None)
-        on_cpu = parameter.device.type == "cpu"
-        in_pieces = on_cpu and parameter.numel() > CPU_PIECE
-        key = (parameter.device, parameter.dtype, mesh, in_pieces)
+        mesh, group = getattr(parameter, "device_mesh", None), (groups or {}).get(parameter)
+        # (how long FSDP1's shards are differs between ranks, and all ranks have to have the same buckets)
+        long = group is not None or parameter.numel() > CPU_PIECE
+        in_pieces = parameter.device.type == "cpu" and long
+        key = (parameter.device, parameter.dtype, mesh, group, in_pieces)
         if key not in buckets:
             norm_dtype = _norm_dtype(parameter.dtype, parameter.device.type == "cuda" and not drives_clipping)
-            buckets[key] = Bucket(parameter.device, parameter.dtype, norm_dtype, mesh, in_pieces, drives_clipping)
+            buckets[key] = Bucket(
+                parameter.device, parameter.dtype, norm_dtype, mesh, group, in_pieces, drives_clipping
+            )
         buckets[key].parameters.append(parameter)
     for bucket in buckets.values():
         if bucket.mesh is not None:
@@ -40,12 +62,13 @@ def buckets_of(parameters: list[Tensor], drives_clipping: bool) -> list[Bucket]:
 
 @dataclass(slots=True)
 class Bucket:
-    """Parameters whose gradients one call can take: one device, one dtype, one mesh."""
+    """Parameters whose gradients one call can take: one device, one dtype, one mesh (FSDP2) or group (FSDP1)."""
 
     device: torch.device
     dtype: torch.dtype
     norm_dtype: torch.dtype | None
     mesh: Any
+    group: Any
     in_pieces: bool
     clipped: bool
     parameters: list[Tensor] = field(default_factory=list)
@@ -53,37 +76,31 @@ class Bucket:
     regular: bool = True
     gradients: list[Tensor | None] = field(default_factory=list)
 
-    def carries_scalars(self, device: torch.device) -> bool:
-        """Whether an fp32 number that is not negative comes back as it was when its norm is taken.
+    @property
+    def sharded_over(self) -> list[Any]:
+        """The process groups, one after the other, over which squares have to be added up."""
+        if self.mesh is not None:
+            return [self.mesh.get_group(dimension) for dimension in range(self.mesh.ndim)]
+        return [] if self.group is None else [self.group]
 
-        In float64 it does: the square of an fp32 number is exact there, and so is the root of that.
-        """
-        in_float64 = self.dtype == torch.float32 and self.norm_dtype == torch.float64
-        return in_float64 and self.device == device and self.mesh is None
-
-    def gradient_norms(self, riders: Sequence[Tensor] = ()) -> Sequence[Tensor]:
-        """One norm per parameter, 0 where there is no gradient, and after them those of the riders."""
+    def gradient_norms(self) -> Sequence[Tensor]:
+        """One norm per parameter, 0 where there is no gradient."""
         if self.regular:
-            # An absent or sparse gradient is told by the call that refuses it, so that nobody has to look at
-            # each.
+            # An absent or sparse gradient is found by the call that refuses it, so that nobody has to look at each.
             try:
-                gradients: list[Any] = [p.grad for p in self.parameters]
-                gradients = self.local(gradients)
-                norms = self.norms([*gradients, *riders] if riders else gradients)
+                gradients: list[Any] = self.local([p.grad for p in self.parameters])  # type: ignore[misc]
+                norms = self.norms(gradients)
             except (TypeError, AttributeError, NotImplementedError):
                 self.regular = False
             else:
-                self.gradients = gradients  # type: ignore[assignment]
+                self.gradients = gradients
                 return norms
-        return self._irregular_norms(riders)
-
-    def _irregular_norms(self, riders: Sequence[Tensor]) -> Sequence[Tensor]:
         self.gradients = [None if p.grad is None else self._dense(p) for p in self.parameters]
         present = [gradient for gradient in self.gradients if gradient is not None]
         self.regular = len(present) == len(self.parameters) and not self._any_sparse()
-        norms = iter(self.norms([*present, *riders]) if present or riders else ())
+        found = iter(self.norms(present) if present else ())
         zero = torch.zeros((), dtype=self.norm_dtype or torch.float32, device=self.device)
-        return [zero if gradient is None else next(norms) for gradient in self.gradients] + list(norms)
+        return [zero if gradient is None else next(found) for gradient in self.gradients]
 
     def _any_sparse(self) -> bool:
         return any(p.grad is not None and p.grad.is_sparse for p in self.parameters)
@@ -93,13 +110,13 @@ class Bucket:
         if not parameter.grad.is_sparse:
             return self.local([parameter.grad])[0]
         if parameter.grad.is_coalesced():
-            return parameter.grad._values()
+            return parameter.grad.values()
         # Rows that occur twice have to be added before they are squared, and clipping has to reach the sum. The
         # gradient itself is left alone otherwise: an optimizer adds such rows up one by one, to other bits.
         gradient = parameter.grad.coalesce()
         if self.clipped:
             parameter.grad = gradient
-        return gradient._values()
+        return gradient.values()
 
     def local(self, tensors: list[Tensor]) -> list[Tensor]:
         if self.mesh is None:
@@ -109,7 +126,7 @@ class Bucket:
     def norms(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         with torch.inference_mode():  # less host time for each tensor than no_grad
             if not self.in_pieces:
-                return torch._foreach_norm(tensors, 2, self.norm_dtype)
+                return foreach_norms(tensors, self.norm_dtype)
             return [self._norm_in_pieces(tensor) for tensor in tensors]
 
     def _norm_in_pieces(self, tensor: Tensor) -> Tensor:

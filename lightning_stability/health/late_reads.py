@@ -19,7 +19,7 @@ OnHost = Callable[[list[Array]], None]
 
 
 class LateReads:
-    """Copies numbers to the host behind the device's back and hands them over, in order, once they are there.
+    """Copies numbers to the host without waiting for the device, and hands them over in order once they are there.
 
     Rows of numbers are collected on the device until `every` of them go to pinned memory together: gathered
     by one kernel for every hundred or so numbers, with one asynchronous copy for each dtype and one event.
@@ -54,9 +54,8 @@ class LateReads:
     def send(self, parts: Sequence[Part], on_host: OnHost) -> None:
         """Put numbers on their way to the host.
 
-        Args:
-            parts: Not empty, and on one device. Nobody may write them again before they are handed over.
-            on_host: Gets one array for each part; they are only valid during the call.
+        `parts` is not empty and on one device; nobody may write them again before they are handed over. `on_host` gets
+        one array for each part; they are only valid during the call.
         """
         part = parts[0]
         device = part.device if isinstance(part, Tensor) else part[0].device
@@ -83,11 +82,7 @@ class LateReads:
                 self._hand_over()
 
     def drain(self, keep: int = 0) -> None:
-        """Wait for everything that was sent and hand it over.
-
-        Args:
-            keep: How many of the newest to leave on their way.
-        """
+        """Wait for everything that was sent, except the newest `keep` rows, and hand it over."""
         self._start()
         while len(self._rows) > keep:
             self._rows[0].wait()

@@ -7,45 +7,36 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stability.internals import found_inf_tensors, loss_scale, unscales_itself
+
+__all__ = ["clear_found_inf_", "scale_tensor", "unscales_itself"]
+
 
 def scale_tensor(precision_plugin: Any) -> Tensor | None:
     """The scale that this step's loss was multiplied with, as the device tensor that is updated in place.
 
-    `GradScaler.get_scale()` is the public way, but it waits for the device.
-
-    Args:
-        precision_plugin: The Trainer's precision plugin.
-
-    Returns:
-        A 0-dimensional tensor; None without an enabled GradScaler or before it scaled its first loss.
+    None without an enabled GradScaler or before it scaled its first loss.
     """
-    scaler = getattr(precision_plugin, "scaler", None)
-    if scaler is None or not scaler.is_enabled():
-        return None
-    scale: Tensor | None = scaler._scale
+    scaler = _enabled_scaler(precision_plugin)
+    scale: Tensor | None = None if scaler is None else loss_scale(scaler)
     return scale
 
 
-def forgive_(precision_plugin: Any, optimizer: Optimizer, forgiven: Tensor) -> None:
+def clear_found_inf_(precision_plugin: Any, optimizer: Optimizer, cleared: Tensor) -> None:
     """Have GradScaler find this step's gradients finite, so that it does not halve its scale for it.
 
-    Args:
-        precision_plugin: The Trainer's precision plugin.
-        optimizer: The bare torch optimizer, after `unscale_` or inside of its step.
-        forgiven: 1.0 for what shall be forgiven, else 0.0; 0-dimensional, on any device.
+    Call it after `unscale_` or inside the optimizer's step. `cleared` is 1.0 for a step to exclude, else 0.0;
+    0-dimensional, on any device.
     """
+    scaler = _enabled_scaler(precision_plugin)
+    if scaler is not None:
+        for found_inf in found_inf_tensors(scaler, optimizer):
+            found_inf.mul_(1.0 - cleared.to(found_inf.device))
+
+
+def _enabled_scaler(precision_plugin: Any) -> Any:
     scaler = getattr(precision_plugin, "scaler", None)
-    if scaler is not None and scaler.is_enabled():
-        for found_inf in scaler._per_optimizer_states.get(id(optimizer), {}).get("found_inf_per_device", {}).values():
-            found_inf.mul_(1.0 - forgiven.to(found_inf.device))
+    return scaler if scaler is not None and scaler.is_enabled() else None
 
 
-def unscales_itself(optimizer: Optimizer) -> bool:
-    """Whether the optimizer divides the scale out inside its step, so that gradients carry it until then.
-
-    True for the fused ones and for any optimizer that declares the same to GradScaler.
-
-    Args:
-        optimizer: The bare torch optimizer.
-    """
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+forgive_ = clear_found_inf_  # the name that the caller has until it is renamed

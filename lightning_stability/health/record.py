@@ -144,8 +144,8 @@ class ParameterGroups:
 
 
 def group_name(parameter_name: str, group_depth: int) -> str:
-    """The group of one parameter; `_orig_mod`, which `torch.compile` adds, is left out of its path."""
-    path = [part for part in parameter_name.split(".") if part != "_orig_mod"]
+    """The group of one parameter; what `torch.compile` and FSDP1 add to its path is left out."""
+    path = [part for part in parameter_name.split(".") if part not in ("_orig_mod", "_fsdp_wrapped_module")]
     return ".".join((path[:-1] or path)[:group_depth])
 
 

@@ -1,8 +1,9 @@
-"""Telling a gradient norm that rises out of its range from one that is merely noisy."""
+"""Telling a gradient norm that rises out of its range from one that merely varies."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +12,21 @@ import numpy as np
 
 from lightning_stability.health.record import Floats
 
-MEMORY_STEPS = 50
-"""Steps over which the mean and the deviation forget; also the steps before the first warning."""
-DEVIATIONS = 4.0
-"""How many deviations above the mean of the log norm are out of range."""
-LEAST_FACTOR = 3.0
-"""A norm below this multiple of its usual value is never called out, however steady it was before."""
-LARGEST_STEP = 2.0
-"""A value further off than this many deviations counts as one at that distance: a slow rise cannot widen the
-range in front of it."""
-SMALLEST_DEVIATION = 0.05
-"""A deviation below this (5% of the norm) counts as this: else a steady norm could never move on."""
-STEPS_IN_A_ROW = 3
-"""A single spike is ordinary; this many steps out of range are a rise."""
-STEPS_AT_ONCE = 8
-"""The groups' norms of so many steps are worked out together: one by one that costs more than all the rest."""
+BLOCK_STEPS = 8
+"""Every so many steps the usual norm is computed anew, and the groups' norms together."""
+MEMORY_BLOCKS = 16
+"""Blocks that are remembered; all but the newest `RECENT_BLOCKS` say what is usual."""
+RECENT_BLOCKS = 3
+"""Blocks too new to be usual: a rise cannot lift the range that it is leaving."""
+RECENT_STEPS = BLOCK_STEPS * RECENT_BLOCKS
+
+FAST_FACTOR, FAST_DEVIATIONS, FAST_STEPS = 5.0, 5.0, 3
+"""A fast rise: so many steps in a row are above this multiple of the usual norm, and so many standard deviations up."""
+SLOW_FACTOR, SLOW_DEVIATIONS = 10.0, 2.0
+"""A slow rise: the same of more than half of the recent steps."""
+ENOUGH_STEPS = 40
+"""With fewer steps to say what is usual, the standard deviation does not widen the range of a slow rise: it may be the
+rise itself, from step 0 on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +45,11 @@ class Rise:
 
 
 class NormTrend:
-    """Follows the logarithm of a norm with an exponentially weighted mean and deviation.
+    """Compares the newest norms with the usual one: the lower quartile of those before them.
 
-    With weight `w = max(1 / n, 1 / 50)` for the n-th value `x` and `d = x - mean`: `mean += w d` and
-    `variance = (1 - w) (variance + w d^2)` (T. Finch, "Incremental calculation of weighted mean and
-    variance", 2009).
-
-    Once there is a usual value, `d` is held within two deviations: a rise then hardly moves the range that it
-    is leaving, while a lasting new level is accepted in time.
+    Everything is computed on the logarithm of the norm. Quartiles, not means: a spike does not move them, and neither
+    does the rise itself until it has filled a quarter of the memory. The standard deviation is the distance between the
+    quartiles divided by 1.35, as it is for a normal distribution.
 
     Args:
         group_names: The groups whose norms come with each total.
@@ -73,14 +71,12 @@ class NormTrend:
     ) -> None:
         self.group_names = group_names
         self._norms_of_groups = norms_of_groups
-        self._waiting: list[tuple[Floats, float]] = []  # a step's norms, its weight
-        self._count = 0
-        self._mean = 0.0
-        self._variance = 0.0
-        self._group_means = np.full(len(group_names), np.nan)
-        self._all_known = False
-        self._steps_above = 0
+        self._logs: deque[float] = deque(maxlen=BLOCK_STEPS * MEMORY_BLOCKS)
+        self._group_logs: deque[Floats] = deque(maxlen=MEMORY_BLOCKS)  # one mean per block; NaN without a gradient
+        self._block: list[Floats] = []  # what `update` was given since the last full block
+        self._block_groups: list[Floats] = []  # the same, made into the groups' norms: by `state_dict` alone
         self._rising = False
+        self._usual, self._fast_limit, self._slow_limit = 0.0, math.inf, math.inf
 
     def update(self, total: float, norms: Floats) -> Rise | None:
         """Take in one step's finite norms.
@@ -90,92 +86,89 @@ class NormTrend:
             norms: One norm per group, or whatever `norms_of_groups` makes them of. Nobody may write it later.
 
         Returns:
-            What rose, at the step that makes it a rise; None on all others, until the norm has come back.
+            What rose, at the step that makes it a rise; None on all others, until the norm is back in its range.
         """
         if total <= 0.0:
             return None
         value = math.log(total)
-        margin = max(DEVIATIONS * math.sqrt(self._variance), math.log(LEAST_FACTOR))
-        rise = self._judge(value, margin, norms) if self._count >= MEMORY_STEPS else None
-        self._count += 1
-        weight = max(1.0 / self._count, 1.0 / MEMORY_STEPS)
-        difference = value - self._mean
-        if self._count > MEMORY_STEPS:
-            edge = LARGEST_STEP * max(math.sqrt(self._variance), SMALLEST_DEVIATION)
-            difference = min(max(difference, -edge), edge)
-        self._mean += weight * difference
-        self._variance = (1.0 - weight) * (self._variance + weight * difference * difference)
-        if not self._steps_above:  # a group's usual norm is the one from before the rise
-            self._waiting.append((norms, weight))
-            if len(self._waiting) >= STEPS_AT_ONCE:
-                self._follow_groups()
+        self._logs.append(value)
+        above = value > min(self._fast_limit, self._slow_limit)
+        rise = self._judge(norms) if above or self._rising else None
+        self._block.append(norms)
+        if len(self._block) + len(self._block_groups) == BLOCK_STEPS:
+            self._end_block()
         return rise
 
-    def _judge(self, value: float, margin: float, norms: Floats) -> Rise | None:
-        if value <= self._mean + margin:
-            self._steps_above = 0
-            self._rising = self._rising and value > self._mean + margin / 2
+    def _judge(self, norms: Floats) -> Rise | None:
+        recent = np.array(self._logs)[-RECENT_STEPS:]
+        newest = recent[-FAST_STEPS:]
+        if self._rising:
+            # back in its range: halfway down to the usual norm, so that one rise is not called out again and again
+            self._rising = bool((newest > (self._usual + min(self._fast_limit, self._slow_limit)) / 2).any())
             return None
-        self._steps_above += 1
-        if self._rising or self._steps_above < STEPS_IN_A_ROW:
+        if not ((newest > self._fast_limit).all() or np.median(recent) > self._slow_limit):
             return None
         self._rising = True
-        self._follow_groups()
-        ratios = self._norms_of_groups(norms[None])[0] / np.exp(self._group_means)
+        ratios = self._norms_of_groups(norms[None])[0] / np.exp(self._usual_of_groups())
         worst = int(np.argmax(np.where(np.isfinite(ratios), ratios, 0.0)))
-        return Rise(
-            self.group_names[worst],
-            float(f"{ratios[worst]:.6g}"),
-            float(f"{math.exp(value - self._mean):.6g}"),
-        )
+        ratio = math.exp(recent[-1] - self._usual)
+        return Rise(self.group_names[worst], float(f"{ratios[worst]:.6g}"), float(f"{ratio:.6g}"))
 
-    def _follow_groups(self) -> None:
-        """Take in the groups' norms of the steps that wait."""
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
-            return
-        rows = self._norms_of_groups(np.stack([norms for norms, _ in waiting]))
-        if not self._all_known or not rows.all():
-            for row, (_, weight) in zip(rows, waiting, strict=True):
-                self._follow_some(row, weight)
-            return
-        # mean += w (log - mean) for one step after the other, in one product
-        shares, rest = [], 1.0
-        for _, weight in reversed(waiting):
-            shares.append(rest * weight)
-            rest *= 1.0 - weight
-        self._group_means = rest * self._group_means + np.array(shares[::-1]) @ np.log(rows)
+    def _end_block(self) -> None:
+        self._group_block()
+        groups, self._block_groups = np.stack(self._block_groups), []
+        present = groups > 0.0  # a group without a gradient says nothing about its norm
+        sums = np.log(np.where(present, groups, 1.0)).sum(axis=0)
+        counts = present.sum(axis=0)
+        self._group_logs.append(np.where(counts > 0, sums / np.maximum(counts, 1), np.nan))
+        self._set_limits()
 
-    def _follow_some(self, group_norms: Floats, weight: float) -> None:
-        known = group_norms > 0.0  # a group without a gradient says nothing about its norm
-        logs = np.log(np.where(known, group_norms, 1.0))
-        start = np.where(np.isnan(self._group_means), logs, self._group_means)
-        self._group_means = np.where(known, start + weight * (logs - start), self._group_means)
-        self._all_known = not np.isnan(self._group_means).any()
+    def _group_block(self) -> None:
+        if self._block:
+            self._block_groups.extend(self._norms_of_groups(np.stack(self._block)))
+            self._block = []
+
+    def _set_limits(self) -> None:
+        before = np.sort(np.array(self._logs)[:-RECENT_STEPS])
+        if not len(before):
+            return
+        quarter = (len(before) - 1) // 4
+        self._usual, upper = float(before[quarter]), float(before[-1 - quarter])
+        deviation = (upper - self._usual) / 1.35
+        self._fast_limit = self._usual + max(math.log(FAST_FACTOR), FAST_DEVIATIONS * deviation)
+        if len(before) < ENOUGH_STEPS:
+            deviation = 0.0
+        self._slow_limit = self._usual + max(math.log(SLOW_FACTOR), SLOW_DEVIATIONS * deviation)
+
+    def _usual_of_groups(self) -> Floats:
+        """Each group's usual log norm: the lower quartile of its blocks; NaN for one that had no gradient."""
+        blocks = np.sort(np.stack(self._group_logs)[:-RECENT_BLOCKS], axis=0)  # NaN last
+        known = np.isfinite(blocks).sum(axis=0)
+        usual: Floats = blocks[np.maximum(known - 1, 0) // 4, np.arange(len(self.group_names))]
+        return usual
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next `update` depends on."""
-        self._follow_groups()
+        self._group_block()
         return {
             "group_names": list(self.group_names),
-            "count": self._count,
-            "mean": self._mean,
-            "variance": self._variance,
-            "group_means": self._group_means.tolist(),
-            "steps_above": self._steps_above,
+            "logs": list(self._logs),
+            "group_logs": [block.tolist() for block in self._group_logs],
+            "block": [norms.tolist() for norms in self._block_groups],
             "rising": self._rising,
+            "limits": [self._usual, self._fast_limit, self._slow_limit],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, or start afresh if it is of other groups.
+        """Continue from a state, or start afresh if it is of other groups or of an older rule.
 
         Args:
             state: What `state_dict` returned.
         """
-        if tuple(state["group_names"]) != self.group_names:
+        if state.get("group_names") != list(self.group_names) or "logs" not in state:
             return
-        self._count, self._mean, self._variance = state["count"], state["mean"], state["variance"]
-        self._group_means = np.array(state["group_means"], dtype=np.float64)
-        self._all_known = not np.isnan(self._group_means).any()
-        self._waiting = []
-        self._steps_above, self._rising = state["steps_above"], state["rising"]
+        self._logs.extend(state["logs"])
+        self._group_logs.extend(np.array(block, dtype=np.float64) for block in state["group_logs"])
+        self._block_groups = [np.array(norms, dtype=np.float64) for norms in state["block"]]
+        self._rising = state["rising"]
+        self._usual, self._fast_limit, self._slow_limit = state["limits"]

@@ -141,6 +141,25 @@ def test_large_gradients_of_equal_values(size: int, dtype: torch.dtype) -> None:
     assert measure(meter).grad_norms[0] == pytest.approx(exact, rel=1e-4)
 
 
+@pytest.mark.parametrize("ends", ["send", "discard", "force", "clip"])
+def test_a_second_measurement_in_a_step_changes_nothing(ends: str) -> None:
+    meter, [parameter] = make([torch.ones(4)], drives_clipping=ends == "clip")
+    meter.measure({"scale": torch.tensor(8.0)})
+    parameter.grad.mul_(0.5)  # clipped by somebody
+    meter.measure({"scale": torch.tensor(1.0)})
+    assert float(meter.total_norm()) == 2.0
+    if ends == "send":
+        first = send(meter)
+        assert (first.grad_norms.tolist(), first.scalars) == ([2.0], {"scale": 8.0})
+    elif ends == "discard":
+        meter.discard()
+    elif ends == "clip":
+        meter.clip_(10.0)
+    meter.measure({"scale": torch.tensor(1.0)}, force=ends == "force")
+    then = send(meter)
+    assert (then.grad_norms.tolist(), then.scalars["scale"]) == ([1.0], 1.0)
+
+
 def test_scalars_travel_along_as_they_were_at_the_measurement() -> None:
     scale = torch.tensor(8.0)
     meter, _ = make([torch.ones(2)])
@@ -205,10 +224,10 @@ def test_the_vector_of_a_sparse_and_an_absent_gradients_norms() -> None:
 @pytest.mark.parametrize("loss", [torch.tensor(-2.0), torch.tensor(-2.0, dtype=torch.bfloat16)])
 @pytest.mark.parametrize("present", [True, False])
 def test_what_travels_along_when_the_norms_drive_the_clipping(loss: torch.Tensor, present: bool) -> None:
-    """On a device norms, scale and loss are gathered at once, and the coefficient is written beside them."""
+    """On a device nothing is read at once: what is written later must not change what is on its way."""
     meter, parameters = make([torch.ones(4), torch.ones(9) if present else None, torch.ones(16)], drives_clipping=True)
     _, theirs = make([None if p.grad is None else p.grad.clone() for p in parameters])
-    meter._on_host, meter._gathers_at_once = False, True
+    meter._on_host = False  # as on a GPU
     scale, results, reads = torch.tensor(8.0), [], LateReads()
     for _ in range(2):
         meter.measure({"loss_scale": scale}, {"loss": loss, "bad_batch": torch.tensor(3)})
