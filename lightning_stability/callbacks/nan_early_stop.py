@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NoReturn
 
+import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import StabilityCallback, warn_always
 from lightning_stability.callbacks.incident import Incident, listed, poisoned_attributes
+from lightning_stability.callbacks.loggers import call_logger, notify_loggers
 from lightning_stability.checkpointing.loops import Place, TrainingPlaces
 from lightning_stability.checkpointing.section import StopCheckpoint, is_of_a_stop
 from lightning_stability.health import StepRecord
@@ -27,6 +31,7 @@ from lightning_stability.recovery.stopping import (
 )
 from lightning_stability.runtime import DeliberateError, Order, Outcome
 from lightning_stability.runtime.counts import Counts
+from lightning_stability.runtime.trainers import why_gradients_are_hidden
 
 
 class NonFiniteError(DeliberateError, RuntimeError):
@@ -110,6 +115,7 @@ class NaNEarlyStop(StabilityCallback):
         self.action = action
         self.monitor = [monitor] if isinstance(monitor, str) else list(monitor or ())
         self._counts = Counts()
+        self._watches_loss_alone = False
         self._updates_at_save = 0
         self._clear()
 
@@ -164,10 +170,30 @@ class NaNEarlyStop(StabilityCallback):
         assert self.session is not None
         trainer = self.session.trainer
         if trainer.is_global_zero and (record.outcome == Outcome.BAD or self.asked_for):
+            metrics = {"skipped_updates": float(self._counts.skipped)}
             for logger in trainer.loggers:
-                logger.log_metrics({"skipped_updates": float(self._counts.skipped)}, step=record.logger_step)
+                call_logger(logger, partial(logger.log_metrics, metrics, step=record.logger_step))
         if record.outcome == Outcome.BAD:
             self._on_bad_step(record)
+
+    def _join(self, trainer: Any, stage: str) -> None:
+        """Where the gradients are hidden (DeepSpeed, XLA), watch the loss alone: nothing can be skipped there."""
+        hidden = why_gradients_are_hidden(trainer) is not None
+        self._watches_loss_alone = hidden and stage == "fit"
+        self.guards = self.reads_steps = not hidden
+        super()._join(trainer, stage)
+
+    def _look_at_loss(self, trainer: Any, outputs: Any) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        bad = isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all())
+        if self._incident is None and trainer.strategy.reduce_boolean_decision(bad, all=False):
+            engine = type(trainer.strategy).__name__
+            why = (
+                f"the loss was {float(loss):g}" if bad else "the loss was not finite on another rank"
+            ) + f"; its update has been made, since under {engine} the engine alone can skip updates"
+            self._incident = Incident(
+                "loss", why, trainer.global_step, trainer.current_epoch, batch_index(trainer), None
+            )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Stop here if the validation in between said so."""
@@ -175,6 +201,8 @@ class NaNEarlyStop(StabilityCallback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop when the batch's hooks are through, before a validation or a checkpoint."""
+        if self._watches_loss_alone:
+            self._look_at_loss(trainer, outputs)
         if self._incident is not None and not window_is_open(trainer):
             self._silence_checkpoints(trainer)
             self._end_loops(trainer)
@@ -256,10 +284,9 @@ class NaNEarlyStop(StabilityCallback):
             self.session.end()
         elif trainer.is_global_zero:
             row = f", {in_a_row} in a row" if in_a_row > 1 else ""
-            warn_always(
-                f"NaNEarlyStop: an update was skipped{row}: {incident.why} ({incident.place}). More than"
-                f" {self.patience} in a row end the run."
-            )
+            what = f"an update was skipped{row}: {incident.why} ({incident.place})."
+            warn_always(f"NaNEarlyStop: {what} More than {self.patience} in a row end the run.")
+            notify_loggers(trainer, "Update skipped", what, "lightning_stability/skipped", record.logger_step)
 
     def skips_exception(self, exception: Exception, batch: Any) -> bool:
         """Say which values of the batch, or which weights, are not finite; skip a batch that is, with patience left."""
@@ -346,11 +373,9 @@ class NaNEarlyStop(StabilityCallback):
         self._message = self._compose(incident, checkpoint)
         if self.action == "stop":
             warn_always(self._message)
-        for logger in trainer.loggers:
-            try:
-                logger.save()
-            except Exception as error:  # a tracker that fails must not hide why the run ended
-                warn_always(f"NaNEarlyStop: {type(logger).__name__} could not be saved: {error!r}")
+        notify_loggers(trainer, "Training stopped", self._message, "lightning_stability/stopped", incident.step)
+        for logger in trainer.loggers:  # a tracker that fails must not hide why the run ended
+            call_logger(logger, logger.save)
 
     def _raise(self, incident: Incident) -> NoReturn:
         raise NonFiniteError(self._message, incident.what, incident.step, incident.epoch, incident.batch_idx)

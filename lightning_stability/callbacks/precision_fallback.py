@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import StabilityCallback
 from lightning_stability.callbacks.incident import listed
+from lightning_stability.callbacks.loggers import call_logger, notify_loggers
 from lightning_stability.health import StepRecord
 from lightning_stability.health.layer_scales import LayerScales
 from lightning_stability.health.values import named_tensors, nonfinite_names
@@ -329,10 +331,14 @@ class PrecisionFallback(StabilityCallback):
     def _say_change(self, what_next: str) -> None:
         change = self._change
         assert change is not None
-        rank_zero_warn(
-            f"PrecisionFallback: {change.fallen_from} cannot go on at {change.place}: {change.why}."
+        assert self.session is not None
+        what = (
+            f"{change.fallen_from} cannot continue at {change.place}: {change.why}."
             f" {what_next.format(to=change.to)}{self._about_compilation()}"
         )
+        rank_zero_warn(f"PrecisionFallback: {what}")
+        trainer = self.session.trainer
+        notify_loggers(trainer, "Precision changed", what, "lightning_stability/precision", logger_step(trainer))
 
     def _about_compilation(self) -> str:
         assert self.session is not None
@@ -348,7 +354,7 @@ class PrecisionFallback(StabilityCallback):
         if self._loss_scale is not None:
             metrics["loss_scale"] = self._loss_scale
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=logger_step(trainer))
+            call_logger(logger, partial(logger.log_metrics, metrics, step=logger_step(trainer)))
 
     def _write(self, event: str, record: StepRecord, **details: Any) -> None:
         assert self.session is not None

@@ -37,6 +37,3 @@ def clear_found_inf_(precision_plugin: Any, optimizer: Optimizer, cleared: Tenso
 def _enabled_scaler(precision_plugin: Any) -> Any:
     scaler = getattr(precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
-
-
-forgive_ = clear_found_inf_  # the name that the caller has until it is renamed

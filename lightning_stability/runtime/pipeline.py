@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from lightning_stability import internals
 from lightning_stability._compat import MisconfigurationException, is_overridden
 from lightning_stability.health import GradientMeter, LateReads, Measurement, StepRecord
+from lightning_stability.health.buckets import shard_groups
 from lightning_stability.health.forward_order import forward_order
-from lightning_stability.health.loss_scale import forgive_, scale_tensor, unscales_itself
+from lightning_stability.health.loss_scale import clear_found_inf_, scale_tensor, unscales_itself
 from lightning_stability.recovery import Guard
 from lightning_stability.runtime.exchange import exchange_flags
 from lightning_stability.runtime.record import HELD, NO_LOSS, REJECTED, Limits, Losses, Outcome, Step, classify
@@ -155,7 +156,7 @@ class Pipeline:
         kept = {} if step.losses.total is None else {"loss": step.losses.total}
         if self.guard is not None and step.losses.batches > 1:
             kept["bad_batch"] = step.losses.first_nonfinite()
-        meter.measure(scalars, kept)
+        meter.measure(scalars, kept, force=True)
         step.scaled = scale is not None
         step.divide_by_scale = scale is not None and unscales_itself(optimizer)
         step.logger_step = internals.logger_step(self._trainer)
@@ -289,7 +290,8 @@ class Pipeline:
             if meter is not None:
                 self._forward_order = {}
             drives = is_clipped_to_the_bit(optimizer) or not self._is_automatic()
-            meter = GradientMeter(optimizer, names, drives and clips_by_norm(self._trainer))
+            groups = shard_groups(self._trainer.strategy.model)
+            meter = GradientMeter(optimizer, names, drives and clips_by_norm(self._trainer), groups=groups)
             self.meters[optimizer] = meter
         return meter
 
@@ -323,7 +325,7 @@ class Pipeline:
         Called after it has looked: it does so in `unscale_`, or, for optimizers that unscale themselves, in its `step`.
         """
         if step.verdict is not None and step.verdict.rejected is not None:
-            forgive_(self._trainer.precision_plugin, step.optimizer, step.verdict.rejected)
+            clear_found_inf_(self._trainer.precision_plugin, step.optimizer, step.verdict.rejected)
 
     def _index_of(self, optimizer: Optimizer) -> int:
         return next((i for i, candidate in enumerate(self._trainer.optimizers) if candidate is optimizer), 0)

@@ -13,8 +13,7 @@ from lightning_stability._compat import MisconfigurationException, is_instance_b
 from lightning_stability.health.buckets import CPU_PIECE
 
 # Strategies whose gradients are not to be had where we look, and what to use in their place.
-_REFUSED = {
-    "FSDPStrategy": "its parameters are this rank's flat shard; use ModelParallelStrategy (FSDP2)",
+_HIDDEN = {
     "DeepSpeedStrategy": "its engine keeps and clips the gradients; use DDP or ModelParallelStrategy",
     "XLAStrategy": "its tensors have no multi-tensor norm; leave the callback out",
     "XLAFSDPStrategy": "its tensors have no multi-tensor norm; leave the callback out",
@@ -39,20 +38,22 @@ def log_folder(trainer: Any) -> str | None:
     return answer
 
 
+def why_gradients_are_hidden(trainer: Any) -> str | None:
+    """Why gradients cannot be measured under this Trainer's strategy; None if they can be."""
+    strategy = trainer.strategy
+    for name, reason in _HIDDEN.items():
+        if is_instance_by_name(strategy, name):
+            return f"gradients cannot be measured under {type(strategy).__name__}: {reason}."
+    if is_instance_by_name(strategy, "FSDPStrategy") and getattr(strategy.cpu_offload, "offload_params", False):
+        return "gradients cannot be measured under FSDPStrategy(cpu_offload=True): they are on the CPU; leave it out."
+    return None
+
+
 def refuse_strategy(trainer: Any) -> None:
-    """Refuse a strategy under which gradients cannot be measured.
-
-    Args:
-        trainer: The Trainer.
-
-    Raises:
-        MisconfigurationException: If it has one.
-    """
-    for name, reason in _REFUSED.items():
-        if is_instance_by_name(trainer.strategy, name):
-            raise MisconfigurationException(
-                f"gradients cannot be measured under {type(trainer.strategy).__name__}: {reason}."
-            )
+    """Raise MisconfigurationException under a strategy that hides the gradients."""
+    why = why_gradients_are_hidden(trainer)
+    if why is not None:
+        raise MisconfigurationException(why)
 
 
 def refuse_optimizer(optimizer: Optimizer) -> None:

@@ -136,7 +136,7 @@ class TestTheSameBatchAgain:
             on_before_optimizer_step=lambda self, optimizer: None,
         )
         trainer = runs.trainer(pl, callbacks=[PrecisionFallback()], precision="16-true", gradient_clip_val=1.0)
-        with pytest.warns(UserWarning, match="16-true cannot go on at epoch 0, batch 2"):
+        with pytest.warns(UserWarning, match="16-true cannot continue at epoch 0, batch 2"):
             trainer.fit(module, loader)
         assert {t.dtype for t in module.state_dict().values()} == {torch.float32}
         states = trainer.optimizers[0].state.values()
@@ -512,7 +512,7 @@ class TestCompiled:
             callbacks = [Change() if by_hand else PrecisionFallback()]
             trainer = runs.trainer(one, callbacks=callbacks, plugins=runs.fp16(one, init_scale=256.0))
             fitted = torch.compile(module, backend=backend) if whole else module
-            said = r"16-mixed cannot go on .* compiled once more" if whole else "16-mixed cannot go on"
+            said = r"16-mixed cannot continue .* compiled once more" if whole else "16-mixed cannot continue"
             with contextlib.nullcontext() if by_hand else pytest.warns(UserWarning, match=said):
                 trainer.fit(fitted, runs.data(20))
             assert trainer.precision == "32-true"

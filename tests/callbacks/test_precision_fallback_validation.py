@@ -39,7 +39,7 @@ def fit(pl: Any, module: Any, callbacks: list[Any], **options: Any) -> Any:
 @pytest.mark.parametrize("sanity", [0, 2])
 def test_the_batch_is_validated_in_fp32_and_the_run_continues(pl: Any, raises: bool, sanity: int) -> None:
     module = make(pl, raises)
-    with pytest.warns(UserWarning, match="16-mixed cannot go on .*in validation"):
+    with pytest.warns(UserWarning, match="16-mixed cannot continue .*in validation"):
         trainer = fit(pl, module, [PrecisionFallback(), NaNEarlyStop()], num_sanity_val_steps=sanity)
     assert trainer.precision_plugin.precision == "32-true"
     assert trainer.global_step == 8

@@ -77,6 +77,7 @@ def test_a_bad_gradient_of_one_rank_is_bad_on_both(ranks: list[dict[str, Any]], 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_a_trainer_with_strategy_fsdp(pl: Any, precision: str) -> None:
     logger = runs.memory_logger(pl)

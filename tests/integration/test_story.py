@@ -132,9 +132,9 @@ def test_the_crash_recipe_with_precision_fallback_goes_on_in_fp32_and_names_the_
     words += ["--trainer.limit_val_batches=2", "--trainer.callbacks+=PrecisionFallback"]
     done = run("fit", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    [line] = [line for line in done.stderr.splitlines() if "cannot go on" in line]
+    [line] = [line for line in done.stderr.splitlines() if "cannot continue" in line]
     assert re.search(
-        r"16-mixed cannot go on at epoch 0, batch 0, global step 0: the loss was nan; the output of"
+        r"16-mixed cannot continue at epoch 0, batch 0, global step 0: the loss was nan; the output of"
         r" `input_stats` ranges from -\d\.\d+e\+05 to \d\.\d+e\+05, and fp16 ends at 65,504\.",
         line,
     )
