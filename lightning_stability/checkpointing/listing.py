@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_stability.checkpointing.loops import SECTION
+from lightning_stability.checkpointing.resume import SECTION
 from lightning_stability.checkpointing.writing import is_part
 from lightning_stability.health.values import nonfinite_names
 
