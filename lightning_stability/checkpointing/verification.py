@@ -173,7 +173,7 @@ _SECTION_FIELDS: dict[str, _Kind] = {
     "epochs": ("a finite number", lambda v: _is_number(v) and math.isfinite(v)),
     "finite": _FLAG,
     "nonfinite_by_design": ("a list of names", lambda v: _is_list(v) and all(map(_is_text, v))),
-    "metrics": ("a dict of numbers", lambda v: _is_dict(v) and all(map(_is_text, v)) and all(map(_is_number, v.values()))),
+    "metrics": ("a dict of numbers", lambda v: _is_dict(v) and all(_is_text(k) and _is_number(v[k]) for k in v)),
     "inside_epoch": _FLAG,
     "batch_is_over": _FLAG,
     "stop_is_due": _FLAG,
