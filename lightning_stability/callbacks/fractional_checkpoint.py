@@ -43,7 +43,8 @@ class FractionalCheckpoint(ModelCheckpoint):
     A checkpoint holds what an exact resume needs besides Lightning's own: the random state of Python, numpy and
     torch, the position of the data (with a StatefulDataLoader of torchdata), the sums of `self.log`, the states of
     torchmetrics and non-persistent buffers that training changes, of every rank. Before anything is written, weights,
-    buffers and optimizer state are checked; what became non-finite is not saved. Files are written beside, flushed, then moved into place.
+    buffers and optimizer state are checked; what became non-finite is not saved. Files are written beside, flushed,
+    then moved into place.
 
     Kept are the `save_top_k` best and always the newest; a metric that is NaN makes none of them the best. A second
     name, `last.ckpt`, moves along with the newest and takes no room on the disk.
@@ -171,8 +172,8 @@ class FractionalCheckpoint(ModelCheckpoint):
         points.listen(self)
         points.finite.allow(self.allow_nonfinite)
         if trainer.is_global_zero and points.starts > 1 and writing.is_local(str(self.dirpath)):
-            earlier = [info.starts for info in list_checkpoints(str(self.dirpath)) if info.run == points.run_id]
-            points.starts = max([points.starts, *(starts + 1 for starts in earlier)])
+            earlier = [info.start for info in list_checkpoints(str(self.dirpath)) if info.run == points.run_id]
+            points.starts = max([points.starts, *(start + 1 for start in earlier)])
         self._batches_per_epoch(trainer)
         self._schedule.start_at(self._epochs_at_start(trainer))
         if bad := points.finite.unexpected_now():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_stability.checkpointing.listing import checked_tensors, own_name
+from lightning_stability.checkpointing.verification import checked_tensors, own_name
 from lightning_stability.health.values import nonfinite_names
 
 _PLUS, _MINUS, _NAN = 1, 2, 4

@@ -228,7 +228,7 @@ class SavePoints:
         """
         self._resume = Resume.of(checkpoint, checkpoint[SECTION], self.trainer, rank, world_size)
         if self._resume is not None:
-            self.run_id, self.starts = checkpoint[SECTION]["run"], checkpoint[SECTION]["starts"]
+            self.run_id, self.starts = checkpoint[SECTION]["run_id"], checkpoint[SECTION]["start"]
             self._run_override.restore()
             run = self.trainer.fit_loop.run
             self._run_override.set(self.trainer.fit_loop, "run", lambda: self._run(run))

@@ -27,8 +27,8 @@ def make_section(trainer: Any, point: SavePoint, epochs: float, stop_is_due: boo
     points = SavePoints.of(trainer)
     return {
         "format": FORMAT,
-        "run": points.run_id,
-        "starts": points.starts,
+        "run_id": points.run_id,
+        "start": points.starts,
         "inside_epoch": point.batches > 0,
         "more_batches": points.has_more_batches(point),
         "batch_is_over": point.over,
@@ -103,7 +103,7 @@ def write_at_once(trainer: Any, checkpoint: dict[str, Any], path: str) -> None:
     error: Exception | None = None
     if trainer.is_global_zero:
         try:
-            writing.run(writing.WriteJob(path, lambda part: writing.write_file(checkpoint, part)))
+            writing.write_file(checkpoint, path)
         except Exception as raised:  # the other ranks wait to hear of it
             error = raised
     failure: str | None = trainer.strategy.broadcast(None if error is None else f"on the first rank: {error!r}")
