@@ -18,6 +18,7 @@ from lightning_stability.callbacks.base import warn_always, warn_of_forgotten_pr
 from lightning_stability.checkpointing import writing
 from lightning_stability.checkpointing.listing import list_checkpoints
 from lightning_stability.checkpointing.loops import SavePoint, SavePoints
+from lightning_stability.checkpointing.own_objects import allow_own_hyperparameters
 from lightning_stability.checkpointing.resume import SECTION
 from lightning_stability.checkpointing.saving import PendingSave, Saver, best_first
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
@@ -146,6 +147,7 @@ class FractionalCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or trainer.fast_dev_run:
             return
+        allow_own_hyperparameters(pl_module)
         self._leave(trainer)
         self._begin_fit()
         self._events = EventLog(log_folder(trainer), trainer.global_rank)
@@ -206,6 +208,10 @@ class FractionalCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the batch that a validation follows is not over here."""
+
+    def finish_writing(self, trainer: Any) -> None:
+        """Wait for what is being written, with all ranks; a failure is warned of and raises nothing."""
+        self._finish_pending(trainer, may_raise=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Wait for what is being written."""
@@ -338,20 +344,22 @@ class FractionalCheckpoint(ModelCheckpoint):
         checkpoint[SECTION] = section = make_section(trainer, place, float(epochs), stop_is_due)
         return checkpoint, section
 
-    def _finish_pending(self, trainer: Any, together: bool = True) -> None:
+    def _finish_pending(self, trainer: Any, together: bool = True, may_raise: bool = True) -> None:
         """Wait for the save under way; with all ranks here, all learn how it went."""
         pending = None if self._saver is None else self._saver.finish(trainer, together)
         if pending is None:
             return
         if pending.failure is not None:
             self._note_failure(trainer, pending)
-            if together and self._failures >= self.max_failures:
+            if may_raise and self._failures >= self.max_failures:
                 raise RuntimeError(
                     f"FractionalCheckpoint: {self._failures} saves in a row failed, the last one to"
                     f" {pending.job.path}: {pending.failure}"
                 ) from pending.error
             return
         self._failures = 0
+        if pending.job.trouble is not None:
+            warn_always(f"FractionalCheckpoint: {pending.job.path} is written, but then: {pending.job.trouble}")
         for path in pending.job.outdated:
             self._scores.pop(path, None)
         if trainer.is_global_zero:
@@ -424,7 +432,7 @@ class FractionalCheckpoint(ModelCheckpoint):
     def _leave(self, trainer: Any) -> None:
         SavePoints.of(trainer).leave(self)
         if self._saver is not None:
-            self._finish_pending(trainer, together=False)  # without the other ranks, which may be gone
+            self._finish_pending(trainer, together=False, may_raise=False)  # without the other ranks, which may be gone
             self._saver.close()
             self._saver = None
 

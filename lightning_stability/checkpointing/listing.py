@@ -71,7 +71,7 @@ def list_checkpoints(folder: str | os.PathLike[str], verify: bool = False) -> li
         >>> info.step, info.complete, info.finite
         (3, True, True)
     """
-    return _in_order([_inspect(path, verify) for path in _checkpoint_files(Path(folder))])
+    return oldest_first([_inspect(path, verify) for path in _checkpoint_files(Path(folder))])
 
 
 def last_good_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
@@ -101,7 +101,7 @@ def newest_good(infos: list[CheckpointInfo]) -> Path | None:
     Args:
         infos: Of any number of folders.
     """
-    return next((info.path for info in reversed(_in_order(infos)) if info.is_good), None)
+    return next((info.path for info in reversed(oldest_first(infos)) if info.is_good), None)
 
 
 def find_checkpoints(root: str | os.PathLike[str]) -> list[CheckpointInfo]:
@@ -162,7 +162,7 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _in_order(infos: list[CheckpointInfo]) -> list[CheckpointInfo]:
+def oldest_first(infos: list[CheckpointInfo]) -> list[CheckpointInfo]:
     """Oldest first. Within a run the clock, which may have been set, comes last."""
     newest: dict[str, float] = {}
     for info in infos:

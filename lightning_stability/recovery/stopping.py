@@ -5,13 +5,20 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
+from lightning_stability import internals
 from lightning_stability._compat import is_instance_by_name
+from lightning_stability.checkpointing.listing import list_checkpoints, oldest_first
+from lightning_stability.checkpointing.own_objects import needs_pickle
+from lightning_stability.checkpointing.verification import what_is_not_finite
+from lightning_stability.checkpointing.writing import is_local
 
 _SAVING_HOOKS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_train_end")
 FILE_NAME = "nan_early_stop.ckpt"
@@ -21,24 +28,17 @@ class SilencedCheckpoints:
     """Keeps the Trainer's checkpoint callbacks from saving until `restore`.
 
     Lightning ends a run with a last save, which would replace the one from before the incident.
-
-    Args:
-        trainer: The Trainer.
     """
 
     def __init__(self, trainer: Any) -> None:
-        self._callbacks = list(trainer.checkpoint_callbacks)
-        for callback in self._callbacks:
+        self._overrides = internals.Overrides()
+        for callback in trainer.checkpoint_callbacks:
             for hook in _SAVING_HOOKS:
-                setattr(callback, hook, _nothing)
+                self._overrides.set(callback, hook, _nothing)
 
     def restore(self) -> None:
         """Let them save again."""
-        for callback in self._callbacks:
-            for hook in _SAVING_HOOKS:
-                if vars(callback).get(hook) is _nothing:
-                    delattr(callback, hook)
-        self._callbacks = []
+        self._overrides.restore()
 
 
 class EndOfLoop:
@@ -50,46 +50,67 @@ class EndOfLoop:
     """
 
     def __init__(self, loop: Any, instead: Callable[[], None]) -> None:
-        self._loop = loop
-        self._instead = lambda *args: instead()
-        self._before = vars(self._loop).get("on_advance_end")  # another callback's, maybe
-        self._loop.on_advance_end = self._instead
+        self._overrides = internals.Overrides()
+        self._overrides.set(loop, "on_advance_end", lambda *args: instead())
 
     def restore(self) -> None:
         """Let them end again."""
-        if vars(self._loop).get("on_advance_end") is not self._instead:
-            return
-        if self._before is None:
-            del self._loop.on_advance_end
-        else:
-            self._loop.on_advance_end = self._before
+        self._overrides.restore()
 
 
 def newest_checkpoint(trainer: Any) -> str | None:
-    """The checkpoint that this run wrote last, or else the one that it was resumed from.
+    """The newest good checkpoint of those that this run wrote or was resumed from; it is read for this.
 
     Args:
         trainer: The Trainer. Only its `ModelCheckpoint`s know what they wrote.
     """
     paths: list[str] = []
     for callback in trainer.checkpoint_callbacks:
+        if is_instance_by_name(callback, "FractionalCheckpoint"):
+            callback.finish_writing(trainer)  # what is on its way may be the newest
         if is_instance_by_name(callback, "ModelCheckpoint"):
             paths += [callback.last_model_path, callback.best_model_path, *callback.best_k_models]
-            paths.append(callback._last_checkpoint_saved)
-    dated = [(_modified(path), path) for path in dict.fromkeys(paths) if path]
-    written = [(date, path) for date, path in dated if date is not None]
-    if written:
-        return max(written)[1]
-    resumed_from = trainer.ckpt_path
-    return str(resumed_from) if resumed_from and _modified(str(resumed_from)) is not None else None
+            paths.append(internals.last_saved(callback))
+    return next(filter(_is_good, _newest_first([*paths, str(trainer.ckpt_path or "")])), None)
+
+
+def _newest_first(paths: list[str]) -> list[str]:
+    """Files of this machine in the order of the listing, then folders and what other file systems hold, by date."""
+    there = [path for path in dict.fromkeys(paths) if path and _modified(path) is not None]
+    files = [path for path in there if _is_file(path)]
+    names = {str(Path(path)): path for path in files}
+    infos = oldest_first([info for path in files for info in list_checkpoints(path)])
+    others = sorted((path for path in there if path not in files), key=lambda path: _modified(path) or 0.0)
+    return [names[str(info.path)] for info in reversed(infos)] + others[::-1]
+
+
+def _is_file(path: str) -> bool:
+    return is_local(path) and Path(path).is_file()
+
+
+def _is_good(path: str) -> bool:
+    """Whether a file that this run wrote or has loaded is whole and finite, read in this moment."""
+    if is_local(path) and not _is_file(path):  # a folder that several ranks wrote
+        return any(info.complete for info in list_checkpoints(Path(path).parent) if info.path == Path(path))
+    if _is_file(path) and list_checkpoints(path, verify=True)[0].is_good:
+        return True
+    try:
+        files, name = url_to_fs(path)
+        with files.open(name, "rb") as file:
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip() is not None:
+                    return False
+            if _is_file(path) and not needs_pickle(path):
+                return False  # nothing but objects could have kept the listing from reading it
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=False)  # it is this run's own
+        return not what_is_not_finite(checkpoint)
+    except Exception:  # whatever zip, pickle and torch stumble over
+        return False
 
 
 def checkpoint_folder(trainer: Any) -> str | None:
-    """Where the run's checkpoints go, on whatever file system; None if it keeps none.
-
-    Args:
-        trainer: The Trainer.
-    """
+    """Where the run's checkpoints go, on whatever file system; None if it keeps none."""
     folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     folder = next((folder for folder in folders if folder is not None), None)
     return None if folder is None or trainer.fast_dev_run else str(folder).rstrip("/")
@@ -107,29 +128,33 @@ def _modified(path: str) -> float | None:
 
 
 def resume_command(checkpoint: str) -> str:
-    """What to type in order to go on from a checkpoint.
-
-    Args:
-        checkpoint: Its path.
-    """
+    """What to type in order to resume from a checkpoint."""
+    pickled = needs_pickle(checkpoint)
     words = sys.argv[1:]
     if "fit" not in words:
-        return f"trainer.fit(model, ckpt_path={checkpoint!r})"
+        return f"trainer.fit(model, ckpt_path={checkpoint!r}{', weights_only=False' if pickled else ''})"
     kept, skip = [], False
+    names = ("--ckpt_path", "--fit.ckpt_path", *(("--weights_only", "--fit.weights_only") if pickled else ()))
     for word in words:
         if skip:
             skip = False
-        elif word in ("--ckpt_path", "--fit.ckpt_path"):
+        elif word in names:
             skip = True
-        elif not word.startswith(("--ckpt_path=", "--fit.ckpt_path=")):
+        elif not word.startswith(tuple(f"{name}=" for name in names)):
             kept.append(word)
+    added = [f"--ckpt_path={checkpoint}", *(["--weights_only=false"] if pickled else [])]
+    return shlex.join([*_program(), *kept, *added])
+
+
+def _program() -> list[str]:
+    """How this process was started: a module, a script or a command."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = Path(sys.argv[0])
-    if program.name == "__main__.py":
-        start = ["python", "-m", program.parent.name]
-    else:
-        found = shutil.which(program.name) is not None
-        start = ["python", str(program)] if program.suffix == ".py" else [program.name if found else str(program)]
-    return shlex.join([*start, *kept, f"--ckpt_path={checkpoint}"])
+    if spec is not None and program.suffix == ".py":
+        return ["python", "-m", spec.name.removesuffix(".__main__")]
+    if program.suffix == ".py":
+        return ["python", str(program)]
+    return [program.name if shutil.which(program.name) is not None else str(program)]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
