@@ -16,6 +16,7 @@ from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from lightning_stability import internals
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.checkpointing.listing import list_checkpoints, oldest_first
+from lightning_stability.checkpointing.loops import SavePoints
 from lightning_stability.checkpointing.own_objects import needs_pickle
 from lightning_stability.checkpointing.verification import what_is_not_finite
 from lightning_stability.checkpointing.writing import is_local
@@ -71,6 +72,9 @@ def newest_checkpoint(trainer: Any) -> str | None:
         if is_instance_by_name(callback, "ModelCheckpoint"):
             paths += [callback.last_model_path, callback.best_model_path, *callback.best_k_models]
             paths.append(internals.last_saved(callback))
+            if callback.dirpath is not None and is_local(str(callback.dirpath)):
+                run = SavePoints.of(trainer).run_id
+                paths += [str(info.path) for info in list_checkpoints(callback.dirpath) if info.run == run]
     return next(filter(_is_good, _newest_first([*paths, str(trainer.ckpt_path or "")])), None)
 
 
