@@ -179,6 +179,7 @@ def fit(
     ckpt_path: str | None = None,
     kill_after_batch: int | None = None,
     kill_in: str | None = None,
+    kill_at_write: int | None = None,
     extra: str | None = None,
     module: Any = None,
     checkpoint: dict[str, Any] | str | None = None,
@@ -203,6 +204,7 @@ def fit(
         ckpt_path: Where to go on from.
         kill_after_batch: The process is killed when so many batches of this fit have been trained.
         kill_in: The process is killed in this hook of a callback that comes before the others.
+        kill_at_write: The process is killed in place of so many-th call that changes the disk.
         extra: A callback of Lightning's: "ema", "swa" or "early".
         module: Options of `make_module`, or what makes one of a namespace.
         checkpoint: Options of FractionalCheckpoint; "none" for a ModelCheckpoint that never saves in its place.
@@ -234,6 +236,8 @@ def fit(
         others.insert(
             0, type("Killer", (pl.Callback,), {kill_in: lambda *args: os.kill(os.getpid(), signal.SIGKILL)})()
         )
+    if kill_at_write is not None:
+        die_at_write(kill_at_write)
     if fp16:
         trainer["plugins"] = runs.fp16(pl, init_scale=256.0)
     options = {"max_epochs": 3, "num_sanity_val_steps": 0, "enable_checkpointing": True, **trainer}
@@ -247,7 +251,7 @@ def fit(
     made.fit(model, training, validation, ckpt_path=ckpt_path)
     state = {
         "module": model.state_dict(),
-        "optimizers": [optimizer.state_dict()["state"] for optimizer in made.optimizers],
+        "optimizers": [optimizer.state_dict().get("state") for optimizer in made.optimizers],
         "random": [torch.rand(3), random.random(), float(np.random.rand())],
         "seen": model.seen,
         "global_step": made.global_step,
@@ -282,6 +286,26 @@ def lightnings(pl: Any, extra: str | None) -> list[Any]:
     if extra == "early":
         return [pl.callbacks.EarlyStopping("val_loss", patience=0, min_delta=1e9)]
     return []
+
+
+def die_at_write(count: int) -> None:
+    """Kill this process at one of the calls by which a checkpoint is written, before or in the middle of it."""
+    left = [count]
+
+    def dying(call: Any) -> Any:
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                if call is torch.save and hasattr(args[1], "write"):
+                    args[1].write(b"PK")
+                    args[1].flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return instead
+
+    for owner, name in ((torch, "save"), (os, "fsync"), (os, "replace"), (os, "link"), (os, "unlink")):
+        setattr(owner, name, dying(getattr(owner, name)))
 
 
 def killer(pl: Any, batches: int) -> Any:

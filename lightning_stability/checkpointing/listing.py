@@ -64,7 +64,7 @@ def list_checkpoints(folder: str | os.PathLike[str], verify: bool = False) -> li
             down about its files is read.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> folder = Path(tempfile.mkdtemp())
         >>> torch.save({"state_dict": {"weight": torch.ones(1)}, "global_step": 3, "epoch": 0}, folder / "last.ckpt")
         >>> [info] = list_checkpoints(folder, verify=True)
@@ -84,7 +84,7 @@ def last_good_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
         folder: The folder that FractionalCheckpoint or ModelCheckpoint writes to.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> folder = Path(tempfile.mkdtemp())
         >>> for step, weight in enumerate([1.0, 2.0, float("nan")]):
         ...     checkpoint = {"state_dict": {"weight": torch.tensor(weight)}, "global_step": step}

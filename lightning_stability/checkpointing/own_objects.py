@@ -35,7 +35,32 @@ def allow_own_hyperparameters(module: Any) -> None:
     with contextlib.suppress(Exception):  # what cannot be pickled is in no checkpoint
         torch.save(dict(hyperparameters), buffer)
         buffer.seek(0)
-        torch.serialization.add_safe_globals([_find(name) for name in _objects_in(buffer)])
+        found = [_find(name) for name in _objects_in(buffer)]
+        torch.serialization.add_safe_globals([cls for cls in found if isinstance(cls, type)])  # no function
+
+
+def without_objects(checkpoint: dict[str, Any]) -> list[str]:
+    """Take hyperparameters that only `weights_only=False` loads out of a checkpoint: a resume does not need them.
+
+    Returns:
+        Their names.
+    """
+    names = []
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        values = checkpoint.get(key)
+        if not isinstance(values, dict):
+            continue
+        odd = [name for name, value in values.items() if _needs_objects(value)]
+        checkpoint[key] = {name: value for name, value in values.items() if name not in odd}
+        names += odd
+    return names
+
+
+def _needs_objects(value: Any) -> bool:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return bool(_objects_in(buffer))
 
 
 def _objects_in(file: Any) -> list[str]:

@@ -28,7 +28,7 @@ OwnState = dict[str, Any]
 _MAX_ITEMS = 64
 _MAX_NUMBERS = 10_000
 _MAX_DEPTH = 5
-_LIBRARIES = ("torch.", "torchdata.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "lightning_stability.")
+_LIBRARIES = ("torch.", "torchdata.", "pytorch_lightning.", "lightning.", "lightning_fabric.")
 _PLAIN = (bool, int, float, str, type(None))
 _RUNNING: tuple[type[Any], ...] = (
     types.GeneratorType,
@@ -111,6 +111,7 @@ class FixedOrder:
     def __iter__(self) -> Iterator[Any]:
         now = RandomState.capture()
         RandomState.from_state_dict(self.drawn_from["random"]).restore(devices=False)
+        restore_own([self.inner], {**self._at_start, "generators": []})
         restore_own([self.inner], self.drawn_from["own"])
         drawn = list(self.inner)
         now.restore()

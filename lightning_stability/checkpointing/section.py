@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from lightning_stability import internals
 from lightning_stability.checkpointing import writing
 from lightning_stability.checkpointing.loops import SavePoint, SavePoints
+from lightning_stability.checkpointing.own_objects import without_objects
 from lightning_stability.checkpointing.resume import FORMAT, SECTION, was_stopped_early
 
 
@@ -62,7 +64,8 @@ class StopCheckpoint:
     def write(self, path: str, stop_is_due: bool) -> list[str]:
         """Write it, unless something in it is not finite. Called on all ranks, where the batch's hooks are through.
 
-        An older file of that name stays until this one is complete.
+        An older file of that name stays until this one is complete. Hyperparameters that only `weights_only=False`
+        loads are left out: the command line of Lightning could not resume from them.
 
         Args:
             path: On whatever file system.
@@ -87,6 +90,8 @@ class StopCheckpoint:
         if point is not None:
             points.leave_the_end_of_batch(checkpoint, point)
             checkpoint[SECTION] = section
+        with contextlib.suppress(Exception):  # what cannot be pickled fails below, with a better message
+            without_objects(checkpoint)
         write_at_once(trainer, checkpoint, path)
         return []
 

@@ -133,21 +133,20 @@ def _modified(path: str) -> float | None:
 
 def resume_command(checkpoint: str) -> str:
     """What to type in order to resume from a checkpoint."""
-    pickled = needs_pickle(checkpoint)
     words = sys.argv[1:]
+    if needs_pickle(checkpoint):  # Lightning's command line refuses such a file whatever it is told
+        return f"trainer.fit(model, ckpt_path={checkpoint!r}, weights_only=False)"
     if "fit" not in words:
-        return f"trainer.fit(model, ckpt_path={checkpoint!r}{', weights_only=False' if pickled else ''})"
+        return f"trainer.fit(model, ckpt_path={checkpoint!r})"
     kept, skip = [], False
-    names = ("--ckpt_path", "--fit.ckpt_path", *(("--weights_only", "--fit.weights_only") if pickled else ()))
     for word in words:
         if skip:
             skip = False
-        elif word in names:
+        elif word in ("--ckpt_path", "--fit.ckpt_path"):
             skip = True
-        elif not word.startswith(tuple(f"{name}=" for name in names)):
+        elif not word.startswith(("--ckpt_path=", "--fit.ckpt_path=")):
             kept.append(word)
-    added = [f"--ckpt_path={checkpoint}", *(["--weights_only=false"] if pickled else [])]
-    return shlex.join([*_program(), *kept, *added])
+    return shlex.join([*_program(), *kept, f"--ckpt_path={checkpoint}"])
 
 
 def _program() -> list[str]:

@@ -240,7 +240,7 @@ class Uncounted(Base):
     def configure_optimizers(self) -> Any:
         return super().configure_optimizers() if self.how == "bare" else None
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def on_train_epoch_end(self) -> None:
         pass
 
 
@@ -345,12 +345,7 @@ class Thing:
     """An object of the user's own."""
 
 
-class Nested:
-    class Inner:
-        pass
-
-
-@pytest.mark.parametrize("thing", [Thing, Nested.Inner, lambda: Path("there"), lambda: torch.nn.ReLU, lambda: 3])
+@pytest.mark.parametrize("thing", [Thing, lambda: Path("there"), lambda: torch.nn.ReLU, lambda: 3])
 def test_a_file_with_the_modules_own_objects_is_resumed_as_printed(tmp_path: Path, thing: Any) -> None:
     def module(pl: Any) -> Any:
         made = fits.make_module(pl)
