@@ -8,33 +8,27 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from lightning_stability import internals
-from lightning_stability._compat import MisconfigurationException, ModelCheckpoint
+from lightning_stability._compat import MisconfigurationException
 from lightning_stability.callbacks.base import warn_always, warn_of_forgotten_precision
+from lightning_stability.callbacks.checkpoint_messages import warn_of_inexact_data, why_refused
+from lightning_stability.callbacks.ranked_checkpoint import RankedCheckpoint, refuse_other_triggers
 from lightning_stability.checkpointing import writing
 from lightning_stability.checkpointing.listing import list_checkpoints
 from lightning_stability.checkpointing.loops import SavePoint, SavePoints
 from lightning_stability.checkpointing.own_objects import allow_own_hyperparameters
 from lightning_stability.checkpointing.resume import SECTION
-from lightning_stability.checkpointing.saving import PendingSave, Saver, best_first
+from lightning_stability.checkpointing.saving import PendingSave, Saver
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
 from lightning_stability.checkpointing.section import make_section, nonfinite_on_any_rank
 from lightning_stability.events import EventLog
 from lightning_stability.recovery.stopping import checkpoint_folder
 from lightning_stability.runtime import RunEvents, log_folder, runtime_of
 
-_OTHER_TRIGGERS = ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end", "save_on_exception")
-_BOOKKEEPING = (
-    *("current_score", "best_k_models", "kth_best_model_path", "kth_value", "best_model_score", "best_model_path"),
-    *("last_model_path", "_scores", "_last_global_step_saved", "_last_checkpoint_saved", "_ranked", "_saved_at"),
-)
 
-
-class FractionalCheckpoint(ModelCheckpoint):
+class FractionalCheckpoint(RankedCheckpoint):
     """Saves every `every_n_epochs` epochs, fractions included, and resumes as if nothing had happened.
 
     A `ModelCheckpoint` with another trigger: `monitor`, `save_top_k`, `save_last`, `filename`, `dirpath` and remote
@@ -101,7 +95,7 @@ class FractionalCheckpoint(ModelCheckpoint):
         allow_nonfinite: str | Sequence[str] = (),
         **other_trigger: Any,
     ) -> None:
-        _refuse_other_triggers(other_trigger)
+        refuse_other_triggers(other_trigger)
         if filename == self.CHECKPOINT_NAME_LAST and save_last:
             raise MisconfigurationException(
                 f"FractionalCheckpoint(filename={filename!r}): it is save_last's name. Choose another, or leave it out."
@@ -125,15 +119,13 @@ class FractionalCheckpoint(ModelCheckpoint):
             _above_zero("steps_per_epoch", steps_per_epoch)
         self.async_save = async_save
         self.allow_nonfinite = [allow_nonfinite] if isinstance(allow_nonfinite, str) else list(allow_nonfinite)
-        # every checkpoint that is kept, oldest first, with its score
-        self._scores: dict[str, Tensor | None] = {}
         self._begin_fit()
 
     def _begin_fit(self) -> None:
         self._failures = 0
-        self._ranked: Any = None
+        self._ranked = None
         self._missed_monitor = False
-        self._saved_at: tuple[int, int] | None = None
+        self._saved_at = None
         self._looked = False
         self._saver: Saver | None = None
         self._events = EventLog(None)
@@ -178,17 +170,15 @@ class FractionalCheckpoint(ModelCheckpoint):
             points.starts = max([points.starts, *(start + 1 for start in earlier)])
         self._batches_per_epoch(trainer)
         self._schedule.start_at(self._epochs_at_start(trainer))
-        if bad := points.finite.unexpected_now():
-            warn_always(f"FractionalCheckpoint: nothing will be saved as things are: {self._why_refused(bad)}")
+        self._warn_of_refusal(points)
         if not self.save_weights_only:
-            _warn_of_inexact_data(points)
+            warn_of_inexact_data(points)
 
     def on_place(self, trainer: Any, place: SavePoint) -> None:
         """Save if it is due."""
         if not self._looked:
             self._looked = True
-            if bad := SavePoints.of(trainer).finite.unexpected_now():  # said now, not when the first save is due
-                warn_always(f"FractionalCheckpoint: nothing will be saved as things are: {self._why_refused(bad)}")
+            self._warn_of_refusal(SavePoints.of(trainer))  # now, not when the first save is due
         epochs = place.epochs(self._batches_per_epoch(trainer))
         due = (place.stepped and self._schedule.is_due(epochs)) or place.ending
         if due and self._saved_at != (place.epoch, place.batches):
@@ -241,16 +231,6 @@ class FractionalCheckpoint(ModelCheckpoint):
             if len(ours) == 1:
                 self.load_state_dict(ours[0])
 
-    def state_dict(self) -> dict[str, Any]:
-        """ModelCheckpoint's, and every checkpoint that is kept."""
-        return {**super().state_dict(), "scores": dict(self._scores)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue to rank and rotate from a checkpoint."""
-        super().load_state_dict(state_dict)
-        if self.dirpath == state_dict.get("dirpath", self.dirpath):
-            self._scores = dict(state_dict.get("scores", {}))
-
     # A save
 
     def _save(self, trainer: Any, place: SavePoint, epochs: Fraction) -> None:
@@ -259,15 +239,15 @@ class FractionalCheckpoint(ModelCheckpoint):
             runtime.drain()
         self._finish_pending(trainer)
         assert self._saver is not None
-        before = {name: _copied(getattr(self, name)) for name in _BOOKKEEPING}
+        before = self._books()
         candidates = self._candidates(trainer, epochs)
-        job = self._plan(trainer, candidates)
+        job = self._enter(trainer, candidates)
         self._saved_at = (place.epoch, place.batches)
         if place.batches == 0:
             self._look_for_monitor(candidates)
         checkpoint, section = self._dump(trainer, place, epochs)
         if bad := nonfinite_on_any_rank(trainer, checkpoint, section):
-            self._restore_bookkeeping(before)
+            self._restore_books(before)
             self._refuse(trainer, bad)
             return
         pending = PendingSave(job, before, float(epochs), trainer.global_step, trainer.current_epoch)
@@ -284,30 +264,6 @@ class FractionalCheckpoint(ModelCheckpoint):
         candidates["step"] = trainer.global_step
         return candidates
 
-    def _plan(self, trainer: Any, candidates: dict[str, Any]) -> writing.WriteJob:
-        """Enter the new checkpoint into the books and say what is to be done."""
-        path = self._free_name(trainer, candidates, None, "")
-        self._scores[path] = self.current_score = self._score(trainer)
-        best = best_first(self._scores, self.mode)
-        kept = len(best) if self.save_top_k == -1 else self.save_top_k
-        scores: dict[str, Any] = self._scores
-        self.best_k_models = {p: scores[p] for p in best[:kept]}
-        if self.monitor is None:
-            self.best_model_path = path
-        elif self.best_k_models:
-            self.best_model_path, self.best_model_score = best[0], scores[best[0]]
-            self.kth_best_model_path = best[: kept or 1][-1]
-            self.kth_value = scores[self.kth_best_model_path]
-        outdated = [] if self.save_top_k == -1 else [p for p in self._scores if p != path and p not in best[:kept]]
-        outdated = [p for p in outdated if self._should_remove_checkpoint(trainer, p, path)]
-        last = None
-        if self.save_last:
-            last = self.last_model_path = self._free_name(
-                trainer, candidates, self.CHECKPOINT_NAME_LAST, self.last_model_path
-            )
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, path
-        return writing.WriteJob(path, None, last, self.save_last == "link", outdated)
-
     def _look_for_monitor(self, candidates: dict[str, Any]) -> None:
         """Say it once if what ranks checkpoints has not been logged in a whole epoch."""
         if self.monitor is not None and self.monitor not in candidates and not self._missed_monitor:
@@ -316,23 +272,6 @@ class FractionalCheckpoint(ModelCheckpoint):
                 f"FractionalCheckpoint(monitor={self.monitor!r}): nothing of that name has been logged, so that no"
                 f" checkpoint is ranked and only the newest is kept. Logged: {', '.join(sorted(candidates))}."
             )
-
-    def _score(self, trainer: Any) -> Tensor | None:
-        """The monitored metric, unless there is none, it is not finite, or it ranked an earlier checkpoint."""
-        value = trainer.callback_metrics.get(self.monitor) if self.monitor is not None else None
-        if value is None or value is self._ranked:
-            return None
-        self._ranked = value
-        score = torch.as_tensor(value).detach().clone()
-        return score if bool(torch.isfinite(score).all()) else None
-
-    def _free_name(self, trainer: Any, candidates: dict[str, Any], filename: str | None, own: str) -> str:
-        path = self.format_checkpoint_name(candidates, filename)
-        version = self.STARTING_VERSION
-        while self._enable_version_counter and path != own and self.file_exists(path, trainer):
-            path = self.format_checkpoint_name(candidates, filename, ver=version)
-            version += 1
-        return path
 
     def _dump(self, trainer: Any, place: SavePoint, epochs: Fraction) -> tuple[dict[str, Any], dict[str, Any] | None]:
         with trainer.profiler.profile("save_checkpoint"):
@@ -375,13 +314,12 @@ class FractionalCheckpoint(ModelCheckpoint):
 
     def _note_failure(self, trainer: Any, pending: PendingSave) -> None:
         self._failures += 1
-        self._restore_bookkeeping(pending.before)
+        self._restore_books(pending.before)
         if trainer.is_global_zero:
             details = {"path": pending.job.path, "error": pending.failure, "in_a_row": self._failures}
             self._events.write("checkpoint_failed", pending.step, pending.epoch, **details)
-        free = writing.free_space(str(self.dirpath))  # what torch says of a full disk does not mention it
         rank_zero_warn(
-            f"FractionalCheckpoint: {pending.job.path} could not be written ({pending.failure}{free}). Training"
+            f"FractionalCheckpoint: {pending.job.path} could not be written ({pending.failure}). Training"
             f" continues; the checkpoints before it are as they were. {self.max_failures - self._failures} more"
             " failures in a row end it."
         )
@@ -392,21 +330,13 @@ class FractionalCheckpoint(ModelCheckpoint):
             self._events.write("checkpoint_refused", trainer.global_step, trainer.current_epoch, **details)
         kept = f"{self._last_checkpoint_saved} stays the newest" if self._last_checkpoint_saved else "there is none yet"
         warn_always(
-            f"FractionalCheckpoint: nothing was saved at step {trainer.global_step}: {self._why_refused(bad)} Of the"
+            f"FractionalCheckpoint: nothing was saved at step {trainer.global_step}: {why_refused(bad)} Of the"
             f" good checkpoints, {kept}."
         )
 
-    def _why_refused(self, bad: list[str]) -> str:
-        some = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        names = [name.removeprefix("current_model_state.") for name in bad[:3]]
-        return (
-            f"{some} became non-finite. If that is by design, say so:"
-            f" FractionalCheckpoint(allow_nonfinite={names!r}). Otherwise resume from an earlier checkpoint."
-        )
-
-    def _restore_bookkeeping(self, before: dict[str, Any]) -> None:
-        for name, value in before.items():
-            setattr(self, name, value)
+    def _warn_of_refusal(self, points: SavePoints) -> None:
+        if bad := points.finite.unexpected_now():
+            warn_always(f"FractionalCheckpoint: nothing will be saved as things are: {why_refused(bad)}")
 
     # Parts of the above
 
@@ -445,43 +375,6 @@ class FractionalCheckpoint(ModelCheckpoint):
         # A copy, here or in another process, has no fit under way. `log` and `log_dict` belong to the module.
         state = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
         return {**state, "_saver": None, "_ranked": None}
-
-
-def _warn_of_inexact_data(points: SavePoints) -> None:
-    """Say once, when training starts, what of the data a resumed run will not find again."""
-    data = points.data
-    if data.without_position:
-        kinds = ", ".join(sorted({type(loader).__name__ for loader in data.without_position}))
-        rank_zero_warn(
-            f"FractionalCheckpoint: the position of a {kinds} within an epoch cannot be saved; a run resumed"
-            " inside an epoch sees that epoch's data from the beginning. Use"
-            " torchdata.stateful_dataloader.StatefulDataLoader, which takes the same arguments."
-        )
-    for phrase in data.unknown_orders:
-        rank_zero_warn(
-            f"FractionalCheckpoint: the order of the training data cannot be saved: {phrase}. A resumed run may see"
-            " another order, also when it is resumed between two epochs. Give it state_dict and load_state_dict."
-        )
-    if data.has_workers:
-        rank_zero_info(
-            "FractionalCheckpoint: random numbers drawn inside the data loader's workers are in no checkpoint."
-            " Augmentation resumes exactly if it is seeded per sample, and not otherwise."
-        )
-
-
-def _copied(value: Any) -> Any:
-    return dict(value) if isinstance(value, dict) else value
-
-
-def _refuse_other_triggers(given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if name not in _OTHER_TRIGGERS:
-            raise TypeError(f"FractionalCheckpoint has no option {name!r}")
-        if value:
-            raise MisconfigurationException(
-                f"FractionalCheckpoint({name}={value!r}): it saves by every_n_epochs alone. Add a ModelCheckpoint with"
-                f" {name} beside it, or leave it out."
-            )
 
 
 def _above_zero(option: str, value: float) -> float:
