@@ -49,6 +49,14 @@ def load_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
         raise UnusableError("it holds no state_dict")
     _check_fields(checkpoint, _FIELDS, "")
     _check_fields(checkpoint.get(SECTION, {}), _SECTION_FIELDS, f"{SECTION}.")
+    for name, value in checkpoint["state_dict"].items():
+        if not isinstance(value, Tensor) and str(name).endswith((".weight", ".bias")):
+            raise UnusableError(f"its {name} is no tensor")
+    for place, state in enumerate(checkpoint.get("optimizer_states", [])):
+        _check_fields(state, _OPTIMIZER_FIELDS, f"optimizer_states.{place}.")
+        for group in state.get("param_groups", []):
+            _check_fields(group, _GROUP_FIELDS, f"optimizer_states.{place}.param_groups.")
+    _check_counts(checkpoint.get("loops", {}), "loops")
     return checkpoint
 
 
@@ -155,13 +163,14 @@ _FLAG: _Kind = ("a bool", _is_flag)
 _TEXT: _Kind = ("a str", _is_text)
 _DICT: _Kind = ("a dict", _is_dict)
 _LIST: _Kind = ("a list", _is_list)
+_DICTS: _Kind = ("a list of dicts", lambda v: _is_list(v) and all(map(_is_dict, v)))
 _FIELDS: dict[str, _Kind] = {
     "state_dict": _DICT,
     "global_step": _INT,
     "epoch": _INT,
     "loops": _DICT,
     "callbacks": _DICT,
-    "optimizer_states": ("a list of dicts", lambda v: _is_list(v) and all(map(_is_dict, v))),
+    "optimizer_states": _DICTS,
     "lr_schedulers": _LIST,
     SECTION: _DICT,
 }
@@ -177,8 +186,29 @@ _SECTION_FIELDS: dict[str, _Kind] = {
     "inside_epoch": _FLAG,
     "batch_is_over": _FLAG,
     "stop_is_due": _FLAG,
-    "ranks": ("a list of dicts", lambda v: _is_list(v) and all(map(_is_dict, v))),
+    "ranks": _DICTS,
 }  # fmt: skip
+
+
+_OPTIMIZER_FIELDS: dict[str, _Kind] = {
+    "state": _DICT,
+    "param_groups": _DICTS,
+}
+_GROUP_FIELDS: dict[str, _Kind] = {
+    "params": _LIST,
+    "lr": ("a number", lambda v: _is_number(v) or isinstance(v, Tensor)),
+}
+
+
+def _check_counts(loop: Any, prefix: str) -> None:
+    """Lightning counts in dicts that are called so; with anything else there a resume fails."""
+    for name, value in loop.items() if isinstance(loop, dict) else ():
+        if name in ("total", "current"):
+            kinds = dict.fromkeys(value, _INT) if isinstance(value, dict) else {}
+            _check_fields({name: value}, {name: _DICT}, f"{prefix}.")
+            _check_fields(value, kinds, f"{prefix}.{name}.")
+        elif isinstance(value, dict):
+            _check_counts(value, f"{prefix}.{name}")
 
 
 def _check_fields(values: dict[str, Any], kinds: dict[str, _Kind], prefix: str) -> None:
