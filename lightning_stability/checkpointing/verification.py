@@ -23,6 +23,7 @@ _SHOW_PROGRESS_AFTER = 2.0
 _DATA = re.compile(r"[^/]*/data/\d+")
 _WEIGHT = re.compile(r"(.*\.)?(weight\w*|weight\..*|\w+_weight|bias|bias_[ih]h\w*|\w*proj_bias)")
 _RATES = (".lr", ".initial_lr")
+_FOLDER = 0x10  # as an attribute of MS-DOS: torch reads nothing of such a part, whatever it holds
 _YEAR_9999 = 253402300799
 
 
@@ -103,7 +104,8 @@ def _check_archive(path: Path, verify: bool) -> None:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             size = sum(part.file_size for part in parts)
-            if size > path.stat().st_size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            unlike = [p for p in parts if p.compress_type != zipfile.ZIP_STORED or p.external_attr & _FOLDER]
+            if unlike or size > path.stat().st_size:
                 raise UnusableError("it is no file that torch.save writes")
             if not any(part.CRC for part in parts):
                 return  # written after torch.serialization.set_crc32_options(False)
