@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def layer() -> Any:
     return loaded
 
 
-def module(pl: Any) -> Any:
-    made = fits.make_module(pl)
+def module(pl: Any, **options: Any) -> Any:
+    made = fits.make_module(pl, **options)
     made.register_buffer("large", torch.rand(2**19))  # 2 MB: several writes
     return made
 
@@ -75,6 +76,30 @@ def fit(folder: Path, step: int, point: int, kind: int, options: dict[str, Any])
     return {**told, "steps": trainer.global_step, "found": [*found, look()], "files": files}
 
 
+def stop(folder: Path, step: int, point: int, kind: int, options: dict[str, Any]) -> dict[str, Any]:
+    """A run that is stopped by NaN after two steps, resumed, and stopped again after `step`, where it meets the fault."""
+    faults, kept = layer(), folder / "checkpoints"
+
+    def second(pl: Any) -> list[Any]:
+        class Arm(pl.Callback):
+            def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+                if batch_idx == step:
+                    faults.faults_arm(str(kept).encode(), point, kind)
+
+        return [Arm()]
+
+    common = {"max_epochs": 1, "validate": False, "patience": 0, "checkpoint": {"every_n_epochs": 1.0, **options}}
+    fits.fit(folder, module=lambda pl: module(pl, bad=2), **common)
+    older = last_good_checkpoint(kept)
+    fits.fit(folder, module=lambda pl: module(pl, bad=step), ckpt_path=str(older), callbacks=second, **common)
+    told = {"points": faults.faults_count(), "hit": faults.faults_hit().decode()}
+    faults.faults_arm(b"", 0, 0)
+    good = last_good_checkpoint(kept)
+    assert good is not None, "there is no good checkpoint"
+    found = torch.load(good, weights_only=True)["global_step"]
+    return {**told, "found": [found], "files": sorted(path.name for path in kept.iterdir())}
+
+
 def main(root: Path, words: dict[str, Any]) -> None:
     """Print a line of JSON for each fit."""
     runs.load_namespace("pytorch_lightning")
@@ -82,20 +107,21 @@ def main(root: Path, words: dict[str, Any]) -> None:
         for kind in words["kinds"]:
             point, points = 1, 1
             while point <= points:
-                result = in_a_child(root / f"{step}-{kind}-{point}", step, point, kind, words["options"])
+                run = stop if words.get("stop") else fit
+                result = in_a_child(run, root / f"{step}-{kind}-{point}", step, point, kind, words["options"])
                 points = result.get("points", 0)
                 print(json.dumps({"step": step, "kind": KINDS[kind], "point": point, **result}), flush=True)
                 point += 1
 
 
-def in_a_child(folder: Path, *arguments: Any) -> dict[str, Any]:
+def in_a_child(run: Callable[..., dict[str, Any]], folder: Path, *arguments: Any) -> dict[str, Any]:
     folder.mkdir()
     child = os.fork()
     if child == 0:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
         try:
-            result = fit(folder, *arguments)
+            result = run(folder, *arguments)
         except BaseException:
             result = {"error": traceback.format_exc()[-3000:]}
         (folder / "result.json").write_text(json.dumps(result))
