@@ -72,9 +72,9 @@ def test_one_fault_anywhere_in_a_stops_save_leaves_the_stop_before_it(
     met = [result for result in told if "error" in result or result["hit"]]
     for result in met:
         assert "error" not in result, result
-        assert result["found"][0] >= 2, result
+        assert result["found"][0] in (3, 6), result
         assert not [name for name in result["files"] if name.endswith(".part")], result
     with capsys.disabled():
         print(f" [{len(met)} fault points of a stop's save]", end="")
     assert len(met) > 20
-    assert {result["found"][0] for result in told} > {2}, "without a fault it is the second stop's"
+    assert any(result["found"] == [6] for result in told), "without a fault it is the second stop's"
