@@ -44,9 +44,8 @@ def fit(folder: Path, step: int, point: int, kind: int, options: dict[str, Any])
     def callbacks(pl: Any) -> list[Any]:
         class Look(pl.Callback):
             def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-                if batch_idx == step:  # the save before this one is over
-                    saver = trainer.checkpoint_callbacks[0]
-                    saver._finish_pending(trainer)
+                trainer.checkpoint_callbacks[0]._finish_pending(trainer)  # which may be written in the background
+                if batch_idx == step:
                     told.update(points=faults.faults_count(), hit=faults.faults_hit().decode())
                     faults.faults_arm(b"", 0, 0)
                 if batch_idx:

@@ -51,7 +51,7 @@ def load_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
     _check_fields(checkpoint, _FIELDS, "")
     _check_fields(checkpoint.get(SECTION, {}), _SECTION_FIELDS, f"{SECTION}.")
     for name, value in checkpoint["state_dict"].items():
-        if not isinstance(value, Tensor) and str(name).endswith((".weight", ".bias")):
+        if not isinstance(value, Tensor) and name.endswith((".weight", ".bias")):
             raise UnusableError(f"its {name} is no tensor")
     for place, state in enumerate(checkpoint.get("optimizer_states", [])):
         _check_fields(state, _OPTIMIZER_FIELDS, f"optimizer_states.{place}.")
@@ -167,7 +167,7 @@ _DICT: _Kind = ("a dict", _is_dict)
 _LIST: _Kind = ("a list", _is_list)
 _DICTS: _Kind = ("a list of dicts", lambda v: _is_list(v) and all(map(_is_dict, v)))
 _FIELDS: dict[str, _Kind] = {
-    "state_dict": _DICT,
+    "state_dict": ("a dict by name", lambda v: _is_dict(v) and all(map(_is_text, v))),
     "global_step": _INT,
     "epoch": _INT,
     "loops": _DICT,
