@@ -119,7 +119,11 @@ def move_into_place(part: Path, path: Path, check: Callable[[Path], object] | No
         check(part)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)  # nothing replaces a folder at once
-    os.replace(part, path)  # noqa: PTH105 - tests watch the calls that change the disk
+    try:
+        os.replace(part, path)  # noqa: PTH105 - tests watch the calls that change the disk
+    except OSError:
+        if os.path.lexists(part):  # else it was moved: a network's file system may have been asked twice
+            raise
     _flush(path.parent)
 
 

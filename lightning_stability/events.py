@@ -15,7 +15,7 @@ from lightning_stability.atomic import append
 
 FILE_NAME = "events.jsonl"
 PREVIOUS_FILE_NAME = "events.1.jsonl"
-_FIELDS: dict[str, Any] = {"event": str, "step": int, "epoch": int, "time": float, "rank": int}
+_FIELDS: dict[str, Any] = dict(event=str, step=int, epoch=int, time=(int, float), rank=int, lost=int)  # noqa: C408
 _warned: set[Path] = set()
 """Files that could not be written, of all the logs in this process."""
 
@@ -122,7 +122,7 @@ def read_events(folder: str | os.PathLike[str]) -> Events:
             else:
                 events.append(event)
     if unreadable:
-        warnings.warn(f"{folder}: {unreadable} lines of {FILE_NAME} could not be read.", stacklevel=2)
+        warnings.warn(f"{folder}: unreadable lines of {FILE_NAME}, passed over: {unreadable}.", stacklevel=2)
     return Events(events, unreadable)
 
 
@@ -138,7 +138,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(event, dict) or not {"event", "step"} <= event.keys():
         return None
-    return event if all(isinstance(event.get(name, kind()), kind) for name, kind in _FIELDS.items()) else None
+    return event if all(isinstance(event[name], _FIELDS[name]) for name in event.keys() & _FIELDS.keys()) else None
 
 
 def _warn_once(path: Path, error: Exception) -> None:

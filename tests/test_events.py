@@ -68,7 +68,7 @@ def test_half_lines_are_passed_over_and_counted(tmp_path: Path, half: str) -> No
     with (tmp_path / FILE_NAME).open("a", encoding="latin-1") as file:
         file.write(half)
     log.write("x", step=1, epoch=0)
-    with pytest.warns(UserWarning, match="1 lines of events.jsonl could not be read"):
+    with pytest.warns(UserWarning, match="unreadable lines of events.jsonl, passed over: 1"):
         events = read_events(tmp_path)
     assert events.unreadable == 1
     assert [event["step"] for event in events] == [0, 1]
@@ -123,7 +123,7 @@ def test_what_was_lost_on_a_full_disk_is_counted_in_the_next_line(small_disk: Pa
             log.write("x", step=step, epoch=0)
     other.unlink()
     log.write("x", step=2000, epoch=0)
-    with pytest.warns(UserWarning, match="1 lines of"):  # the one that the disk cut short
+    with pytest.warns(UserWarning, match="passed over: 1"):  # the one that the disk cut short
         events = read_events(small_disk)
     steps = {event["step"]: event.get("lost", 0) for event in events}
     assert 2000 - len(steps) + 1 == steps[2000] > 0

@@ -23,6 +23,7 @@ _SHOW_PROGRESS_AFTER = 2.0
 _DATA = re.compile(r"[^/]*/data/\d+")
 _WEIGHT = re.compile(r"(.*\.)?(weight\w*|weight\..*|\w+_weight|bias|bias_[ih]h\w*|\w*proj_bias)")
 _RATES = (".lr", ".initial_lr")
+_FOLDER = 0x10  # as an attribute of MS-DOS: torch reads nothing of such a part, whatever it holds
 _YEAR_9999 = 253402300799
 
 
@@ -49,6 +50,14 @@ def load_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
         raise UnusableError("it holds no state_dict")
     _check_fields(checkpoint, _FIELDS, "")
     _check_fields(checkpoint.get(SECTION, {}), _SECTION_FIELDS, f"{SECTION}.")
+    for name, value in checkpoint["state_dict"].items():
+        if not isinstance(value, Tensor) and name.endswith((".weight", ".bias")):
+            raise UnusableError(f"its {name} is no tensor")
+    for place, state in enumerate(checkpoint.get("optimizer_states", [])):
+        _check_fields(state, _OPTIMIZER_FIELDS, f"optimizer_states.{place}.")
+        for group in state.get("param_groups", []):
+            _check_fields(group, _GROUP_FIELDS, f"optimizer_states.{place}.param_groups.")
+    _check_counts(checkpoint.get("loops", {}), "loops")
     return checkpoint
 
 
@@ -95,7 +104,8 @@ def _check_archive(path: Path, verify: bool) -> None:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             size = sum(part.file_size for part in parts)
-            if size > path.stat().st_size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            unlike = [p for p in parts if p.compress_type != zipfile.ZIP_STORED or p.external_attr & _FOLDER]
+            if unlike or size > path.stat().st_size:
                 raise UnusableError("it is no file that torch.save writes")
             if not any(part.CRC for part in parts):
                 return  # written after torch.serialization.set_crc32_options(False)
@@ -155,13 +165,14 @@ _FLAG: _Kind = ("a bool", _is_flag)
 _TEXT: _Kind = ("a str", _is_text)
 _DICT: _Kind = ("a dict", _is_dict)
 _LIST: _Kind = ("a list", _is_list)
+_DICTS: _Kind = ("a list of dicts", lambda v: _is_list(v) and all(map(_is_dict, v)))
 _FIELDS: dict[str, _Kind] = {
-    "state_dict": _DICT,
+    "state_dict": ("a dict by name", lambda v: _is_dict(v) and all(map(_is_text, v))),
     "global_step": _INT,
     "epoch": _INT,
     "loops": _DICT,
     "callbacks": _DICT,
-    "optimizer_states": ("a list of dicts", lambda v: _is_list(v) and all(map(_is_dict, v))),
+    "optimizer_states": _DICTS,
     "lr_schedulers": _LIST,
     SECTION: _DICT,
 }
@@ -177,8 +188,29 @@ _SECTION_FIELDS: dict[str, _Kind] = {
     "inside_epoch": _FLAG,
     "batch_is_over": _FLAG,
     "stop_is_due": _FLAG,
-    "ranks": ("a list of dicts", lambda v: _is_list(v) and all(map(_is_dict, v))),
+    "ranks": _DICTS,
 }  # fmt: skip
+
+
+_OPTIMIZER_FIELDS: dict[str, _Kind] = {
+    "state": _DICT,
+    "param_groups": _DICTS,
+}
+_GROUP_FIELDS: dict[str, _Kind] = {
+    "params": _LIST,
+    "lr": ("a number", lambda v: _is_number(v) or isinstance(v, Tensor)),
+}
+
+
+def _check_counts(loop: Any, prefix: str) -> None:
+    """Lightning counts in dicts that are called so; with anything else there a resume fails."""
+    for name, value in loop.items() if isinstance(loop, dict) else ():
+        if name in ("total", "current"):
+            kinds = dict.fromkeys(value, _INT) if isinstance(value, dict) else {}
+            _check_fields({name: value}, {name: _DICT}, f"{prefix}.")
+            _check_fields(value, kinds, f"{prefix}.{name}.")
+        elif isinstance(value, dict):
+            _check_counts(value, f"{prefix}.{name}")
 
 
 def _check_fields(values: dict[str, Any], kinds: dict[str, _Kind], prefix: str) -> None:
