@@ -234,7 +234,7 @@ def fit(
         others.append(killer(pl, kill_after_batch))
     if kill_in is not None:
         others.insert(
-            0, type("Killer", (pl.Callback,), {kill_in: lambda *args: os.kill(os.getpid(), signal.SIGKILL)})()
+            0, type("Killer", (pl.Callback,), {kill_in: lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)})()
         )
     if kill_at_write is not None:
         die_at_write(kill_at_write)
