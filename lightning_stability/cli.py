@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_stability.callbacks import InputError, NonFiniteError
-from lightning_stability.checkpointing.listing import LAST_GOOD, find_checkpoints, newest_good
+from lightning_stability.checkpointing.listing import LAST_GOOD, find_checkpoints, newest_good, shown
 from lightning_stability.commands import PROG, show_checkpoints, write_synthetic
 from lightning_stability.plugin import CALLBACKS
 from lightning_stability.status import show_status
@@ -255,7 +255,7 @@ def _find_last_good(trainer: Any, subcommand: str) -> str | None:
         found.update({info.path: info for info in infos if root in own or info.path.parent != Path(root)})
     path = newest_good(list(found.values()))
     if path is not None:
-        rank_zero_info(f"The newest complete, finite checkpoint is {path}.")
+        rank_zero_info(f"The newest complete, finite checkpoint is {shown(str(path))}.")
         return str(path)
     nothing = f"--ckpt_path {LAST_GOOD}: no complete, finite checkpoint was found below {', '.join(map(str, roots))}"
     if subcommand != "fit":

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lightning_stability._compat import MisconfigurationException
-from lightning_stability.checkpointing.listing import checkpoint_folders, list_checkpoints, table
+from lightning_stability.checkpointing.listing import checkpoint_folders, list_checkpoints, shown, table
 
 PROG = "lightning-stability"
 
@@ -50,6 +50,6 @@ def show_checkpoints(words: list[str]) -> int:
     good = True
     for folder in folders:
         infos = list_checkpoints(folder, given.verify)
-        print(f"{folder}\n{table(infos)}\n")
+        print(f"{shown(str(folder))}\n{table(infos)}\n")
         good = good and all(info.complete and info.finite is not False for info in infos)
     return 0 if good else 1

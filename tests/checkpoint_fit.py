@@ -178,6 +178,9 @@ def fit(
     validate: Any = True,
     ckpt_path: str | None = None,
     kill_after_batch: int | None = None,
+    kill_in: str | None = None,
+    kill_at_write: int | None = None,
+    extra: str | None = None,
     module: Any = None,
     checkpoint: dict[str, Any] | str | None = None,
     callbacks: Callable[[Any], list[Any]] = lambda pl: [],
@@ -200,6 +203,9 @@ def fit(
         validate: Whether there is a validation set, or what makes its loader.
         ckpt_path: Where to go on from.
         kill_after_batch: The process is killed when so many batches of this fit have been trained.
+        kill_in: The process is killed in this hook of a callback that comes before the others.
+        kill_at_write: The process is killed in place of so many-th call that changes the disk.
+        extra: A callback of Lightning's: "ema", "swa" or "early".
         module: Options of `make_module`, or what makes one of a namespace.
         checkpoint: Options of FractionalCheckpoint; "none" for a ModelCheckpoint that never saves in its place.
         patience: Of a NaNEarlyStop, if there shall be one.
@@ -223,8 +229,15 @@ def fit(
     others = [*callbacks(pl), *([PrecisionFallback(fallback)] if fallback else [])]
     if patience is not None:
         others.append(NaNEarlyStop(patience))
+    others += lightnings(pl, extra)
     if kill_after_batch is not None:
         others.append(killer(pl, kill_after_batch))
+    if kill_in is not None:
+        others.insert(
+            0, type("Killer", (pl.Callback,), {kill_in: lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)})()
+        )
+    if kill_at_write is not None:
+        die_at_write(kill_at_write)
     if fp16:
         trainer["plugins"] = runs.fp16(pl, init_scale=256.0)
     options = {"max_epochs": 3, "num_sanity_val_steps": 0, "enable_checkpointing": True, **trainer}
@@ -238,11 +251,12 @@ def fit(
     made.fit(model, training, validation, ckpt_path=ckpt_path)
     state = {
         "module": model.state_dict(),
-        "optimizers": [optimizer.state_dict()["state"] for optimizer in made.optimizers],
+        "optimizers": [optimizer.state_dict().get("state") for optimizer in made.optimizers],
         "random": [torch.rand(3), random.random(), float(np.random.rand())],
         "seen": model.seen,
         "global_step": made.global_step,
         "epoch": made.current_epoch,
+        "metrics": {name: float(value) for name, value in made.callback_metrics.items()},
         "precision": [str(made.precision), made.precision_plugin.state_dict()],
     }
     torch.save(state, folder / RESULT.format(rank=made.global_rank))
@@ -262,6 +276,36 @@ def loader(data: str, workers: int, augment: bool) -> Any:
         return StatefulDataLoader(Samples(56, augment), batch_size=4, sampler=sampler, num_workers=workers)
     count = 56 if data == "ranks" else 28
     return StatefulDataLoader(Samples(count, augment=augment), batch_size=4, shuffle=True, num_workers=workers)
+
+
+def lightnings(pl: Any, extra: str | None) -> list[Any]:
+    if extra == "ema":
+        return [pl.callbacks.EMAWeightAveraging(decay=0.9)]
+    if extra == "swa":
+        return [pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)]
+    if extra == "early":
+        return [pl.callbacks.EarlyStopping("val_loss", patience=0, min_delta=1e9)]
+    return []
+
+
+def die_at_write(count: int) -> None:
+    """Kill this process at one of the calls by which a checkpoint is written, before or in the middle of it."""
+    left = [count]
+
+    def dying(call: Any) -> Any:
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                if call is torch.save and hasattr(args[1], "write"):
+                    args[1].write(b"PK")
+                    args[1].flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return instead
+
+    for owner, name in ((torch, "save"), (os, "fsync"), (os, "replace"), (os, "link"), (os, "unlink")):
+        setattr(owner, name, dying(getattr(owner, name)))
 
 
 def killer(pl: Any, batches: int) -> Any:

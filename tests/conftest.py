@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ collect_ignore = [
     "distributed_inputs.py",
     "distributed_look.py",
     "checkpoint_fit.py",
+    "faulty_fit.py",
 ]  # scripts that tests start
 
 
@@ -66,3 +68,15 @@ def processes() -> Iterator[fits.Fits]:
     launcher = fits.Fits()
     yield launcher
     launcher.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -1,5 +1,6 @@
 """`lightning-stability checkpoints`, and going on from `last_good`, as processes."""
 
+import os
 import re
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_a_run_is_listed_verified_and_gone_on_from(command: Launcher, tmp_path: 
     assert re.search(r"newest complete, finite checkpoint is .*epoch=001\.00-step=000008\.ckpt", went_on.stderr)
     names = [path.name for path in sorted(tmp_path.glob("lightning_logs/version_1/checkpoints/epoch*.ckpt"))]
     assert names == ["epoch=001.50-step=000012.ckpt", "epoch=002.00-step=000016.ckpt"]
+
+
+def test_foreign_files_and_odd_names_are_a_line_each(command: Launcher, tmp_path: Path) -> None:
+    folder = tmp_path / "run\x1b[2J"
+    folder.mkdir()
+    torch.save({"state_dict": {"w": torch.ones(3)}}, folder / "\x1b[31mred.ckpt")
+    os.mkfifo(folder / "pipe.ckpt")
+    torch.save({"state_dict": {"w": torch.ones(3)}, "lightning_stability": {"saved_at": "x"}}, folder / "odd.ckpt")
+    for words in ([], ["--verify"]):
+        listed = command("checkpoints", str(folder), *words, cwd=tmp_path)
+        assert listed.returncode == 1, listed.stderr
+        assert "\x1b" not in listed.stdout + listed.stderr
+        assert "\\x1b[31mred.ckpt" in listed.stdout
+        assert re.search(r"pipe\.ckpt .* it is no regular file", listed.stdout)
+        assert re.search(r"odd\.ckpt .*saved_at is 'x' \(str\), expected a time", listed.stdout)
 
 
 def test_a_folder_without_checkpoints_is_one_clear_message(command: Launcher, tmp_path: Path) -> None:

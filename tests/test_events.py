@@ -1,9 +1,14 @@
 """events.jsonl."""
 
+import contextlib
 import json
 import multiprocessing
+import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME, EventLog, read_events
@@ -53,11 +58,81 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path: Path) -> None:
-    EventLog(tmp_path).write("x", step=0, epoch=0)
+HALF_LINES = ['{"event": "x", "st', '\n{"event": "x", "step": "1"}', "[" * 100_000, "{}", '{"event": "x"}', "\xff"]
+
+
+@pytest.mark.parametrize("half", HALF_LINES, ids=range(6))
+def test_half_lines_are_passed_over_and_counted(tmp_path: Path, half: str) -> None:
+    log = EventLog(tmp_path)
+    log.write("x", step=0, epoch=0)
+    with (tmp_path / FILE_NAME).open("a", encoding="latin-1") as file:
+        file.write(half)
+    log.write("x", step=1, epoch=0)
+    with pytest.warns(UserWarning, match="unreadable lines of events.jsonl, passed over: 1"):
+        events = read_events(tmp_path)
+    assert events.unreadable == 1
+    assert [event["step"] for event in events] == [0, 1]
+
+
+def test_a_half_line_does_not_spoil_the_start_of_a_new_file(tmp_path: Path) -> None:
+    log = EventLog(tmp_path, max_bytes=500)
+    log.write("training_started", step=3, epoch=0)
     with (tmp_path / FILE_NAME).open("a") as file:
-        file.write('{"event": "x", "st')
-    assert [event["step"] for event in read_events(tmp_path)] == [0]
+        file.write('{"event": "training_started", "st\n')
+    for step in range(9):
+        log.write("x", step=step, epoch=0)
+    assert json.loads((tmp_path / FILE_NAME).read_text().splitlines()[0])["step"] == 3
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def make_file_in_place_of_the_folder(path: Path) -> None:
+    path.parent.rmdir()
+    path.parent.touch()
+
+
+@pytest.mark.parametrize("spoil", [make_folder, os.mkfifo, make_file_in_place_of_the_folder])
+def test_a_log_that_cannot_be_written_costs_one_warning(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+    path = tmp_path / "run" / FILE_NAME
+    path.parent.mkdir()
+    spoil(path)
+    logs = EventLog(path.parent), EventLog(path.parent)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("error")
+        for step in range(3):
+            for log in logs:
+                log.write("x", step=step, epoch=0)
+    assert [str(path) in str(warning.message) for warning in caught] == [True]
+    path.rmdir() if path.is_dir() else path.unlink() if path.exists() else path.parent.unlink()
+    for log in logs:
+        log.write("x", step=3, epoch=0)
+        log.write("x", step=4, epoch=0)
+    assert [(event["step"], event.get("lost")) for event in read_events(path.parent)] == [(3, 3), (4, None)] * 2
+
+
+def test_what_was_lost_on_a_full_disk_is_counted_in_the_next_line(small_disk: Path) -> None:
+    log, other = EventLog(small_disk), small_disk / "other"
+    log.write("x", step=0, epoch=0)
+    with contextlib.suppress(OSError), other.open("wb", 0) as file:
+        while file.write(b"x" * 512):
+            pass
+    with pytest.warns(UserWarning, match="cannot be written"):  # noqa: PT031
+        for step in range(1, 2000):
+            log.write("x", step=step, epoch=0)
+    other.unlink()
+    log.write("x", step=2000, epoch=0)
+    with pytest.warns(UserWarning, match="passed over: 1"):  # the one that the disk cut short
+        events = read_events(small_disk)
+    steps = {event["step"]: event.get("lost", 0) for event in events}
+    assert 2000 - len(steps) + 1 == steps[2000] > 0
+
+
+def test_what_json_cannot_hold_is_written_in_words(tmp_path: Path) -> None:
+    EventLog(tmp_path).write("x", step=0, epoch=0, path=Path("a"), odd={(1, 2): {3}}, number=np.float32("nan"))
+    [event] = read_events(tmp_path)
+    assert (event["path"], event["odd"], event["number"]) == ("a", {"(1, 2)": "{3}"}, "nan")
 
 
 def write_many(folder: Path, rank: int) -> None:

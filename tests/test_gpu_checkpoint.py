@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_stability.checkpointing.random_state import capture_random_state, restore_random_state
+from lightning_stability.checkpointing.random_state import RandomState
 from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.health.values import nonfinite_names
 from tests import checkpoint_fit as fits
@@ -47,10 +47,10 @@ def test_a_resume_is_exact_with_deterministic_algorithms(tmp_path: Path, name: s
 
 def test_the_devices_random_state_comes_back() -> None:
     torch.rand(1, device="cuda")
-    state = capture_random_state()
+    state = RandomState.capture().state_dict()
     first = torch.rand(100, device="cuda")
     torch.cuda.manual_seed(5)
-    restore_random_state(state)
+    RandomState.from_state_dict(state).restore()
     assert torch.equal(first, torch.rand(100, device="cuda"))
 
 

@@ -2,8 +2,9 @@
 
 from lightning_stability.callbacks.fractional_checkpoint import FractionalCheckpoint
 from lightning_stability.callbacks.grad_norm_monitor import GradNormMonitor
+from lightning_stability.callbacks.incident import NonFiniteError
 from lightning_stability.callbacks.input_check import InputCheck, InputError
-from lightning_stability.callbacks.nan_early_stop import NaNEarlyStop, NonFiniteError
+from lightning_stability.callbacks.nan_early_stop import NaNEarlyStop
 from lightning_stability.callbacks.precision_fallback import PrecisionFallback
 
 __all__ = [

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from lightning_stability._compat import MisconfigurationException, ModelCheckpoint
-from lightning_stability.callbacks.base import SessionMember, warn_of_forgotten_precision
+from lightning_stability import internals
+from lightning_stability._compat import MisconfigurationException
+from lightning_stability.callbacks.base import SessionMember, warn_always, warn_of_forgotten_precision
+from lightning_stability.callbacks.checkpoint_messages import warn_of_inexact_data, why_refused
+from lightning_stability.callbacks.ranked_checkpoint import RankedCheckpoint, refuse_other_triggers
 from lightning_stability.checkpointing import writing
-from lightning_stability.checkpointing.listing import NonfiniteByDesign
-from lightning_stability.checkpointing.loops import SECTION, Place, TrainingPlaces
+from lightning_stability.checkpointing.listing import list_checkpoints
+from lightning_stability.checkpointing.loops import SavePoint, SavePoints
+from lightning_stability.checkpointing.own_objects import allow_own_hyperparameters
+from lightning_stability.checkpointing.resume import SECTION
+from lightning_stability.checkpointing.saving import PendingSave, Saver
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
-from lightning_stability.checkpointing.section import dump_checkpoint, make_section, nonfinite_on_any_rank
-from lightning_stability.checkpointing.snapshot import HostSnapshot
+from lightning_stability.checkpointing.section import make_section, nonfinite_on_any_rank
+from lightning_stability.checkpointing.stopping import checkpoint_folder
 from lightning_stability.events import EventLog
 
-_OTHER_TRIGGERS = ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end", "save_on_exception")
-_BOOKKEEPING = (
-    *("current_score", "best_k_models", "kth_best_model_path", "kth_value", "best_model_score", "best_model_path"),
-    *("last_model_path", "_scores", "_last_global_step_saved", "_last_checkpoint_saved", "_ranked"),
-)
 
-
-class FractionalCheckpoint(SessionMember, ModelCheckpoint):
+class FractionalCheckpoint(SessionMember, RankedCheckpoint):
     """Saves every `every_n_epochs` epochs, fractions included, and resumes as if nothing had happened.
 
     A `ModelCheckpoint` with another trigger: `monitor`, `save_top_k`, `save_last`, `filename`, `dirpath` and remote
@@ -37,9 +35,10 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
     counted over all epochs, after a validation that is due at that step. The end of fit is saved too.
 
     A checkpoint holds what an exact resume needs besides Lightning's own: the random state of Python, numpy and
-    torch, the position of the data (with a StatefulDataLoader of torchdata), the sums of `self.log` and the states of
-    torchmetrics, of every rank. Before anything is written, weights, buffers and optimizer state are checked; what is
-    not finite is not saved. Files are written beside, flushed, then moved into place.
+    torch, the position of the data (with a StatefulDataLoader of torchdata), the sums of `self.log`, the states of
+    torchmetrics and non-persistent buffers that training changes, of every rank. Before anything is written, weights,
+    buffers and optimizer state are checked; what became non-finite is not saved. Files are written beside, flushed,
+    then moved into place.
 
     Kept are the `save_top_k` best and always the newest; a metric that is NaN makes none of them the best. A second
     name, `last.ckpt`, moves along with the newest and takes no room on the disk.
@@ -56,6 +55,8 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
         save_top_k: How many of the best are kept; -1 keeps all.
         save_last: Whether there is a `last.ckpt`; `"link"` makes it a symbolic link.
         save_weights_only: Whether to leave out what a resume needs.
+        allow_nonfinite: Names of weights or buffers that may become infinite or NaN, as in `state_dict`; `*` stands for
+            anything. What is so by design when training starts need not be named.
         verbose: Whether to say when a checkpoint is saved.
         auto_insert_metric_name: Whether file names hold the names of the metrics in them.
         enable_version_counter: Whether to append `-v1` rather than overwrite.
@@ -90,9 +91,10 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
         verbose: bool = False,
         auto_insert_metric_name: bool = True,
         enable_version_counter: bool = True,
+        allow_nonfinite: str | Sequence[str] = (),
         **other_trigger: Any,
     ) -> None:
-        _refuse_other_triggers(other_trigger)
+        refuse_other_triggers(other_trigger)
         if filename == self.CHECKPOINT_NAME_LAST and save_last:
             raise MisconfigurationException(
                 f"FractionalCheckpoint(filename={filename!r}): it is save_last's name. Choose another, or leave it out."
@@ -115,18 +117,16 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
         if steps_per_epoch is not None:
             _above_zero("steps_per_epoch", steps_per_epoch)
         self.async_save = async_save
-        # every checkpoint that is kept, oldest first, with its score
-        self._scores: dict[str, Tensor | None] = {}
+        self.allow_nonfinite = [allow_nonfinite] if isinstance(allow_nonfinite, str) else list(allow_nonfinite)
         self._begin_fit()
 
     def _begin_fit(self) -> None:
         self._failures = 0
-        self._ranked: Any = None
+        self._ranked = None
         self._missed_monitor = False
-        self._pending: _Pending | None = None
-        self._by_design = NonfiniteByDesign([])
-        self._snapshot: HostSnapshot | None = None
-        self._writer: writing.Writer | None = None
+        self._saved_at = None
+        self._looked = False
+        self._saver: Saver | None = None
         self._events = EventLog(None)
 
     reads_steps = False
@@ -139,57 +139,53 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the folder, refuse what cannot be done."""
+        if self.automatic and self.dirpath is None and (folder := checkpoint_folder(trainer)):
+            self.dirpath = folder  # no folder that the project would not have without the package
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or trainer.fast_dev_run:
             return
+        allow_own_hyperparameters(pl_module)
         self._leave(trainer)
         self._begin_fit()
         if self.session is not None:
             self._events = self.session.events
-        if self.async_save and not _writes_one_file(trainer):
+        if self.async_save and not internals.writes_one_file(trainer):
             raise MisconfigurationException(
                 f"FractionalCheckpoint(async_save=True) cannot be used with {type(trainer.strategy).__name__} and"
                 f" {type(trainer.strategy.checkpoint_io).__name__}, which write in their own way; leave async_save out."
             )
-        self._writer = writing.Writer(self.async_save)
-        if self.async_save:
-            self._snapshot = HostSnapshot()
+        self._saver = Saver(self.async_save)
         if trainer.is_global_zero:
             writing.remove_parts(str(self.dirpath))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to listen for places where a save is right."""
-        if trainer.fast_dev_run or self._writer is None:
+        """Begin to listen for points where a save is right."""
+        if trainer.fast_dev_run or self._saver is None:
             return
-        places = TrainingPlaces.of(trainer)
-        places.listen(self)
+        points = SavePoints.of(trainer)
+        points.listen(self)
+        points.finite.allow(self.allow_nonfinite)
+        if trainer.is_global_zero and points.starts > 1 and writing.is_local(str(self.dirpath)):
+            earlier = [info.start for info in list_checkpoints(str(self.dirpath)) if info.run == points.run_id]
+            points.starts = max([points.starts, *(start + 1 for start in earlier)])
         self._batches_per_epoch(trainer)
         self._schedule.start_at(self._epochs_at_start(trainer))
-        self._by_design = NonfiniteByDesign(pl_module.named_buffers())
-        if self.save_weights_only:
-            return
-        if places.data.without_position:
-            kinds = ", ".join(sorted({type(loader).__name__ for loader in places.data.without_position}))
-            rank_zero_warn(
-                f"FractionalCheckpoint: the position of a {kinds} within an epoch cannot be saved; a run resumed"
-                " inside an epoch sees that epoch's data from the beginning. Use"
-                " torchdata.stateful_dataloader.StatefulDataLoader, which takes the same arguments."
-            )
-        if places.data.has_workers:
-            rank_zero_info(
-                "FractionalCheckpoint: random numbers drawn inside the data loader's workers are in no checkpoint."
-                " Augmentation resumes exactly if it is seeded per sample, and not otherwise."
-            )
+        self._warn_of_refusal(points)
+        if not self.save_weights_only:
+            warn_of_inexact_data(points)
 
-    def on_place(self, trainer: Any, place: Place) -> None:
+    def on_place(self, trainer: Any, place: SavePoint) -> None:
         """Save if it is due."""
+        if not self._looked:
+            self._looked = True
+            self._warn_of_refusal(SavePoints.of(trainer))  # now, not when the first save is due
         epochs = place.epochs(self._batches_per_epoch(trainer))
         due = (place.stepped and self._schedule.is_due(epochs)) or place.ending
-        if due and self._last_global_step_saved != trainer.global_step:
+        if due and self._saved_at != (place.epoch, place.batches):
             self._save(trainer, place, epochs)
 
     def on_resumed(self, trainer: Any) -> None:
-        """The metric that is there has ranked the checkpoint that the run goes on from."""
+        """The metric that is there has ranked the checkpoint that the run was resumed from."""
         self._schedule.go_back_to(self._epochs_at_start(trainer))  # if its epoch begins again
         if self.monitor is not None:
             self._ranked = trainer.callback_metrics.get(self.monitor)
@@ -203,30 +199,29 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
     def on_validation_end(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the batch that a validation follows is not over here."""
 
+    def finish_writing(self, trainer: Any) -> None:
+        """Wait for what is being written, with all ranks; a failure is warned of and raises nothing."""
+        self._finish_pending(trainer, may_raise=False)
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Wait for what is being written."""
         self._finish_pending(trainer)
-        TrainingPlaces.of(trainer).leave(self)
+        SavePoints.of(trainer).leave(self)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Wait for what is being written: it may be the last good one."""
-        if self._writer is not None and self._pending is not None:
-            error = self._writer.wait()  # without the other ranks, which may be gone
-            pending, self._pending = self._pending, None
-            if error is not None:
-                self._note_failure(trainer, pending, str(error))
         self._leave(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the Trainer as it was."""
         if stage == "fit":
-            self._leave(trainer)
+            self._leave(trainer)  # a stop silences `on_train_end`: what is being written then is waited for here
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep what is put back when training starts."""
+        """Keep what is restored when training starts."""
         warn_of_forgotten_precision(self, trainer, checkpoint)
         if SECTION in checkpoint and trainer.state.fn == "fit":
-            TrainingPlaces.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
+            SavePoints.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
         states = checkpoint.get("callbacks", {})
         if self.state_key not in states:  # the interval is part of the key: it is another one now
             ours = [s for key, s in states.items() if key.startswith(f"{type(self).__qualname__}{{")]
@@ -234,36 +229,28 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
             if len(ours) == 1:
                 self.load_state_dict(ours[0])
 
-    def state_dict(self) -> dict[str, Any]:
-        """ModelCheckpoint's, and every checkpoint that is kept."""
-        return {**super().state_dict(), "scores": dict(self._scores)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on ranking and rotating from a checkpoint."""
-        super().load_state_dict(state_dict)
-        if self.dirpath == state_dict.get("dirpath", self.dirpath):
-            self._scores = dict(state_dict.get("scores", {}))
-
     # A save
 
-    def _save(self, trainer: Any, place: Place, epochs: Fraction) -> None:
+    def _save(self, trainer: Any, place: SavePoint, epochs: Fraction) -> None:
         started = time.perf_counter()
         if self.session is not None:
             self.session.drain()
         self._finish_pending(trainer)
-        before = {name: _copied(getattr(self, name)) for name in _BOOKKEEPING}
+        assert self._saver is not None
+        before = self._books()
         candidates = self._candidates(trainer, epochs)
-        job = self._plan(trainer, candidates)
+        job = self._enter(trainer, candidates)
+        self._saved_at = (place.epoch, place.batches)
         if place.batches == 0:
             self._look_for_monitor(candidates)
-        checkpoint = self._dump(trainer, place, epochs)
-        if bad := nonfinite_on_any_rank(trainer, checkpoint, self._by_design):
-            self._restore_bookkeeping(before)
+        checkpoint, section = self._dump(trainer, place, epochs)
+        if bad := nonfinite_on_any_rank(trainer, checkpoint, section):
+            self._restore_books(before)
             self._refuse(trainer, bad)
             return
-        self._pending = _Pending(job, before, float(epochs), trainer.global_step, trainer.current_epoch)
-        self._submit(trainer, job, checkpoint)
-        self._pending.seconds = time.perf_counter() - started
+        pending = PendingSave(job, before, float(epochs), trainer.global_step, trainer.current_epoch)
+        self._saver.submit(trainer, pending, checkpoint)
+        pending.seconds = time.perf_counter() - started
         if not self.async_save:
             self._finish_pending(trainer)
 
@@ -275,32 +262,6 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
         candidates["step"] = trainer.global_step
         return candidates
 
-    def _plan(self, trainer: Any, candidates: dict[str, Any]) -> writing.WriteJob:
-        """Enter the new checkpoint into the books and say what is to be done."""
-        path = self._free_name(trainer, candidates, None, "")
-        score = self._score(trainer)
-        self._scores[path] = score
-        self.current_score = score
-        ranked = {p: s for p, s in self._scores.items() if s is not None}
-        best = sorted(ranked, key=lambda p: float(ranked[p]), reverse=self.mode == "max")
-        kept = len(best) if self.save_top_k == -1 else self.save_top_k
-        self.best_k_models = {p: ranked[p] for p in best[:kept]}
-        if self.monitor is None:
-            self.best_model_path = path
-        elif self.best_k_models:
-            self.best_model_path, self.best_model_score = best[0], ranked[best[0]]
-            self.kth_best_model_path = best[: kept or 1][-1]
-            self.kth_value = ranked[self.kth_best_model_path]
-        outdated = [] if self.save_top_k == -1 else [p for p in self._scores if p != path and p not in best[:kept]]
-        outdated = [p for p in outdated if self._should_remove_checkpoint(trainer, p, path)]
-        last = None
-        if self.save_last:
-            last = self.last_model_path = self._free_name(
-                trainer, candidates, self.CHECKPOINT_NAME_LAST, self.last_model_path
-            )
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, path
-        return writing.WriteJob(path, None, last, self.save_last == "link", outdated)
-
     def _look_for_monitor(self, candidates: dict[str, Any]) -> None:
         """Say it once if what ranks checkpoints has not been logged in a whole epoch."""
         if self.monitor is not None and self.monitor not in candidates and not self._missed_monitor:
@@ -310,73 +271,38 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
                 f" checkpoint is ranked and only the newest is kept. Logged: {', '.join(sorted(candidates))}."
             )
 
-    def _score(self, trainer: Any) -> Tensor | None:
-        """The monitored metric, unless there is none, it is not finite, or it ranked an earlier checkpoint."""
-        value = trainer.callback_metrics.get(self.monitor) if self.monitor is not None else None
-        if value is None or value is self._ranked:
-            return None
-        self._ranked = value
-        score = torch.as_tensor(value).detach().clone()
-        return score if bool(torch.isfinite(score).all()) else None
-
-    def _free_name(self, trainer: Any, candidates: dict[str, Any], filename: str | None, own: str) -> str:
-        path = self.format_checkpoint_name(candidates, filename)
-        version = self.STARTING_VERSION
-        while self._enable_version_counter and path != own and self.file_exists(path, trainer):
-            path = self.format_checkpoint_name(candidates, filename, ver=version)
-            version += 1
-        return path
-
-    def _dump(self, trainer: Any, place: Place, epochs: Fraction) -> dict[str, Any]:
+    def _dump(self, trainer: Any, place: SavePoint, epochs: Fraction) -> tuple[dict[str, Any], dict[str, Any] | None]:
         with trainer.profiler.profile("save_checkpoint"):
-            checkpoint = dump_checkpoint(trainer, self.save_weights_only)
-        if not self.save_weights_only:  # after everybody's `on_save_checkpoint`, which may draw random numbers
-            stop_is_due = bool(trainer.should_stop) and not place.ending
-            checkpoint[SECTION] = make_section(trainer, place, float(epochs), stop_is_due, self._by_design.names)
-        return checkpoint
+            checkpoint = internals.dump_checkpoint(trainer, self.save_weights_only)
+        if self.save_weights_only:
+            return checkpoint, None
+        # after everybody's `on_save_checkpoint`, which may draw random numbers
+        stop_is_due = bool(trainer.should_stop) and not place.ending
+        checkpoint[SECTION] = section = make_section(trainer, place, float(epochs), stop_is_due)
+        return checkpoint, section
 
-    def _submit(self, trainer: Any, job: writing.WriteJob, checkpoint: dict[str, Any]) -> None:
-        assert self._writer is not None
-        if not _writes_one_file(trainer):
-            self._write_their_way(trainer, job, checkpoint)
-        elif trainer.is_global_zero:
-            state, ready = checkpoint, _nothing
-            if self._snapshot is not None:
-                state, ready = self._snapshot.take(checkpoint)
-            job.write = lambda path: writing.write_file(state, path)
-            self._writer.submit(job, ready)
-
-    def _write_their_way(self, trainer: Any, job: writing.WriteJob, checkpoint: dict[str, Any]) -> None:
-        """All ranks write, or a plugin of the user's does: as safe as that is."""
-        assert self._writer is not None
-        trainer.strategy.save_checkpoint(checkpoint, job.path)
-        trainer.strategy.barrier("FractionalCheckpoint")
-        if trainer.is_global_zero:
-            self._writer.submit(job)
-
-    def _finish_pending(self, trainer: Any) -> None:
-        """Wait for the save under way; all ranks learn how it went."""
-        pending, self._pending = self._pending, None
+    def _finish_pending(self, trainer: Any, together: bool = True, may_raise: bool = True) -> None:
+        """Wait for the save under way; with all ranks here, all learn how it went."""
+        pending = None if self._saver is None else self._saver.finish(trainer, together)
         if pending is None:
             return
-        assert self._writer is not None
-        error = self._writer.wait() if trainer.is_global_zero else None
-        failure: str | None = trainer.strategy.broadcast(None if error is None else f"{type(error).__name__}: {error}")
-        if failure is not None:
-            self._note_failure(trainer, pending, failure)
-            if self._failures >= self.max_failures:
+        if pending.failure is not None:
+            self._note_failure(trainer, pending)
+            if may_raise and self._failures >= self.max_failures:
                 raise RuntimeError(
                     f"FractionalCheckpoint: {self._failures} saves in a row failed, the last one to"
-                    f" {pending.job.path}: {failure}"
-                ) from error
+                    f" {pending.job.path}: {pending.failure}"
+                ) from pending.error
             return
         self._failures = 0
+        if pending.job.trouble is not None:
+            warn_always(f"FractionalCheckpoint: {pending.job.path} is written, but then: {pending.job.trouble}")
         for path in pending.job.outdated:
             self._scores.pop(path, None)
         if trainer.is_global_zero:
             self._note_success(trainer, pending)
 
-    def _note_success(self, trainer: Any, pending: _Pending) -> None:
+    def _note_success(self, trainer: Any, pending: PendingSave) -> None:
         details = {"path": pending.job.path, "epochs": pending.epochs, "seconds": pending.seconds}
         self._events.write("checkpoint_saved", pending.step, pending.epoch, **details)
         if self.verbose:
@@ -384,17 +310,16 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
         for logger in trainer.loggers:
             logger.after_save_checkpoint(self)
 
-    def _note_failure(self, trainer: Any, pending: _Pending, failure: str) -> None:
+    def _note_failure(self, trainer: Any, pending: PendingSave) -> None:
         self._failures += 1
-        self._restore_bookkeeping(pending.before)
+        self._restore_books(pending.before)
         if trainer.is_global_zero:
-            details = {"path": pending.job.path, "error": failure, "in_a_row": self._failures}
+            details = {"path": pending.job.path, "error": pending.failure, "in_a_row": self._failures}
             self._events.write("checkpoint_failed", pending.step, pending.epoch, **details)
-        free = writing.free_space(str(self.dirpath))  # what torch says of a full disk does not mention it
         rank_zero_warn(
-            f"FractionalCheckpoint: {pending.job.path} could not be written ({failure}{free}). Training goes on; the"
-            f" checkpoints before it are as they were. {self.max_failures - self._failures} more failures in a row"
-            " end it."
+            f"FractionalCheckpoint: {pending.job.path} could not be written ({pending.failure}). Training"
+            f" continues; the checkpoints before it are as they were. {self.max_failures - self._failures} more"
+            " failures in a row end it."
         )
 
     def _refuse(self, trainer: Any, bad: list[str]) -> None:
@@ -402,14 +327,14 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
             details = {"nonfinite": bad[:10], "nonfinite_tensors": len(bad)}
             self._events.write("checkpoint_refused", trainer.global_step, trainer.current_epoch, **details)
         kept = f"{self._last_checkpoint_saved} stays the newest" if self._last_checkpoint_saved else "there is none yet"
-        rank_zero_warn(
-            f"FractionalCheckpoint: nothing was saved at step {trainer.global_step}, because {len(bad)} tensors are"
-            f" not finite ({', '.join(bad[:3])}). Of the good checkpoints, {kept}."
+        warn_always(
+            f"FractionalCheckpoint: nothing was saved at step {trainer.global_step}: {why_refused(bad)} Of the"
+            f" good checkpoints, {kept}."
         )
 
-    def _restore_bookkeeping(self, before: dict[str, Any]) -> None:
-        for name, value in before.items():
-            setattr(self, name, value)
+    def _warn_of_refusal(self, points: SavePoints) -> None:
+        if bad := points.finite.unexpected_now():
+            warn_always(f"FractionalCheckpoint: nothing will be saved as things are: {why_refused(bad)}")
 
     # Parts of the above
 
@@ -427,18 +352,17 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
     def _epochs_at_start(self, trainer: Any) -> Fraction:
         progress = trainer.fit_loop.epoch_progress.current
         inside = trainer.fit_loop.epoch_loop.batch_progress.current.ready if progress.ready > progress.processed else 0
-        if TrainingPlaces.of(trainer).ends_a_batch_first:  # what is due with its window has not been saved
+        if SavePoints.of(trainer).ends_a_batch_first:  # what is due with its window has not been saved
             inside -= (inside - 1) % trainer.accumulate_grad_batches + 1
-        place = Place(progress.processed, inside, stepped=True, ending=False)
+        place = SavePoint(progress.processed, inside, stepped=True, ending=False)
         return place.epochs(self._batches_per_epoch(trainer))
 
     def _leave(self, trainer: Any) -> None:
-        TrainingPlaces.of(trainer).leave(self)
-        if self._writer is not None:
-            self._writer.wait()
-            self._writer.close()
-            self._writer = None
-        self._snapshot = None
+        SavePoints.of(trainer).leave(self)
+        if self._saver is not None:
+            self._finish_pending(trainer, together=False, may_raise=False)  # without the other ranks, which may be gone
+            self._saver.close()
+            self._saver = None
 
     @property
     def every_n_epochs(self) -> float:  # type: ignore[override]
@@ -448,49 +372,7 @@ class FractionalCheckpoint(SessionMember, ModelCheckpoint):
     def __getstate__(self) -> dict[str, Any]:
         # A copy, here or in another process, has no fit under way. `log` and `log_dict` belong to the module.
         state = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
-        return {**state, "_writer": None, "_snapshot": None, "_pending": None, "_ranked": None}
-
-
-@dataclass
-class _Pending:
-    """A save that is under way."""
-
-    job: writing.WriteJob
-    before: dict[str, Any]
-    """The books as they were, should it fail."""
-    epochs: float
-    step: int
-    epoch: int
-    seconds: float = 0.0
-    """How long training has waited for it."""
-
-
-def _writes_one_file(trainer: Any) -> bool:
-    """Whether the first rank writes all there is with `torch.save`, so that we can do it in its place."""
-    strategy = trainer.strategy
-    return (
-        type(strategy).save_checkpoint.__qualname__ == "Strategy.save_checkpoint"
-        and type(strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
-    )
-
-
-def _copied(value: Any) -> Any:
-    return dict(value) if isinstance(value, dict) else value
-
-
-def _nothing() -> None:
-    pass
-
-
-def _refuse_other_triggers(given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if name not in _OTHER_TRIGGERS:
-            raise TypeError(f"FractionalCheckpoint has no option {name!r}")
-        if value:
-            raise MisconfigurationException(
-                f"FractionalCheckpoint({name}={value!r}): it saves by every_n_epochs alone. Add a ModelCheckpoint with"
-                f" {name} beside it, or leave it out."
-            )
+        return {**state, "_saver": None, "_ranked": None}
 
 
 def _above_zero(option: str, value: float) -> float:

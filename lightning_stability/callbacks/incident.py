@@ -9,9 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stability.health.record import StepRecord
-from lightning_stability.health.values import named_tensors, nonfinite_names
+from lightning_stability.health.values import named_tensors, nonfinite_names, nonfinite_rows
+from lightning_stability.runtime.policies import DeliberateError
 
 SHOWN_NAMES = 3
+
+
+class NonFiniteError(DeliberateError, RuntimeError):
+    """Raised by `NaNEarlyStop(action="raise")`; the process then ends with a non-zero status.
+
+    Attributes:
+        what: What became non-finite: `"loss"`, `"input"`, `"gradient"`, `"weight"`, `"buffer"`, `"loss_scale"`,
+            `"optimizer"` or `"metric"`.
+        step: Optimizer steps completed before the bad one (`trainer.global_step`).
+        epoch: The epoch.
+        batch_idx: The batch in that epoch; -1 for a metric.
+    """
+
+    def __init__(self, message: str, what: str = "", step: int = -1, epoch: int = -1, batch_idx: int = -1) -> None:
+        super().__init__(message, what, step, epoch, batch_idx)  # all of them, so that it can be pickled
+        self.what, self.step, self.epoch, self.batch_idx = what, step, epoch, batch_idx
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(slots=True)
@@ -66,14 +86,14 @@ def _explain(record: StepRecord, batch: Any) -> tuple[str, str]:
     if record.bad_option is not None:
         return "optimizer", f"the optimizer has `{record.bad_option}`: its update would make weights non-finite"
     if record.exception is not None:
-        bad = [] if batch is None else nonfinite_names(named_tensors(batch))
-        holds = f"; {listed(bad)} holds non-finite values" if bad else ""
+        where = where_nonfinite(batch)
+        holds = f"; non-finite values are in {where}" if where else ""
         return "input", f"`training_step` raised {record.exception}{holds}"
     if record.bad_loss_ranks or not record.loss_finite:
-        bad = [] if batch is None else nonfinite_names(named_tensors(batch))
+        where = where_nonfinite(batch)
         value = "not finite" if record.loss is None or record.loss_finite else f"{record.loss:g}"
-        if bad:
-            return "input", f"the loss was {value}, and so was the input: {listed(bad)} holds non-finite values"
+        if where:
+            return "input", f"the loss was {value}, and the input held non-finite values: {where}"
         return "loss", f"the loss was {value}"
     if record.nonfinite_buffer is not None:
         return "buffer", f"the forward pass made the buffer `{record.nonfinite_buffer}` non-finite (restored)"
@@ -88,6 +108,29 @@ def _explain(record: StepRecord, batch: Any) -> tuple[str, str]:
     verdict = "not finite" if record.gradients_finite else record.gradients
     of_loss = "" if record.loss is None else " while the loss was finite"
     return "gradient", f"{where} was {verdict}{of_loss}"
+
+
+def where_nonfinite(batch: Any) -> str:
+    """Which tensors of a batch hold NaN or infinity, the first one's samples and columns too; empty if none does.
+
+    Example:
+        >>> where_nonfinite([torch.tensor([[0.0, 1.0], [float("nan"), 2.0]])])
+        '`batch[0]` (sample 1, column 0)'
+    """
+    tensors = {} if batch is None else dict(named_tensors(batch))
+    names = nonfinite_names(tensors.items())
+    if not names:
+        return ""
+    samples, columns = nonfinite_rows(tensors[names[0]])
+    parts = [_some("sample", samples), _some("column", columns) if columns else ""]
+    first = f"`{names[0]}` ({', '.join(filter(None, parts))})" if samples else f"`{names[0]}`"
+    return ", ".join([first, *([listed(names[1:])] if names[1:] else [])])
+
+
+def _some(kind: str, numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:SHOWN_NAMES]))
+    more = f" and {len(numbers) - SHOWN_NAMES} more" if len(numbers) > SHOWN_NAMES else ""
+    return f"{kind}{'s' if len(numbers) > 1 else ''} {shown}{more}"
 
 
 def poisoned_attributes(module: nn.Module) -> list[str]:

@@ -14,43 +14,27 @@ from torch import Tensor
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import StabilityCallback, warn_always
-from lightning_stability.callbacks.incident import Incident, listed, poisoned_attributes
+from lightning_stability.callbacks.incident import (
+    Incident,
+    NonFiniteError,
+    listed,
+    poisoned_attributes,
+    where_nonfinite,
+)
 from lightning_stability.callbacks.loggers import call_logger, notify_loggers
-from lightning_stability.checkpointing.loops import Place, TrainingPlaces
-from lightning_stability.checkpointing.section import StopCheckpoint, is_of_a_stop
+from lightning_stability.callbacks.run_end import RunEnd
+from lightning_stability.callbacks.stop_message import stop_message, summary
+from lightning_stability.checkpointing.loops import SavePoint, SavePoints
+from lightning_stability.checkpointing.section import is_of_a_stop
+from lightning_stability.checkpointing.stopping import (
+    newest_checkpoint,
+)
 from lightning_stability.health import StepRecord
 from lightning_stability.health.values import named_tensors, nonfinite_names
 from lightning_stability.internals import batch_index, window_is_open
-from lightning_stability.recovery.stopping import (
-    FILE_NAME,
-    EndOfLoop,
-    SilencedCheckpoints,
-    checkpoint_folder,
-    newest_checkpoint,
-    resume_command,
-)
-from lightning_stability.runtime import DeliberateError, Order, Outcome
+from lightning_stability.runtime import Order, Outcome
 from lightning_stability.runtime.counts import Counts
 from lightning_stability.runtime.trainers import why_gradients_are_hidden
-
-
-class NonFiniteError(DeliberateError, RuntimeError):
-    """Raised by `NaNEarlyStop(action="raise")`; the process then ends with a non-zero status.
-
-    Attributes:
-        what: What became non-finite: `"loss"`, `"input"`, `"gradient"`, `"weight"`, `"buffer"`, `"loss_scale"`,
-            `"optimizer"` or `"metric"`.
-        step: Optimizer steps completed before the bad one (`trainer.global_step`).
-        epoch: The epoch.
-        batch_idx: The batch in that epoch; -1 for a metric.
-    """
-
-    def __init__(self, message: str, what: str = "", step: int = -1, epoch: int = -1, batch_idx: int = -1) -> None:
-        super().__init__(message, what, step, epoch, batch_idx)  # all of them, so that it can be pickled
-        self.what, self.step, self.epoch, self.batch_idx = what, step, epoch, batch_idx
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class NaNEarlyStop(StabilityCallback):
@@ -123,9 +107,7 @@ class NaNEarlyStop(StabilityCallback):
         self._incident: Incident | None = None
         self._announced = False
         self._summarised = False
-        self._silenced: SilencedCheckpoints | None = None
-        self._loop_ends: list[EndOfLoop] = []
-        self._stop_checkpoint: StopCheckpoint | None = None
+        self._run_end: RunEnd | None = None
         self._goes_on_after_a_stop = False
         self._message = ""
         self._metrics_seen: set[str] = set()
@@ -153,11 +135,11 @@ class NaNEarlyStop(StabilityCallback):
                 " values; check how they are initialised or which checkpoint they were loaded from.",
             )
             return
-        self._stop_checkpoint = StopCheckpoint(trainer)
+        self._run_end = RunEnd(trainer)
         if self._goes_on_after_a_stop:
-            TrainingPlaces.of(trainer).listen(self, saves=False)
+            SavePoints.of(trainer).listen(self, saves=False)
 
-    def on_place(self, trainer: Any, place: Place) -> None:
+    def on_place(self, trainer: Any, place: SavePoint) -> None:
         """Nothing: what is listened for is where a resumed run begins."""
 
     def on_resumed(self, trainer: Any) -> None:
@@ -188,9 +170,8 @@ class NaNEarlyStop(StabilityCallback):
         bad = isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all())
         if self._incident is None and trainer.strategy.reduce_boolean_decision(bad, all=False):
             engine = type(trainer.strategy).__name__
-            why = (
-                f"the loss was {float(loss):g}" if bad else "the loss was not finite on another rank"
-            ) + f"; its update has been made, since under {engine} the engine alone can skip updates"
+            what = "the loss was not finite" if bad else "the loss was not finite on another rank"
+            why = f"{what}; its update has been made, since under {engine} the engine alone can skip updates"
             self._incident = Incident(
                 "loss", why, trainer.global_step, trainer.current_epoch, batch_index(trainer), None
             )
@@ -204,7 +185,7 @@ class NaNEarlyStop(StabilityCallback):
         if self._watches_loss_alone:
             self._look_at_loss(trainer, outputs)
         if self._incident is not None and not window_is_open(trainer):
-            self._silence_checkpoints(trainer)
+            self._silence_checkpoints()
             self._end_loops(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -226,7 +207,7 @@ class NaNEarlyStop(StabilityCallback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what became of all updates."""
         self._summarise()
-        TrainingPlaces.of(trainer).leave(self)
+        SavePoints.of(trainer).leave(self)
 
     def on_session_end(self, exception: BaseException | None) -> None:
         """Say what became of all updates; another callback may have failed over the bad batch."""
@@ -238,9 +219,10 @@ class NaNEarlyStop(StabilityCallback):
                 with contextlib.suppress(RuntimeError):  # a device that failed must not hide what made it fail
                     self._announce(trainer, self._incident)
             self._summarise()
-        self._let_checkpoints_be()
-        self._stop_checkpoint = None
-        TrainingPlaces.of(trainer).leave(self)
+        if self._run_end is not None:
+            self._run_end.restore()
+            self._run_end = None
+        SavePoints.of(trainer).leave(self)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on right after the batch that a run was ended with."""
@@ -248,7 +230,7 @@ class NaNEarlyStop(StabilityCallback):
         if trainer.state.fn != "fit" or trainer.fast_dev_run or not is_of_a_stop(checkpoint):
             return
         if not any(is_instance_by_name(other, "FractionalCheckpoint") for other in trainer.callbacks):  # it does so too
-            TrainingPlaces.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
+            SavePoints.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
             self._goes_on_after_a_stop = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -296,19 +278,13 @@ class NaNEarlyStop(StabilityCallback):
         bad_weights = _nonfinite_weights(trainer.lightning_module)
         if not bad_input and not bad_weights:
             return False
-        where = f"epoch {trainer.current_epoch}, batch {batch_index(trainer)}, global step {trainer.global_step}"
-        held = [f"the batch's {listed(bad_input)}"] * bool(bad_input) + [f"the weights {listed(bad_weights)}"] * bool(
-            bad_weights
-        )
         skips = bool(bad_input) and not bad_weights and self._counts.bad_in_a_row[0] < self.patience
         if skips and self.session.can_skip_a_batch:
             return True  # said with the update that is skipped for it
-        warn_always(
-            f"NaNEarlyStop: `training_step` raised {type(exception).__name__} at {where}, and"
-            f" {' and '.join(held)} hold{'s' if len(held) == 1 and len(bad_input + bad_weights) == 1 else ''}"
-            " non-finite values.",
-            on_this_rank=True,
-        )
+        where = f"epoch {trainer.current_epoch}, batch {batch_index(trainer)}, global step {trainer.global_step}"
+        held = "; ".join(filter(None, [where_nonfinite(batch), bad_weights and f"weights: {listed(bad_weights)}"]))
+        what = f"`training_step` raised {type(exception).__name__} at {where}; non-finite values are in {held}."
+        warn_always(f"NaNEarlyStop: {what}", on_this_rank=True)
         return False
 
     # Metrics.
@@ -326,7 +302,7 @@ class NaNEarlyStop(StabilityCallback):
                 why = f"the metric `{name}` was {value:g}"
                 self._incident = Incident("metric", why, trainer.global_step, trainer.current_epoch, -1, None)
                 # this very moment's save would rank it as best
-                self._silence_checkpoints(trainer)
+                self._silence_checkpoints()
                 return
 
     # The stop.
@@ -342,20 +318,15 @@ class NaNEarlyStop(StabilityCallback):
         self._end_loops(trainer)
         raise StopIteration
 
-    def _end_loops(self, trainer: Any) -> None:
-        """Both loops end, whatever `min_steps` and `min_epochs` say, before a validation and before any hook at the end
-        of an epoch, which may want metrics that are not there.
-        """
-        if not self._loop_ends:
-            loops = trainer.fit_loop.epoch_loop, trainer.fit_loop
-            self._loop_ends = [EndOfLoop(loop, lambda: self._stop_if_due(trainer)) for loop in loops]
-
     def _announce(self, trainer: Any, incident: Incident) -> None:
         assert self.session is not None
         stop_was_due, trainer.should_stop = trainer.should_stop, True
         self.session.end(f"NaNEarlyStop: {incident.why}")
-        checkpoint = self._keep_good_weights(trainer, stop_was_due) or newest_checkpoint(trainer)
-        self._silence_checkpoints(trainer)
+        self.session.drain()  # no bad batch may be left in the metrics
+        keeps = self._run_end is not None and self._counts.updates > self._updates_at_save and incident.what != "metric"
+        kept = self._run_end.keep_good_weights(stop_was_due) if self._run_end is not None and keeps else None
+        checkpoint = kept or newest_checkpoint(trainer)
+        self._silence_checkpoints()
         self._add_contents(incident)
         if trainer.is_global_zero:
             self.session.events.write(
@@ -370,37 +341,23 @@ class NaNEarlyStop(StabilityCallback):
                 held=self._counts.outcomes[Outcome.HELD],
                 checkpoint=checkpoint,
             )
-        self._message = self._compose(incident, checkpoint)
+        self._message = stop_message(incident, self._counts, checkpoint, int(self.patience), self.automatic)
         if self.action == "stop":
             warn_always(self._message)
         notify_loggers(trainer, "Training stopped", self._message, "lightning_stability/stopped", incident.step)
         for logger in trainer.loggers:  # a tracker that fails must not hide why the run ended
             call_logger(logger, logger.save)
 
+    def _silence_checkpoints(self) -> None:
+        if self._run_end is not None:
+            self._run_end.silence_checkpoints()
+
+    def _end_loops(self, trainer: Any) -> None:
+        if self._run_end is not None:
+            self._run_end.end_loops(lambda: self._stop_if_due(trainer))
+
     def _raise(self, incident: Incident) -> NoReturn:
         raise NonFiniteError(self._message, incident.what, incident.step, incident.epoch, incident.batch_idx)
-
-    def _compose(self, incident: Incident, checkpoint: str | None) -> str:
-        counts = self._counts
-        lines = [f"NaNEarlyStop ended the run: {incident.why}.", f"  where: {incident.place}"]
-        lines.append(f"  updates: {counts.updates} applied, {counts.skipped} skipped")
-        if checkpoint is not None:
-            lines += [f"  last good checkpoint: {checkpoint}", f"  resume: {resume_command(checkpoint)}"]
-        elif not counts.updates:
-            lines.append("  no update was ever applied: there is nothing to resume from; find the cause first")
-        elif incident.what == "weight":
-            lines.append("  no ModelCheckpoint has written a checkpoint")
-        else:
-            lines.append("  no ModelCheckpoint has written a checkpoint; parameters and buffers in memory are finite")
-        if incident.what == "input" or (self.patience == 0 and incident.what in ("loss", "gradient")):
-            option = f"NaNEarlyStop(patience={max(2, self.patience + 1)})"
-            how = f"LIGHTNING_STABILITY_CALLBACKS='{option}'" if self.automatic else option
-            lines.append(f"  to skip such batches and continue: {how}")
-        if self.automatic:
-            lines.append(
-                "  lightning-stability is installed and has added it; LIGHTNING_STABILITY_CALLBACKS=none disables it"
-            )
-        return "\n".join(lines)
 
     def _add_contents(self, incident: Incident) -> None:
         """A message claims only what was looked at: are parameters and buffers finite now?"""
@@ -432,59 +389,17 @@ class NaNEarlyStop(StabilityCallback):
             why = f"{listed(lost)} became non-finite outside of a bad step, and no copy of it is kept"
             self._incident = Incident("weight", why, trainer.global_step, trainer.current_epoch, -1, None)
 
-    def _keep_good_weights(self, trainer: Any, stop_was_due: bool) -> str | None:
-        """Save what was trained since the last checkpoint; it is finite, and otherwise lost."""
-        folder = checkpoint_folder(trainer)
-        assert self._incident is not None
-        assert self._stop_checkpoint is not None
-        nothing_new = self._counts.updates <= self._updates_at_save
-        if folder is None or nothing_new or self._incident.what == "metric":
-            return None
-        assert self.session is not None
-        path = str(trainer.strategy.broadcast(f"{folder}/{FILE_NAME}"))
-        try:
-            self.session.drain()  # no bad batch may be left in the metrics
-            nonfinite = self._stop_checkpoint.write(path, stop_was_due)
-        except Exception as error:  # whatever it is, it must not hide why the run ended
-            warn_always(f"NaNEarlyStop: {path} could not be written ({error!r}); the run's other checkpoints stand.")
-            return None
-        if nonfinite:
-            warn_always(f"NaNEarlyStop: {path} was not written: {listed(nonfinite)} would not be finite in it.")
-            return None
-        return path
-
-    def _silence_checkpoints(self, trainer: Any) -> None:
-        self._silenced = self._silenced or SilencedCheckpoints(trainer)
-
-    def _let_checkpoints_be(self) -> None:
-        for end in self._loop_ends:
-            end.restore()
-        self._loop_ends = []
-        if self._silenced is not None:
-            self._silenced.restore()
-            self._silenced = None
-
     def _summarise(self) -> None:
         if self._summarised or (self.automatic and not self._counts.skipped):
             return
         self._summarised = True
-        rank_zero_info(f"NaNEarlyStop: {self._summary()}.")
+        rank_zero_info(f"NaNEarlyStop: {summary(self._counts, self._first_incident, self._last_incident)}.")
         never = sorted(set(self.monitor) - self._metrics_seen)
         if never and self._incident is None:
             warn_always(f"NaNEarlyStop(monitor={never}): never logged in this fit, so nobody watched it.")
 
-    def _summary(self) -> str:
-        counts = self._counts
-        parts = [f"{counts.updates} update{'' if counts.updates == 1 else 's'}, {counts.skipped} skipped"]
-        by_scaler = counts.outcomes[Outcome.ORDINARY_SKIP]
-        if by_scaler:
-            parts.append(f"{by_scaler} of these for a loss scale that was too high, which is ordinary")
-        if self._first_incident:
-            parts.append(f"first incident at {self._first_incident}, last at {self._last_incident}")
-        return "; ".join(parts)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_silenced": None, "_loop_ends": [], "_stop_checkpoint": None}
+        return {**super().__getstate__(), "_run_end": None}
 
 
 def _nonfinite_weights(module: Any) -> list[str]:

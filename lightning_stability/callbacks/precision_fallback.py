@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
@@ -14,19 +13,25 @@ from lightning_stability._compat import MisconfigurationException, is_instance_b
 from lightning_stability.callbacks.base import StabilityCallback
 from lightning_stability.callbacks.incident import listed
 from lightning_stability.callbacks.loggers import call_logger, notify_loggers
+from lightning_stability.callbacks.precision_change import PrecisionChange, why_it_cannot_be_changed
 from lightning_stability.health import StepRecord
 from lightning_stability.health.layer_scales import LayerScales
 from lightning_stability.health.values import named_tensors, nonfinite_names
 from lightning_stability.internals import input_dtype, logger_step, window_is_open
-from lightning_stability.recovery.precision import BITS, Higher, WiderWeights, go_on_in, make_plugin
+from lightning_stability.recovery.precision import (
+    BITS,
+    Higher,
+    WiderWeights,
+    extra_memory,
+    free_memory,
+    go_on_in,
+    make_plugin,
+)
 from lightning_stability.runtime import DeliberateError, Order, Outcome, session_of
 from lightning_stability.runtime.validation import ValidationRetries
 
 FP16_MAX = 65504.0
 _LOW = ("16-mixed", "16-true", "bf16-mixed")
-_PLUGINS = ("MixedPrecision", "HalfPrecision", "Precision")
-_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 class FallbackMemoryError(DeliberateError, RuntimeError):
@@ -77,7 +82,7 @@ class PrecisionFallback(StabilityCallback):
         if to not in ("32-true", "bf16-mixed"):
             raise MisconfigurationException(f'PrecisionFallback(to={to!r}): expected "32-true" or "bf16-mixed".')
         self.to = to
-        self._change: _Change | None = None
+        self._change: PrecisionChange | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -114,7 +119,7 @@ class PrecisionFallback(StabilityCallback):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on in the precision that the run had fallen back to, before anything is made for another one."""
-        change = _Change.of((checkpoint.get("callbacks") or {}).get(self.state_key) or {})
+        change = PrecisionChange.of((checkpoint.get("callbacks") or {}).get(self.state_key) or {})
         if change is None or change.to == str(trainer.precision):
             return
         objection = self.objection(trainer)
@@ -173,7 +178,7 @@ class PrecisionFallback(StabilityCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember that it has."""
-        self._change = _Change.of(state_dict)
+        self._change = PrecisionChange.of(state_dict)
 
     # A bad step.
 
@@ -260,7 +265,7 @@ class PrecisionFallback(StabilityCallback):
             self._lower_precision()
             return
         step, epoch = trainer.global_step, trainer.current_epoch
-        self._change = _Change(low, self.to, step, epoch, batch_idx, f"in validation, {why}")
+        self._change = PrecisionChange(low, self.to, step, epoch, batch_idx, f"in validation, {why}")
         self._is_done = True
         if trainer.is_global_zero:
             details = {"batch_idx": batch_idx, "precision_from": low, "precision_to": self.to, "why": self._change.why}
@@ -325,7 +330,7 @@ class PrecisionFallback(StabilityCallback):
     # What is said of it.
 
     def _note_change(self, record: StepRecord, low: str, why: str, **details: Any) -> None:
-        self._change = _Change(low, self.to, record.step, record.epoch, record.batch_idx, why)
+        self._change = PrecisionChange(low, self.to, record.step, record.epoch, record.batch_idx, why)
         self._write("precision_changed", record, precision_from=low, precision_to=self.to, why=why, **details)
 
     def _say_change(self, what_next: str) -> None:
@@ -376,80 +381,11 @@ class PrecisionFallback(StabilityCallback):
 
     def objection(self, trainer: Any) -> str | None:
         """Why this Trainer's precision cannot be changed; None if it can."""
-        strategy, plugin = type(trainer.strategy).__name__, type(trainer.precision_plugin).__name__
-        sharded = is_instance_by_name(trainer.strategy, *_SHARDED)
-        if sharded or not is_instance_by_name(trainer.strategy, *_STRATEGIES):
-            return (
-                f"PrecisionFallback cannot change the precision under {strategy}, whose parameters carry it from"
-                " set-up. Use DDP or a single device, or train in bf16-mixed or 32-true from the start."
-            )
-        if plugin not in _PLUGINS:
-            return (
-                f"PrecisionFallback does not know how to leave {plugin}; expected Lightning's MixedPrecision or"
-                " HalfPrecision."
-            )
-        if plugin == "HalfPrecision" and trainer.world_size > 1:
-            return (
-                f"PrecisionFallback cannot leave {trainer.precision} under {strategy}: DDP's buckets are made for fp16"
-                " gradients. Use 16-mixed, whose weights are fp32."
-            )
-        return None
+        return why_it_cannot_be_changed(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
         gone = {"_low_plugin": None, "_wider": None, "_ranges": None, "_validation": None}
         return {**super().__getstate__(), **gone}
-
-
-@dataclass(frozen=True)
-class _Change:
-    """A change of precision, as checkpoints keep it."""
-
-    fallen_from: str
-    to: Higher
-    step: int
-    epoch: int
-    batch_idx: int
-    why: str
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> _Change | None:
-        return cls(**state) if state else None
-
-    @property
-    def place(self) -> str:
-        return f"epoch {self.epoch}, batch {self.batch_idx}, global step {self.step}"
-
-    def describe(self) -> str:
-        return f"fell back from {self.fallen_from} to {self.to} at {self.place} ({self.why})"
-
-
-def extra_memory(trainer: Any, to: Higher) -> float:
-    """About how many bytes a higher precision needs more than the 16-bit one that is being trained in.
-
-    With 16-bit weights, weights, gradients and optimizer states double; in fp32, so do activations, which are what a
-    step took beside what is left after it.
-
-    Args:
-        trainer: A Trainer on a CUDA device, after its second step, in whose forward pass all of these were held.
-        to: The higher precision.
-    """
-    device = trainer.strategy.root_device
-    held = list(trainer.lightning_module.parameters())
-    held += [p.grad for p in held if p.grad is not None]
-    held += [v for o in trainer.optimizers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    halves = sum(t.numel() * 2 for t in held if t.dtype == torch.float16 and t.device == device)
-    activations = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-    return float(halves + (activations if to == "32-true" else 0))
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes of a CUDA device that were free when torch held most of it.
-
-    Args:
-        device: The device.
-    """
-    free, _ = torch.cuda.mem_get_info(device)
-    return float(free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device))
 
 
 def _is_on_cuda(trainer: Any) -> bool:

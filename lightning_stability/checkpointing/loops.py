@@ -1,49 +1,41 @@
-"""The two places in a fit where nothing is half done, and how to go on from there.
+"""The two places in a fit where nothing is half done: there a checkpoint is right.
 
 A save belongs where a batch, or an epoch, is over with all that Lightning does for it: the module's own hooks, the
 logged row, a validation that was due, the schedulers. No hook is called there, and each one near by leaves something
 out: a checkpoint written in `on_train_batch_end` of an epoch's last batch makes the resumed run drop an epoch. So
-these methods of the Trainer's loops are stood in for, as attributes of the instances, while a fit runs:
+these methods of the Trainer's loops are overridden on the instances while a fit runs:
 
     epoch_loop.on_advance_end    afterwards a batch is over
     fit_loop.on_advance_end      afterwards an epoch is over
     fit_loop.on_advance_start    a resumed run is put where it was
+    fit_loop.run                 a resumed run with nothing left to train ends like the one that was not interrupted
     epoch_loop.reset             left out once, where a resumed run is inside an epoch
     epoch_loop.on_run_start      the loaders are iterated over; a batch whose hooks alone were through is ended
     epoch_loop._on_before_fetch  a batch is fetched
-
-What a resume needs of the private names of Lightning's loops is touched here, those of the data in `loaders.py`.
 """
 
 from __future__ import annotations
 
-import copy
+import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_stability._compat import is_instance_by_name
+from lightning_stability import internals
+from lightning_stability.checkpointing.buffers import HiddenBuffers
+from lightning_stability.checkpointing.finite import FiniteCheck
 from lightning_stability.checkpointing.loaders import TrainingData
-from lightning_stability.checkpointing.metrics import capture_metrics, restore_metrics
-from lightning_stability.checkpointing.random_state import capture_random_state, restore_random_state
-
-SECTION = "lightning_stability"
-"""The key of what an exact resume needs, beside Lightning's own, in a checkpoint."""
-
-FORMAT = 2
-"""Raised when what is in the section changes, so that no half of it is taken for the whole."""
-
-_SET_AN_EPOCH_UP = ("GradientAccumulationScheduler", "StochasticWeightAveraging")
-"""Lightning's callbacks that set in `on_train_epoch_start` what they keep in no checkpoint."""
+from lightning_stability.checkpointing.metrics import capture_metrics
+from lightning_stability.checkpointing.random_state import RandomState
+from lightning_stability.checkpointing.resume import SECTION, Resume, epochs_are_through, steps_are_through
 
 
 @dataclass(frozen=True)
-class Place:
+class SavePoint:
     """Where a run is when a batch or an epoch is over."""
 
     epoch: int
@@ -58,26 +50,22 @@ class Place:
     """Whether the batch is over. If only its hooks are, a resumed run begins with what is left of it."""
 
     def epochs(self, batches_per_epoch: float) -> Fraction:
-        """Epochs trained, as a fraction.
-
-        Args:
-            batches_per_epoch: The length of the epoch under way.
-        """
+        """Epochs trained, as a fraction."""
         return self.epoch + Fraction(min(self.batches, int(batches_per_epoch)), int(batches_per_epoch))
 
 
 class Listener(Protocol):
-    """Is told of the places where a save is right."""
+    """Is told of the points where a save is right."""
 
-    def on_place(self, trainer: Any, place: Place) -> None:
+    def on_place(self, trainer: Any, place: SavePoint) -> None:
         """Called when a batch, or the last one's epoch, is over."""
 
     def on_resumed(self, trainer: Any) -> None:
         """Called when a resumed run is where it was."""
 
 
-class TrainingPlaces:
-    """Tells listeners of one Trainer the places where a save is right, and puts a resumed run there.
+class SavePoints:
+    """Tells listeners of one Trainer the points where a save is right, and puts a resumed run there.
 
     Args:
         trainer: A Trainer of either namespace.
@@ -86,54 +74,69 @@ class TrainingPlaces:
     def __init__(self, trainer: Any) -> None:
         self._trainer = weakref.ref(trainer)
         self._listeners: list[Listener] = []
-        self._wrapped: list[tuple[Any, str, Any]] = []
-        self._resume: dict[str, Any] | None = None
-        self._goes_on_inside_epoch = False
+        self._overrides = internals.Overrides()
+        self._run_override = internals.Overrides()
+        self._hook: Any = None
+        self._resume: Resume | None = None
+        self._continues_inside_epoch = False
         self._batch_is_to_end = False
-        self._begun = False
+        self._noted = self._begun = False
         self._order_is_wanted = False
         self._global_step = 0
+        self._optimizer_steps = 0
+        self._batches = 0
+        self.run_id = uuid.uuid4().hex
+        self.starts = 0
+        """How often this run has been started."""
 
     @classmethod
-    def of(cls, trainer: Any) -> TrainingPlaces:
+    def of(cls, trainer: Any) -> SavePoints:
         """The one of this Trainer."""
-        places = _PLACES.get(trainer)
-        if places is None:
-            places = _PLACES[trainer] = cls(trainer)
-        return places
+        points = _POINTS.get(trainer)
+        if points is None:
+            points = _POINTS[trainer] = cls(trainer)
+        return points
 
     @property
     def trainer(self) -> Any:
         """The Trainer."""
         trainer = self._trainer()
-        assert trainer is not None, "the places do not outlive their Trainer"
+        assert trainer is not None, "the save points do not outlive their Trainer"
         return trainer
 
     def begin(self) -> None:
-        """Note what a fit begins with, in `on_train_start`; enough for `capture`, and nothing in the loops' place."""
-        if not self._listeners:
-            self._begun = self._order_is_wanted = False
-            self._data = TrainingData(self.trainer)
-            self._global_step = self.trainer.global_step
-            self._trained_at_start = self._trained()
+        """Note what a fit begins with, in `on_train_start`; enough for `capture`, and overrides nothing."""
+        if self._noted:
+            return
+        self._noted = True
+        self._begun = self._order_is_wanted = False
+        self.starts += 1
+        module = self.trainer.lightning_module
+        self._data = TrainingData(self.trainer)
+        self._buffers = HiddenBuffers(module)
+        self.finite = FiniteCheck(module)
+        self._global_step, self._optimizer_steps, self._batches = self.trainer.global_step, 0, 0
+        self._trained_at_start = self._trained()
 
     def listen(self, listener: Listener, saves: bool = True) -> None:
         """Begin to tell a listener; from `on_train_start` on.
 
         Args:
             listener: Who is told.
-            saves: Whether it saves at the places that it is told of: then each epoch's order has to be known.
+            saves: Whether it saves at these points: then each epoch's order has to be known.
         """
         self.begin()
         self._order_is_wanted |= saves
         if not self._listeners:
             fit, epoch = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop
-            self._wrap(fit, "on_advance_start", self._on_epoch_about_to_start)
-            self._wrap(epoch, "reset", self._on_epoch_loop_reset)
-            self._wrap(epoch, "on_run_start", self._on_epoch_loop_run_start)
-            self._wrap(epoch, "_on_before_fetch", self._on_before_fetch)
-            self._wrap(epoch, "on_advance_end", self._on_batch_over)
-            self._wrap(fit, "on_advance_end", self._on_epoch_over)
+            self._override(fit, "on_advance_start", self._on_epoch_about_to_start)
+            self._override(epoch, "reset", self._on_epoch_loop_reset)
+            self._override(epoch, "on_run_start", self._on_epoch_loop_run_start)
+            self._override(epoch, "_on_before_fetch", self._on_before_fetch)
+            self._override(epoch, "on_advance_end", self._on_batch_over)
+            self._override(fit, "on_advance_end", self._on_epoch_over)
+            if not self.trainer.lightning_module.automatic_optimization:
+                self._hook = register_optimizer_step_post_hook(_counting(weakref.ref(self)))
         if listener not in self._listeners:
             self._listeners.append(listener)
 
@@ -142,68 +145,70 @@ class TrainingPlaces:
         if listener in self._listeners:
             self._listeners.remove(listener)
         if not self._listeners:
-            for owner, name, wrapper in self._wrapped:
-                if vars(owner).get(name) is wrapper:
-                    delattr(owner, name)
-            self._wrapped.clear()
-            self._resume = None
+            self._overrides.restore()
+            self._run_override.restore()
+            if self._hook is not None:
+                self._hook.remove()
+            self._hook = self._resume = None
+            self._noted = False
 
     # Saving
 
-    def at_end_of_batch(self) -> Place | None:
-        """The place of now, where `epoch_loop.on_advance_end` would be called or a hook just before it has failed.
+    def at_end_of_batch(self) -> SavePoint | None:
+        """The point of now, where `epoch_loop.on_advance_end` would be called or a hook just before it has failed.
 
-        None if a batch has begun and not come to its end: nothing goes on from there.
+        None if a batch has begun and not come to its end: nothing continues from there.
         """
         fit, epoch_loop = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop
         batches, epochs = epoch_loop.batch_progress.current, fit.epoch_progress.current
         if batches.ready != batches.processed or epochs.ready == epochs.processed:
             return None
-        return Place(self.trainer.current_epoch, batches.ready, stepped=True, ending=False, over=False)
+        return SavePoint(self.trainer.current_epoch, batches.ready, stepped=True, ending=False, over=False)
 
-    def leave_the_end_of_batch(self, checkpoint: dict[str, Any], place: Place) -> None:
+    def leave_the_end_of_batch(self, checkpoint: dict[str, Any], point: SavePoint) -> None:
         """Have Lightning's own resume do what it does best: as after a save in `on_train_batch_end`.
 
         Args:
             checkpoint: Of `at_end_of_batch`; its loops are changed.
-            place: What that returned.
+            point: What that returned.
         """
         loops = checkpoint["loops"]["fit_loop"]
         batches = loops["epoch_loop.batch_progress"]
         if batches["current"]["completed"] == batches["current"]["processed"]:
             for counts in (batches["total"], batches["current"]):
                 counts["completed"] -= 1
-        if not self.has_more_batches(place):
-            loops["state_dict"].pop("combined_loader", None)  # from its end it would go on with an empty epoch
+        if not self.has_more_batches(point):
+            loops["state_dict"].pop("combined_loader", None)  # from its end it would continue with an empty epoch
 
-    def has_more_batches(self, place: Place) -> bool:
+    def has_more_batches(self, point: SavePoint) -> bool:
         """Whether more of the epoch's batches are to come."""
-        return place.batches > 0 and not self.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        return point.batches > 0 and not internals.epoch_is_over(self.trainer)
 
-    def capture(self, place: Place) -> dict[str, Any]:
+    def capture(self, point: SavePoint) -> dict[str, Any]:
         """What an exact resume needs of this rank, beside Lightning's own checkpoint."""
         return {
-            "random": capture_random_state(),
-            "data": self._data.capture(self.has_more_batches(place)),
+            "random": RandomState.capture().state_dict(),
+            "data": self._data.capture(self.has_more_batches(point)),
             "metrics": capture_metrics(self.trainer),
-            "gradients": self._gradients(place),
+            "gradients": self._gradients(point),
+            "buffers": self._buffers.capture(),
             "trained": {name: on for name, on in self._trained().items() if on != self._trained_at_start.get(name)},
         }
 
     @property
     def ends_a_batch_first(self) -> bool:
         """Whether the run that is resumed begins with what is left of a batch."""
-        return self._resume is not None and not self._resume["batch_is_over"]
+        return self._resume is not None and not self._resume.batch_is_over
 
     @property
     def data(self) -> TrainingData:
         """The training data, from `listen` on."""
         return self._data
 
-    def _gradients(self, place: Place) -> dict[str, Any]:
+    def _gradients(self, point: SavePoint) -> dict[str, Any]:
         """Those that the next step adds to: Lightning zeroes them first, manual optimization when it likes."""
         module = self.trainer.lightning_module
-        if module.automatic_optimization and (place.stepped or not place.batches):
+        if module.automatic_optimization and (point.stepped or not point.batches):
             return {}
         return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
@@ -214,130 +219,68 @@ class TrainingPlaces:
     # Resuming
 
     def resume_from(self, checkpoint: dict[str, Any], rank: int, world_size: int) -> None:
-        """Take from a checkpoint what is put back when training starts.
+        """Take from a checkpoint what is restored when training starts.
 
         Args:
             checkpoint: It has a `SECTION`. Its loops are changed: Lightning would load the first rank's data position.
             rank: This process's.
             world_size: How many there are.
         """
-        section = checkpoint[SECTION]
-        if section.get("format") != FORMAT:
-            rank_zero_warn(
-                "The checkpoint was written by another version of lightning-stability: Lightning's own resume goes on"
-                " from it, and batches and random numbers will not be those of the run that was interrupted."
-            )
-            return
-        if len(section["ranks"]) != world_size:
-            rank_zero_warn(
-                f"The checkpoint was written by {len(section['ranks'])} processes and is loaded by {world_size}:"
-                " batches and random numbers will not be those of the run that goes on."
-            )
-            return
-        loops = checkpoint["loops"]["fit_loop"]
-        loops["state_dict"].pop("combined_loader", None)
-        if not section["batch_is_over"]:  # here it goes on as `leave_the_end_of_batch` cannot have Lightning do
-            for counts in loops["epoch_loop.batch_progress"]["total"], loops["epoch_loop.batch_progress"]["current"]:
-                counts["completed"] += 1
-        self._resume = {
-            "loops": copy.deepcopy(loops),
-            "inside_epoch": section["inside_epoch"],
-            "more_batches": section["more_batches"],
-            "batch_is_over": section["batch_is_over"],
-            "reloaded_in_epoch": section["reloaded_in_epoch"],
-            "stop_is_due": section["stop_is_due"],
-            "rank": section["ranks"][rank],
-            "rounded": self._rounded(checkpoint.get("current_model_state", checkpoint.get("state_dict", {}))),
-        }
+        self._resume = Resume.of(checkpoint, checkpoint[SECTION], self.trainer, rank, world_size)
+        if self._resume is not None:
+            self.run_id, self.starts = checkpoint[SECTION]["run_id"], checkpoint[SECTION]["start"]
+            self._run_override.restore()
+            run = self.trainer.fit_loop.run
+            self._run_override.set(self.trainer.fit_loop, "run", lambda: self._run(run))
 
-    def _rounded(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """With `precision="64-true"` Lightning loads into the module before it makes its weights float64."""
-        own = self.trainer.lightning_module.state_dict()
-        wide = {name: tensor for name, tensor in saved.items() if getattr(tensor, "dtype", None) == torch.float64}
-        return {name: tensor for name, tensor in wide.items() if name in own and own[name].dtype == torch.float32}
+    def _run(self, original: Callable[[], None]) -> None:
+        self._run_override.restore()
+        resume = self._resume
+        self.trainer.fit_loop.setup_data()
+        if resume is None or not resume.nothing_is_left(self.trainer):
+            original()
+            return
+        internals.run_to_the_end(self.trainer, resume.inside_epoch, self._continue_at_the_end)
 
-    def _go_on(self, resume: dict[str, Any]) -> None:
-        fit, epoch_loop = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop
-        inside, rank = resume["inside_epoch"], resume["rank"]
-        fit.load_state_dict(resume["loops"])
-        fit.update_restart_stage()  # inside an epoch: the hooks of its start are not called again
-        _not_restarting(fit)
-        self._batch_is_to_end = not resume["batch_is_over"]
-        epoch_loop.reset_restart_stage()
-        if not inside:
-            fit.reset_restart_stage()
-            fit._resuming_from_checkpoint = False  # so that Lightning iterates over the loaders for a new epoch
-        if resume["reloaded_in_epoch"] is not None:
-            self._load_data_as_in_epoch(resume["reloaded_in_epoch"])
-        self._goes_on_inside_epoch = inside
-        self.trainer.should_stop = resume["stop_is_due"]
-        epoch = fit.epoch_progress.current.processed - (0 if inside else 1)
-        if not self._data.restore(rank["data"], epoch, resume["more_batches"]):
-            # else it would be short of as many batches of these data as it has had of those
-            epoch_loop.batch_progress.reset_on_run()
-            self._batch_is_to_end = False
-            rank = {**rank, "gradients": {}}
-        restore_metrics(self.trainer, rank["metrics"])
-        own = self.trainer.lightning_module.state_dict()
-        for name, tensor in resume["rounded"].items():
-            own[name].copy_(tensor)
-        for name, parameter in self.trainer.lightning_module.named_parameters():
-            parameter.requires_grad_(rank["trained"].get(name, parameter.requires_grad))
-            if name in rank["gradients"]:
-                parameter.grad = rank["gradients"][name].to(parameter.device)
-        if inside:
-            self._set_epoch_up()
-        restore_random_state(rank["random"])
+    def _continue_at_the_end(self) -> None:
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            self._load(resume)
+            resume.restore_at_end()
+            self._tell_resumed()
+
+    def _continue(self, resume: Resume) -> None:
+        self._load(resume)
+        self._batch_is_to_end = resume.restore(self._data)
+        self._continues_inside_epoch = resume.inside_epoch
         self._global_step = self.trainer.global_step - (1 if self._batch_is_to_end else 0)
+        self._tell_resumed()
 
-    def _load_data_as_in_epoch(self, epoch: int) -> None:
-        """Ask for the loaders as in that epoch; they may be others than those of now."""
-        fit = self.trainer.fit_loop
-        if fit._last_train_dl_reload_epoch == epoch:
-            return
-        fit._last_train_dl_reload_epoch = epoch
-        if fit._should_reload_train_dl:
-            return  # new ones are due in any case
-        progress = fit.epoch_progress.current
-        now, progress.completed = progress.completed, epoch
-        fit._combined_loader = None
-        fit.setup_data()
-        progress.completed = now
+    def _load(self, resume: Resume) -> None:
+        self._buffers.restore(resume.buffers)
+        self.finite.load_state_dict(resume.nonfinite_before)
 
-    def _set_epoch_up(self) -> None:
-        trainer = self.trainer
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rates = [group["lr"] for group in groups]
-        for callback in trainer.callbacks:
-            if is_instance_by_name(callback, *_SET_AN_EPOCH_UP):
-                callback.on_train_epoch_start(trainer, trainer.lightning_module)
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate  # a scheduler that is made sets its first
+    def _tell_resumed(self) -> None:
+        for listener in self._listeners:
+            listener.on_resumed(self.trainer)
 
-    @property
-    def reloaded_in_epoch(self) -> int | None:
-        """The epoch in which the loaders were made, where `reload_dataloaders_every_n_epochs` makes new ones."""
-        if not self.trainer.reload_dataloaders_every_n_epochs:
-            return None
-        return int(self.trainer.fit_loop._last_train_dl_reload_epoch)
-
-    # In the loops' place
+    # In place of the loops' methods
 
     def _on_epoch_about_to_start(self, original: Callable[..., None]) -> None:
         resume, self._resume = self._resume, None
         if resume is not None:
-            self._go_on(resume)
-            for listener in self._listeners:
-                listener.on_resumed(self.trainer)
+            self._continue(resume)
         elif not self._begun and self.trainer.current_epoch == 0 and not self.trainer.fit_loop.restarting:
             self._data.begin_first_epoch()
         self._begun = True
+        before = self.finite.before_hooks()
         original()
+        self.finite.after_hooks(before)
 
     def _on_epoch_loop_reset(self, original: Callable[..., None]) -> None:
         # Lightning's own would count the last batch, and validate, a second time.
-        goes_on, self._goes_on_inside_epoch = self._goes_on_inside_epoch, False
-        if not goes_on:
+        continues, self._continues_inside_epoch = self._continues_inside_epoch, False
+        if not continues:
             original()
 
     def _on_epoch_loop_run_start(self, original: Callable[..., None], fetcher: Any) -> None:
@@ -356,61 +299,82 @@ class TrainingPlaces:
 
     def _on_batch_over(self, original: Callable[..., None], fetcher: Any) -> None:
         original(fetcher)
+        self._batches += 1
+        if self._batches == 1:
+            self.finite.after_first_batch()
         epoch_loop = self.trainer.fit_loop.epoch_loop
         stepped = self._has_stepped()
-        if epoch_loop._num_ready_batches_reached():
-            return  # the epoch is over in a moment
-        place = Place(
-            epoch=self.trainer.current_epoch,
-            batches=epoch_loop.batch_progress.current.ready,
-            stepped=stepped,
-            ending=epoch_loop.done,
+        if internals.epoch_is_over(self.trainer):
+            return  # in a moment
+        self._tell(
+            SavePoint(
+                epoch=self.trainer.current_epoch,
+                batches=epoch_loop.batch_progress.current.ready,
+                stepped=stepped,
+                ending=epoch_loop.done,
+            )
         )
-        self._tell(place)
 
     def _on_epoch_over(self, original: Callable[..., None]) -> None:
-        whole = self.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        whole = internals.epoch_is_over(self.trainer)
+        before = self.finite.before_hooks()
         original()
+        self.finite.after_hooks(before, filled=True)
         if whole:
             self._global_step = self.trainer.global_step
-            self._tell(Place(epoch=self.trainer.current_epoch, batches=0, stepped=True, ending=self._fit_ends()))
+            self._tell(SavePoint(epoch=self.trainer.current_epoch, batches=0, stepped=True, ending=self._fit_ends()))
 
-    def _tell(self, place: Place) -> None:
+    def _tell(self, point: SavePoint) -> None:
         for listener in list(self._listeners):
             if listener in self.trainer.callbacks:  # not while a tuner trains with callbacks of its own
-                listener.on_place(self.trainer, place)
+                listener.on_place(self.trainer, point)
 
     def _has_stepped(self) -> bool:
-        module = self.trainer.lightning_module
-        before, self._global_step = self._global_step, self.trainer.global_step
-        if module.automatic_optimization:
-            return not self.trainer.fit_loop.epoch_loop._should_accumulate()
-        return bool(self._global_step > before)
+        """Whether the optimizer has stepped in the batch that is over.
+
+        In manual optimization Lightning does not see every step: `use_pl_optimizer=False`, and optimizers that the
+        module keeps for itself. Where nobody has seen any, each batch counts as one.
+        """
+        if self.trainer.lightning_module.automatic_optimization:
+            self._global_step = self.trainer.global_step
+            return not internals.window_is_incomplete(self.trainer)
+        counted, self._global_step = self.trainer.global_step > self._global_step, self.trainer.global_step
+        seen, self._stepped_in_batch = self._stepped_in_batch, False
+        return counted or seen or not (self._optimizer_steps or self._global_step)
+
+    _stepped_in_batch = False
+
+    def note_optimizer_step(self) -> None:
+        """An optimizer of whoever has stepped."""
+        self._optimizer_steps += 1
+        self._stepped_in_batch = True
 
     def _fit_ends(self) -> bool:
         """What `fit_loop.done` is about to find, without what it prints."""
-        trainer, fit = self.trainer, self.trainer.fit_loop
-        return bool(
-            (trainer.max_steps not in (-1, None) and trainer.global_step >= trainer.max_steps)
-            or (fit.max_epochs not in (-1, None) and fit.epoch_progress.current.processed >= fit.max_epochs)
-            or (trainer.should_stop and fit._can_stop_early)
+        trainer = self.trainer
+        return (
+            steps_are_through(trainer)
+            or epochs_are_through(trainer)
+            or (bool(trainer.should_stop) and internals.can_stop_early(trainer))
         )
 
-    def _wrap(self, owner: Any, name: str, wrapper: Callable[..., None]) -> None:
+    def _override(self, owner: Any, name: str, wrapper: Callable[..., None]) -> None:
         original = getattr(owner, name)
-
-        def stand_in(*args: Any) -> None:
-            wrapper(original, *args)
-
-        setattr(owner, name, stand_in)
-        self._wrapped.append((owner, name, stand_in))
+        self._overrides.set(owner, name, lambda *args: wrapper(original, *args))
 
 
-_PLACES: weakref.WeakKeyDictionary[Any, TrainingPlaces] = weakref.WeakKeyDictionary()
+_POINTS: weakref.WeakKeyDictionary[Any, SavePoints] = weakref.WeakKeyDictionary()
 
 
-def _not_restarting(loop: Any) -> None:
-    loop._restarting = False
-    for inner in vars(loop).values():
-        if hasattr(inner, "_restarting"):
-            _not_restarting(inner)
+def _counting(points: weakref.ref[SavePoints]) -> Callable[..., None]:
+    def count(*args: Any) -> None:
+        found = points()
+        if found is not None:
+            found.note_optimizer_step()
+
+    return count
+
+
+# the names of before, while another module still imports them
+Place: TypeAlias = SavePoint
+TrainingPlaces: TypeAlias = SavePoints

@@ -1,7 +1,7 @@
 """The numbers of an epoch under way: sums of `self.log`, `callback_metrics`, torchmetrics states.
 
 Lightning leaves them out of its checkpoints, so that `train_loss_epoch` after a resume is the mean of what came
-after it. The private names of its logger connector and its result collection are touched here alone.
+after it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-_CONNECTOR = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")
+from lightning_stability import internals
+
 _META = (
     *("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph"),
     *("add_dataloader_idx", "dataloader_idx", "metric_attribute"),
@@ -29,10 +30,10 @@ def capture_metrics(trainer: Any) -> dict[str, Any]:
     Args:
         trainer: A Trainer of either namespace.
     """
-    connector = trainer._logger_connector
+    connector = internals.logger_connector(trainer)
     return {
-        "connector": {name: _plain(getattr(connector, name)) for name in _CONNECTOR},
-        "results": _capture_results(trainer.fit_loop.epoch_loop._results),
+        "connector": {name: _plain(getattr(connector, name)) for name in internals.METRIC_STATE},
+        "results": _capture_results(internals.training_results(trainer)),
         "torchmetrics": _capture_torchmetrics(trainer.lightning_module),
     }
 
@@ -48,7 +49,7 @@ def restore_metrics(trainer: Any, state: dict[str, Any]) -> None:
     for name, value in state["connector"].items():
         if isinstance(value, dict):
             value = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in value.items()}
-        setattr(trainer._logger_connector, name, value)
+        setattr(internals.logger_connector(trainer), name, value)
     _restore_torchmetrics(trainer.lightning_module, state["torchmetrics"])
     _restore_results(trainer, state["results"], device)
 
@@ -80,7 +81,7 @@ def _capture_results(results: Any) -> dict[str, Any]:
 
 
 def _restore_results(trainer: Any, captured: dict[str, Any], device: torch.device) -> None:
-    results = trainer.fit_loop.epoch_loop._results
+    results = internals.training_results(trainer)
     library = sys.modules[type(results).__module__]  # each namespace has its own classes
     for key, state in captured.items():
         reduce_fx = getattr(builtins if state["is_builtin"] else torch, state["reduce_fx"])

@@ -1,15 +1,13 @@
 """Writing a checkpoint so that a kill, a full disk or a lost disk leaves every listed file loadable.
 
-The order is what makes it so: beside, flushed to the disk, moved into place; then `last`; then the old ones go.
+The order is what makes it so: the new one is put in place (`atomic.py` says how); then `last`; then the old ones go.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import shutil
-import socket
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,9 +17,8 @@ from typing import Any
 import torch
 from lightning_fabric.utilities.cloud_io import get_filesystem
 
-from lightning_stability.processes import is_alive
-
-_PART = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)-(?P<pid>\d+)\.part$")
+from lightning_stability import atomic
+from lightning_stability.atomic import is_part as is_part
 
 
 @dataclass
@@ -36,38 +33,47 @@ class WriteJob:
     link: bool = False
     """Whether that is a symbolic link."""
     outdated: list[str] = field(default_factory=list)
-    """What is deleted after it."""
+    """What is deleted after it; when the job is done, what was."""
+    trouble: Exception | None = None
+    """Why, with the checkpoint in place, `last` was not switched or an old one not deleted."""
 
 
 def run(job: WriteJob) -> None:
     """Write the checkpoint, switch `last`, delete the old ones, in that order and on the disk.
 
-    Args:
-        job: What to do.
+    Raises:
+        OSError: If the checkpoint could not be written. What fails after that is `job.trouble`.
     """
-    if not is_local(job.path):
-        _run_remotely(job)
-        return
-    path = Path(job.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write = job.write
-    if write is not None:
-        _into_place(path, lambda part: write(str(part)))
-    if job.last_path is not None:
-        _switch_last(path, Path(job.last_path), job.link)
-    for outdated in job.outdated:
-        delete(outdated)
+    if job.write is not None:
+        job.write(job.path)
+    outdated, job.outdated = job.outdated, []
+    try:
+        if job.last_path is not None:
+            _switch_last(job.path, job.last_path, job.link)
+    except Exception as error:
+        job.trouble = error
+        return  # a link may lead to an old one
+    for path in outdated:
+        try:
+            delete(path)
+            job.outdated.append(path)
+        except Exception as error:
+            job.trouble = error
 
 
 def write_file(state: Any, path: str) -> None:
-    """`torch.save` without a copy in memory, for `WriteJob.write`.
+    """`torch.save`, in one piece or not at all, and without a copy in memory.
 
     Args:
         state: What to save.
-        path: Local, or any that fsspec knows.
+        path: Local, or any that fsspec knows. The folder is made if it is missing.
+
+    Raises:
+        DiskFullError: If there is no room; it says how much was needed.
+        OSError: If it cannot be written. The file that was there is as it was.
     """
     if is_local(path):
-        torch.save(state, path)
+        atomic.replace_file(path, lambda file: torch.save(state, file), _check_archive)
         return
     filesystem = get_filesystem(path)
     filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
@@ -81,29 +87,14 @@ def delete(path: str) -> None:
         filesystem = get_filesystem(path)
         if filesystem.exists(path):
             filesystem.rm(path, recursive=True)
-    elif Path(path).is_dir() and not Path(path).is_symlink():
-        shutil.rmtree(path)
     else:
-        Path(path).unlink(missing_ok=True)
+        atomic.delete(Path(path))
 
 
 def remove_parts(folder: str) -> None:
-    """Delete what killed processes of this machine left half written.
-
-    Args:
-        folder: Where checkpoints are written.
-    """
-    if not is_local(folder) or not Path(folder).is_dir():
-        return
-    for path in Path(folder).iterdir():
-        match = _PART.match(path.name)
-        if match and match["host"] == _host() and not _is_being_written(path, int(match["pid"])):
-            delete(str(path))
-
-
-def is_part(name: str) -> bool:
-    """Whether a file's name is that of one being written."""
-    return _PART.match(name) is not None
+    """Delete what killed processes of this machine left half written."""
+    if is_local(folder):
+        atomic.remove_parts(Path(folder))
 
 
 def is_local(path: str) -> bool:
@@ -170,65 +161,21 @@ class Writer:
             self._pool.shutdown()
 
 
-def _run_remotely(job: WriteJob) -> None:
-    # An object store shows a file only when it is whole.
-    if job.write is not None:
-        job.write(job.path)
-    if job.last_path is not None:
-        get_filesystem(job.path).copy(job.path, job.last_path)
-    for outdated in job.outdated:
-        delete(outdated)
-
-
-def _into_place(path: Path, make: Callable[[Path], object]) -> None:
-    part = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.part")
-    try:
-        delete(str(part))
-        make(part)
-        if not part.is_symlink():
-            _flush(part)
-        os.replace(part, path)  # noqa: PTH105 - tests watch the calls that change the disk
-    except BaseException:
-        with contextlib.suppress(OSError):
-            delete(str(part))
-        raise
-    _flush(path.parent)
-
-
-def _switch_last(path: Path, last: Path, link: bool) -> None:
-    if last.is_dir() and not last.is_symlink():
-        shutil.rmtree(last)  # a sharded checkpoint; nothing replaces a folder at once
-    if link or path.is_dir():
-        target = os.path.relpath(path, last.parent)
-        _into_place(last, lambda part: part.symlink_to(target))
+def _switch_last(path: str, last: str, link: bool) -> None:
+    if not is_local(path):
+        get_filesystem(path).copy(path, last)
+        return
+    place = Path(last)
+    if link or Path(path).is_dir():
+        target = os.path.relpath(path, place.parent)
+        atomic.put_in_place(place, lambda part: part.symlink_to(target))
         return
     try:
-        _into_place(last, lambda part: os.link(path, part))  # costs no bytes and outlives the other name
+        atomic.put_in_place(place, lambda part: os.link(path, part))  # costs no bytes and outlives the other name
     except OSError:  # a file system without hard links
-        _into_place(last, lambda part: shutil.copyfile(path, part))
+        atomic.put_in_place(place, lambda part: shutil.copyfile(path, part))
 
 
-def _flush(path: Path) -> None:
-    """Have the disk hold a file, or a folder with all that is in it."""
-    if path.is_dir():
-        for inner in path.iterdir() if is_part(path.name) else ():
-            _flush(inner)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # some file systems cannot flush a folder
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _is_being_written(part: Path, pid: int) -> bool:
-    try:
-        return is_alive(pid, started_before=part.lstat().st_mtime)
-    except FileNotFoundError:  # it has just been moved into place
-        return True
-
-
-def _host() -> str:
-    return re.sub(r"[^\w-]", "_", socket.gethostname())
+def _check_archive(path: Path) -> None:
+    if not zipfile.is_zipfile(path):
+        raise OSError(f"{path} was not written whole")

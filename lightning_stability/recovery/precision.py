@@ -129,3 +129,32 @@ class WiderWeights:
             for value in vars(callback).values():
                 if isinstance(value, nn.Module) and value is not self._trainer.lightning_module:
                     yield value
+
+
+def extra_memory(trainer: Any, to: Higher) -> float:
+    """About how many bytes a higher precision needs more than the 16-bit one that is being trained in.
+
+    With 16-bit weights, weights, gradients and optimizer states double; in fp32, so do activations, which are what a
+    step took beside what is left after it.
+
+    Args:
+        trainer: A Trainer on a CUDA device, after its second step, in whose forward pass all of these were held.
+        to: The higher precision.
+    """
+    device = trainer.strategy.root_device
+    held = list(trainer.lightning_module.parameters())
+    held += [p.grad for p in held if p.grad is not None]
+    held += [v for o in trainer.optimizers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    halves = sum(t.numel() * 2 for t in held if t.dtype == torch.float16 and t.device == device)
+    activations = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    return float(halves + (activations if to == "32-true" else 0))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a CUDA device that were free when torch held most of it.
+
+    Args:
+        device: The device.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    return float(free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device))

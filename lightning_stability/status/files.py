@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import struct
 from collections import deque
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # type: ignore[import-untyped]
 
-from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME
+from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME, parse_event
 
 TAIL_BYTES = 2**20
 """How much of the end of a log is read at the first look."""
@@ -43,6 +42,8 @@ class EventsFile:
         self._previous = folder / PREVIOUS_FILE_NAME
         self._open: BinaryIO | None = None
         self._rest = b""
+        self.unreadable = 0
+        """Lines that were passed over: cut short by a kill or a full disk, or no event at all."""
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the events since the last call, oldest first; a line that is still being written comes next time."""
@@ -75,12 +76,11 @@ class EventsFile:
     def _lines(self) -> Iterator[dict[str, Any]]:
         assert self._open is not None
         *lines, self._rest = (self._rest + self._open.read()).split(b"\n")
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:  # two machines wrote over each other
-                continue
-            if isinstance(event, dict) and "event" in event:
+        for line in filter(None, lines):
+            event = parse_event(line)
+            if event is None:
+                self.unreadable += 1
+            else:
                 yield event
 
 

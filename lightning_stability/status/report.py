@@ -79,6 +79,7 @@ def look(run: Run, now: float | None = None) -> Report:
         ("layers", _layers(run)),
         ("incidents", str(run.incidents)),
         *(("", _incident(event)) for event in run.newest_incidents),
+        ("missing events", _missing_events(run)),
         ("last good checkpoint", _checkpoint(run, now)),
         ("last written", "never" if written is None else f"{duration(now - written)} ago"),
     ]
@@ -345,6 +346,12 @@ def _checkpoint(run: Run, now: float) -> str:
 def _number(value: float | str) -> str:
     """A number as people read it; one that is not finite is a string."""
     return value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _missing_events(run: Run) -> str:
+    """What the figures above do not count."""
+    parts = [("unreadable lines of events.jsonl", run.unreadable), ("events that could not be written", run.lost)]
+    return "; ".join(f"{what}: {count}" for what, count in parts if count)
 
 
 def _clock(moment: float, now: float) -> str:

@@ -56,6 +56,8 @@ class Run:
         self.newest_flagged: dict[str, Any] | None = None
         self.far_layers: list[dict[str, Any]] = []
         """What InputCheck's look at the layers warned of."""
+        self.lost = 0
+        """Events that could not be written."""
         self.incidents = 0
         self.newest_incidents: deque[dict[str, Any]] = deque(maxlen=3)
         self.saved: deque[Saved] = deque(maxlen=100)
@@ -69,6 +71,11 @@ class Run:
             if not event.get("repeated") or self.started is None:
                 self._add(event)
         self.series = self._logs.read(since=self.started["time"] - 1.0 if self.started else 0.0)
+
+    @property
+    def unreadable(self) -> int:
+        """Lines of `events.jsonl` that were passed over."""
+        return self._events.unreadable
 
     def close(self) -> None:
         """Let go of the files."""
@@ -97,6 +104,7 @@ class Run:
 
     def _add(self, event: dict[str, Any]) -> None:
         self.last_event = event
+        self.lost += event.get("lost", 0)
         name = event["event"]
         if name == "training_started":
             if self.ended is not None and not _is_end_of(self.ended, event):

@@ -12,7 +12,7 @@ import torch
 
 from lightning_stability import FractionalCheckpoint, NaNEarlyStop, NonFiniteError
 from lightning_stability.checkpointing import last_good_checkpoint, list_checkpoints
-from lightning_stability.recovery.stopping import FILE_NAME
+from lightning_stability.checkpointing.stopping import FILE_NAME
 from tests import checkpoint_fit as fits
 from tests import runs
 from tests.callbacks.test_fractional_checkpoint import assert_same, fit, result, saved

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_stability import atomic
 from lightning_stability.checkpointing import last_good_checkpoint, list_checkpoints
 from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.checkpointing.writing import WriteJob, Writer, remove_parts, run, write_file
@@ -97,6 +98,70 @@ def test_a_full_disk_leaves_what_there_was_and_nothing_else(tmp_path: Path) -> N
     assert process.exitcode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=1.ckpt"]
     assert last_good_checkpoint(tmp_path) == tmp_path / "step=1.ckpt"
+
+
+def test_a_full_disk_is_said_with_what_is_needed_and_free(small_disk: Path) -> None:
+    run(job(small_disk, 1))
+    state = {"state_dict": {"weight": torch.ones(100_000)}}
+    with pytest.raises(atomic.DiskFullError) as error:
+        write_file(state, str(small_disk / "step=1.ckpt"))
+    assert str(error.value) == "the disk is full: 0.4 MB needed, 0.3 MB free"
+    assert sorted(path.name for path in small_disk.iterdir()) == ["last.ckpt", "step=1.ckpt"]
+    assert last_good_checkpoint(small_disk) == small_disk / "step=1.ckpt"
+    write_file(state, str(small_disk.parent / "whole.ckpt"))
+    assert (small_disk.parent / "whole.ckpt").stat().st_size == error.value.needed
+
+
+def test_a_file_of_any_kind_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    atomic.replace_file(path, lambda file: file.write(b"first"))
+
+    def half(file: Any) -> None:
+        file.write(b"sec")
+        raise ValueError("no second one")
+
+    with pytest.raises(ValueError, match="no second one"):
+        atomic.replace_file(path, half)
+    with pytest.raises(OSError, match="3 of 6 bytes"):
+        atomic.replace_file(path, lambda file: (file.write(b"second"), file.flush(), os.truncate(file.name, 3)))
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fails_after_the_checkpoint_is_there_is_no_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(job(tmp_path, 1))
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "step=1.ckpt":
+            raise PermissionError(13, "not yours")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    second = job(tmp_path, 2, [str(tmp_path / "step=1.ckpt"), str(tmp_path / "gone.ckpt")])
+    run(second)
+    assert isinstance(second.trouble, PermissionError)
+    assert second.outdated == [str(tmp_path / "gone.ckpt")], "what is still there is not counted as deleted"
+    assert last_good_checkpoint(tmp_path) == tmp_path / "step=2.ckpt"
+
+
+def test_nothing_is_deleted_while_last_may_still_lead_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(job(tmp_path, 1, link=True))
+    replace = os.replace
+
+    def refuse(source: Any, target: Path) -> None:
+        if target.name == "last.ckpt":
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    second = job(tmp_path, 2, [str(tmp_path / "step=1.ckpt")], link=True)
+    run(second)
+    assert second.trouble is not None
+    assert all(info.is_good for info in list_checkpoints(tmp_path))
+    assert last_good_checkpoint(tmp_path) == tmp_path / "step=2.ckpt"
 
 
 def test_what_a_dead_process_left_is_deleted_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:

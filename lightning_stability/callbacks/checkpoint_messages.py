@@ -1,0 +1,39 @@
+"""What FractionalCheckpoint says when training starts, and of a save that it refuses."""
+
+from __future__ import annotations
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_stability.checkpointing.loops import SavePoints
+
+
+def warn_of_inexact_data(points: SavePoints) -> None:
+    """Say once, when training starts, what of the data a resumed run will not find again."""
+    data = points.data
+    if data.without_position:
+        kinds = ", ".join(sorted({type(loader).__name__ for loader in data.without_position}))
+        rank_zero_warn(
+            f"FractionalCheckpoint: the position of a {kinds} within an epoch cannot be saved; a run resumed"
+            " inside an epoch sees that epoch's data from the beginning. Use"
+            " torchdata.stateful_dataloader.StatefulDataLoader, which takes the same arguments."
+        )
+    for phrase in data.unknown_orders:
+        rank_zero_warn(
+            f"FractionalCheckpoint: the order of the training data cannot be saved: {phrase}. A resumed run may see"
+            " another order, also when it is resumed between two epochs. Give it state_dict and load_state_dict."
+        )
+    if data.has_workers:
+        rank_zero_info(
+            "FractionalCheckpoint: random numbers drawn inside the data loader's workers are in no checkpoint."
+            " Augmentation resumes exactly if it is seeded per sample, and not otherwise."
+        )
+
+
+def why_refused(bad: list[str]) -> str:
+    """What became non-finite, and what can be done."""
+    some = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+    names = [name.removeprefix("current_model_state.") for name in bad[:3]]
+    return (
+        f"{some} became non-finite. If that is by design, say so:"
+        f" FractionalCheckpoint(allow_nonfinite={names!r}). Otherwise resume from an earlier checkpoint."
+    )

@@ -1,0 +1,188 @@
+"""Which non-finite values in a checkpoint are damage, and which the module put there itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_stability.checkpointing.verification import checked_tensors, own_name
+from lightning_stability.health.values import nonfinite_names
+
+_PLUS, _MINUS, _NAN = 1, 2, 4
+
+
+class FiniteCheck:
+    """Tells what became non-finite from what was so by design, position by position.
+
+    By design are, each with its sign:
+
+    - what buffers and frozen parameters hold when training starts;
+    - what a hook writes into a buffer when an epoch starts, or fills it with when one ends;
+    - infinities in a buffer that is made, or gets another shape, while the run trains;
+    - -inf among zeros or ones in a buffer, and any -inf in one after the first batch: an attention mask;
+    - a metric's state before its first update.
+
+    Weights that are trained, the statistics of norm layers and the optimizer's state have to be finite.
+
+    Args:
+        module: In `on_train_start`.
+
+    Example:
+        >>> module = nn.Linear(1, 1)
+        >>> module.register_buffer("best", torch.tensor(torch.inf))
+        >>> check = FiniteCheck(module)
+        >>> check.unexpected({"state_dict": {"best": torch.tensor(torch.inf), "bias": torch.tensor([torch.inf])}})
+        ['bias']
+        >>> check.unexpected({"state_dict": {"best": torch.tensor(torch.nan)}})
+        ['best']
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._allowed: dict[str, Tensor] = {}
+        self._patterns: set[str] = set()
+        self._shapes = {name: buffer.shape for name, buffer in module.named_buffers()}
+        frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        for name, codes in _codes_of({**frozen, **self._buffers()}).items():
+            self._allow(name, codes)
+
+    def allow(self, patterns: Iterable[str]) -> None:
+        """Let these be non-finite: names as in `state_dict`, `*` stands for anything."""
+        self._patterns.update(patterns)
+
+    def before_hooks(self) -> dict[str, Tensor]:
+        """The non-finite positions of the buffers, for `after_hooks`."""
+        return _codes_of(self._buffers())
+
+    def after_hooks(self, before: dict[str, Tensor], filled: bool = False) -> None:
+        """What has become non-finite since `before_hooks` was written by a hook, not computed by a training step.
+
+        Args:
+            before: What that returned.
+            filled: Whether only a buffer of one value counts.
+        """
+        buffers = self._buffers()
+        for name, codes in _codes_of(buffers).items():
+            was = before.get(name)
+            if was is not None and was.shape == codes.shape and torch.equal(was, codes):
+                continue
+            if not filled or bool((codes == codes.flatten()[0]).all()):
+                self._allow(name, codes)
+
+    def after_first_batch(self) -> None:
+        """What is -inf in a buffer by now was filled in by the first forward pass."""
+        for name, codes in _codes_of(self._buffers()).items():
+            if codes.numel() > 1 and not bool((codes & (_PLUS | _NAN)).any()):
+                self._allow(name, codes)
+        self._note_new_buffers()
+
+    def unexpected(self, checkpoint: dict[str, Any]) -> list[str]:
+        """The names of what became non-finite, of a checkpoint as Lightning dumps it."""
+        return self._unexpected(dict(checked_tensors(checkpoint)))
+
+    def unexpected_now(self) -> list[str]:
+        """The same of the module's weights and buffers of now."""
+        return self._unexpected({**dict(self._module.named_parameters()), **dict(self._module.named_buffers())})
+
+    def by_design(self, checkpoint: dict[str, Any]) -> list[str]:
+        """The names of what is not finite in a checkpoint in which nothing is unexpected."""
+        return sorted({own_name(name) for name in nonfinite_names(checked_tensors(checkpoint))})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What may be non-finite later though it is finite now; the rest is seen when a resumed run starts."""
+        now = _codes_of(self._buffers())
+        return {
+            name: codes.cpu()
+            for name, codes in self._allowed.items()
+            if name in self._shapes and (name not in now or not torch.equal(now[name], codes))
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Add what `state_dict` returned of an earlier run's."""
+        for name, codes in state.items():
+            self._allow(name, codes)
+
+    def _unexpected(self, tensors: dict[str, Tensor]) -> list[str]:
+        suspects = nonfinite_names(tensors.items())
+        buffers, defaults = self._buffers(), _metric_defaults(self._module)
+        found = [name for name in suspects if not self._is_by_design(name, tensors[name], buffers, defaults)]
+        self._note_new_buffers()
+        return found
+
+    def _note_new_buffers(self) -> None:
+        """A buffer is new once: what it becomes after this is training's work."""
+        buffers = self._buffers()
+        new = {name: buffer for name, buffer in buffers.items() if self._shapes.get(name) != buffer.shape}
+        self._shapes.update((name, buffer.shape) for name, buffer in new.items())
+        for name, codes in _codes_of(new).items():
+            if not bool((codes & _NAN).any()):
+                self._allow(name, codes)
+
+    def _is_by_design(self, name: str, tensor: Tensor, buffers: dict[str, Tensor], defaults: dict[str, Tensor]) -> bool:
+        name = own_name(name)
+        if any(fnmatchcase(name, pattern) for pattern in self._patterns):
+            return True
+        codes = _codes(tensor)
+        for allowed in (self._allowed.get(name), _codes(defaults[name]) if name in defaults else None):
+            if allowed is not None and allowed.shape == codes.shape and _covers(allowed, codes):
+                return True
+        if name not in buffers or bool((codes & _NAN).any()):
+            return False
+        if self._shapes.get(name) != tensor.shape:
+            return True
+        rest = tensor[codes == 0]
+        return rest.numel() > 0 and not bool((codes & _PLUS).any()) and bool(((rest == 0) | (rest == 1)).all())
+
+    def _allow(self, name: str, codes: Tensor) -> None:
+        before = self._allowed.get(name)
+        if before is not None and before.shape == codes.shape:
+            codes = codes | before.to(codes.device)
+        self._allowed[name] = codes
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The module's buffers, without those that only training computes."""
+        norms = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in self._module.named_modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for name in ("running_mean", "running_var")
+        }
+        return {name: buffer for name, buffer in self._module.named_buffers() if name not in norms}
+
+
+def _covers(allowed: Tensor, codes: Tensor) -> bool:
+    return not bool((codes & ~allowed.to(codes.device)).any())
+
+
+def _codes_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _codes(tensors[name]) for name in nonfinite_names(tensors.items())}
+
+
+@torch.no_grad()
+def _codes(tensor: Tensor) -> Tensor:
+    """Which kind of non-finite value stands where."""
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    if tensor.is_sparse:
+        tensor = tensor._values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    codes = torch.isposinf(tensor) * _PLUS + torch.isneginf(tensor) * _MINUS + torch.isnan(tensor) * _NAN
+    return codes.to(torch.uint8)
+
+
+def _metric_defaults(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{name}" if prefix else name: default
+        for prefix, metric in module.named_modules()
+        if isinstance(metric, Metric)
+        for name, default in metric._defaults.items()
+        if isinstance(default, Tensor)
+    }
