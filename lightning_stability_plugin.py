@@ -101,7 +101,10 @@ class _Host:
         """
         automatic, self._automatic = self._automatic, None
         if automatic is not None:
-            automatic.leave(trainer, module)
+            try:
+                automatic.leave(trainer, module)
+            except Exception as error:
+                self._warn(error)
 
     def _warn(self, error: Exception) -> None:
         from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
