@@ -27,13 +27,14 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_stability.plugin import CALLBACKS
 from tests.plugin.strange import BATCHES, PARTS, WIDTH, tensor_of
 
 VARIABLE = "LIGHTNING_STABILITY_CALLBACKS"
-STEPS = 4
+STEPS, SCALE = 4, 1024.0
 
 # --- Loops
 
@@ -270,7 +271,7 @@ def _same(batch: Any) -> Any:
 def digest(value: Any) -> Any:
     """What is equal only for bitwise equal values."""
     if isinstance(value, Tensor):
-        if isinstance(value, nn.parameter.UninitializedTensorMixin) or value.device.type == "meta":
+        if isinstance(value, UninitializedTensorMixin) or value.device.type == "meta":
             return str(type(value))
         if value.layout != torch.strided or value.is_quantized:
             value = value.dequantize() if value.is_quantized else value.to_dense()
@@ -300,7 +301,7 @@ def train(case: Case, automatic: str, folder: str) -> dict[str, Any]:
     module, error = Module(case), None
     options: dict[str, Any] = {"max_epochs": 1, "max_steps": STEPS, **OPTIONS.get(case.loop, {})}
     if case.precision == "fp16":
-        options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]
+        options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=SCALE))]
     else:
         options["precision"] = case.precision
     callbacks: list[Any] = [ModelCheckpoint(folder, every_n_train_steps=2)] if case.checkpoints else []
@@ -318,7 +319,10 @@ def train(case: Case, automatic: str, folder: str) -> dict[str, Any]:
     except BaseException as raised:
         error = raised
     plugin = trainer.strategy.precision_plugin
+    scaler = getattr(plugin, "scaler", None)
+    state = [p for p in module.parameters() if p.is_floating_point() and not isinstance(p, UninitializedTensorMixin)]
     return {
+        "went_bad": not all(p.isfinite().all() for p in state) or (scaler is not None and scaler.get_scale() != SCALE),
         "error": error,
         "exception": None if error is None else f"{type(error).__name__}: {error}",
         "weights": digest({**dict(module.named_parameters()), **dict(module.named_buffers())}),  # lazy ones too
@@ -371,8 +375,12 @@ def differences(case: Case) -> list[str]:
     if before is not None:
         os.environ[VARIABLE] = before
     ours_error, _ = ours.pop("error"), bare.pop("error")
-    # with a bad batch the package is there to change the rest
-    parts = list(bare) if case.bad_batch is None else ["exception", "callbacks", "plugin"]
+    went_bad = bare.pop("went_bad") or case.bad_batch is not None
+    ours.pop("went_bad")
+    # where something went bad, the package is there to change the rest
+    parts = ["callbacks", "plugin"] if went_bad else list(bare)
+    if went_bad and ours["exception"] not in (None, bare["exception"]):
+        parts.append("exception")
     found = [f"{part}: {bare[part]!s:.300} became {ours[part]!s:.300}" for part in parts if bare[part] != ours[part]]
     if ours["exception"] != bare["exception"] and ours_error is not None:
         found.append("".join(traceback.format_exception(ours_error)))
