@@ -1,7 +1,16 @@
 """What was pickled where the package is installed can be loaded where it is not."""
 
-import pytest
+import collections
+import copy
+import functools
+import pickle
 
+import pytest
+import pytorch_lightning as pl
+
+import lightning_stability.plugin  # noqa: F401 - it says how our callbacks are copied
+from lightning_stability import FractionalCheckpoint, NaNEarlyStop
+from tests import runs
 from tests.plugin.test_automatic import PREAMBLE
 from tests.runs import NAMESPACES
 
@@ -46,23 +55,26 @@ assert not [name for name in sys.modules if name.startswith("lightning_stability
 """
 
 
-@pytest.fixture(params=[NAMESPACES[0], pytest.param(NAMESPACES[1], marks=pytest.mark.slow)])
-def pickled(installed, bare, tmp_path, request):
+@pytest.fixture
+def pickled(installed, bare, tmp_path):
     """Runs a script where the package is, and loads all that it saved where the package is not."""
 
-    def run(script, automatic=None):
-        head = f"NAMESPACE = {request.param!r}{PREAMBLE}"
-        done = installed(f"{head}{FORMS}{script}", cwd=tmp_path, automatic=automatic)
+    def run(script, namespace=NAMESPACES[0]):
+        head = f"NAMESPACE = {namespace!r}{PREAMBLE}"
+        done = installed(f"{head}{FORMS}{script}", cwd=tmp_path, automatic="all")
         assert done.returncode == 0, done.stderr
         loaded = bare(f"{head}{LOAD}", cwd=tmp_path)
         assert loaded.returncode == 0, loaded.stderr
-        return loaded.stdout.split()
+        return [name.partition("-")[0] for name in loaded.stdout.split()]
 
     return run
 
 
-def test_a_list_of_callbacks_and_a_trainer_load_without_the_package(pickled):
-    loaded = pickled("""
+@pytest.mark.parametrize("namespace", [NAMESPACES[0], pytest.param(NAMESPACES[1], marks=pytest.mark.slow)])
+def test_whatever_is_pickled_loads_without_the_package(pickled, namespace):
+    """The list, the Trainer, what a run holds, and hyperparameters in a checkpoint; each in seven forms."""
+    loaded = pickled(
+        """
 callbacks = [pl.callbacks.Timer()]
 trainer = make(callbacks=callbacks)
 forms("before-callbacks", callbacks)
@@ -70,67 +82,54 @@ forms("before-trainer", trainer)
 trainer.fit(BoringModel())
 forms("after-callbacks", callbacks)
 forms("after-trainer", trainer)
-""")
-    assert len(loaded) == 4 * 7
-
-
-def test_what_is_pickled_while_a_run_trains_loads_without_the_package(pickled):
-    loaded = pickled(
-        "Save.what = 'callbacks', 'module', 'optimizers'\nmake(callbacks=[Save()]).fit(BoringModel())", automatic="all"
-    )
-    assert len(loaded) == 3 * 7
-
-
-@pytest.mark.xfail(strict=False, reason="what the runtime sets on the precision plugin cannot be pickled")
-def test_a_trainer_pickled_while_it_trains_loads_without_the_package(pickled):
-    loaded = pickled("Save.what = 'plugin', 'trainer'\nmake(callbacks=[Save()]).fit(BoringModel())", automatic="all")
-    assert len(loaded) == 2 * 7
-
-
-def test_hyperparameters_that_hold_the_callbacks_load_without_the_package(pickled, tmp_path):
-    loaded = pickled("""
+Save.what = "callbacks", "module", "optimizers"
+make(callbacks=[Save()]).fit(BoringModel())
 options = {"callbacks": [pl.callbacks.Timer()], "max_steps": 2}
 trainer = pl.Trainer(**options, accelerator="cpu", logger=False, enable_progress_bar=False)
 trainer.fit(Hyper(options))
-trainer.save_checkpoint("hparams-.torch")
-""")
-    assert loaded == ["hparams-.torch"]
-
-
-def test_copies_and_unpickled_lists_are_guarded_where_the_package_is(installed, tmp_path):
-    done = installed(
-        f"""NAMESPACE = {NAMESPACES[0]!r}{PREAMBLE}
-sys.modules["__main__"].Look = Look
-look = Look()
-trainer = make(callbacks=[look])
-for copied in (copy.deepcopy(trainer), pickle.loads(pickle.dumps(make(callbacks=[Look()])))):
-    copied.fit(BoringModel())
-    [seen] = [c for c in copied.callbacks if type(c) is Look]
-    print(len(seen.policies))
-again = make(callbacks=pickle.loads(pickle.dumps(trainer.callbacks)))
-again.fit(BoringModel())
-print(len(next(c for c in again.callbacks if type(c) is Look).policies))
+trainer.save_checkpoint("checkpoint-.torch")
 """,
-        cwd=tmp_path,
+        namespace,
     )
-    assert done.returncode == 0, done.stderr
-    # A Trainer that was pickled is Lightning's alone wherever it is loaded; one that is made anew has the callbacks.
-    assert done.stdout.split() == ["2", "0", "2"]
+    assert collections.Counter(loaded) == {"before": 14, "after": 14, "during": 21, "checkpoint": 1}
 
 
-def test_a_users_own_callback_of_ours_is_pickled_as_itself(installed, tmp_path):
-    done = installed(
-        f"""NAMESPACE = {NAMESPACES[0]!r}{PREAMBLE}
-import lightning_stability, lightning_stability.plugin
-own = [lightning_stability.NaNEarlyStop(patience=7), lightning_stability.FractionalCheckpoint(0.5)]
-for copied in (pickle.loads(pickle.dumps(own)), copy.deepcopy(own), copy.copy(own)):
-    assert copied[0].patience == 7 and copied[1].state_key == own[1].state_key
-    trainer = make(callbacks=copied); trainer.fit(BoringModel())
-    assert copied[0] in trainer.callbacks
-""",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.slow
+@pytest.mark.xfail(strict=False, reason="what the runtime sets on the precision plugin cannot be pickled")
+def test_a_trainer_pickled_while_it_trains_loads_without_the_package(pickled):
+    loaded = pickled("Save.what = 'plugin', 'trainer'\nmake(callbacks=[Save()]).fit(BoringModel())")
+    assert loaded == ["during"] * 14
+
+
+class Names(pl.Callback):
+    """Notes which automatic callbacks the run has."""
+
+    def on_train_batch_start(self, trainer, *args):
+        self.seen = [type(c).__name__ for c in trainer.callbacks if getattr(c, "automatic", False)]
+
+
+def seen(trainer):
+    trainer.fit(runs.make_module(pl), runs.data())
+    return next(c.seen for c in trainer.callbacks if type(c) is Names)
+
+
+def test_copies_are_guarded_and_a_trainer_from_a_pickle_is_lightnings_alone(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_STABILITY_CALLBACKS", "NaNEarlyStop")
+    make = functools.partial(runs.trainer, pl, max_steps=1)
+    trainer = make(callbacks=[Names()])
+    assert seen(copy.deepcopy(trainer)) == ["NaNEarlyStop"]
+    assert seen(make(callbacks=copy.deepcopy(trainer.callbacks))) == ["NaNEarlyStop"]
+    assert seen(make(callbacks=pickle.loads(pickle.dumps(trainer.callbacks)))) == ["NaNEarlyStop"]
+    assert seen(pickle.loads(pickle.dumps(trainer))) == []
+    assert seen(trainer) == ["NaNEarlyStop"]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])
+def test_a_callback_that_the_user_made_is_copied_as_itself(copied):
+    stop = copied(NaNEarlyStop(patience=7))
+    assert (type(stop), stop.patience) == (NaNEarlyStop, 7)
+    checkpoint = FractionalCheckpoint(0.5)
+    assert copied(checkpoint).state_key == checkpoint.state_key
 
 
 @pytest.mark.slow
