@@ -26,9 +26,6 @@ def test_importing_the_trainer_does_not_load_the_packages_of_its_extra(tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-ROOMS = ("lightning_stability",)  # `from lightning_stability import internals` imports a room
-
-
 def imports(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -36,7 +33,7 @@ def imports(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
-            names |= {f"{node.module}.{a.name}" for a in node.names} if node.module in ROOMS else {node.module or ""}
+            names.add(node.module or "")
     return names
 
 
@@ -54,19 +51,16 @@ def test_nothing_but_the_command_line_imports_the_trainer():
 MAY_IMPORT = {
     # the rooms, from the ground up: each may import itself and what stands here
     "_compat": set(),
-    "events": {"atomic"},
-    "flagged_inputs": set(),
     "internals": set(),
+    "events": set(),
+    "flagged_inputs": set(),
     "processes": set(),
-    "atomic": {"processes"},
-    "health": {"_compat"},
-    "recovery": {"_compat", "checkpointing", "health", "internals"},
-    "checkpointing": {"_compat", "atomic", "health", "internals"},
-    "runtime": {"_compat", "events", "health", "recovery"},
-    "status": {"_compat", "events", "processes"},
-    "callbacks": {
-        *("_compat", "checkpointing", "events", "flagged_inputs", "health", "internals", "recovery", "runtime")
-    },
+    "health": {"_compat", "internals"},
+    "recovery": {"_compat", "health", "internals"},
+    "checkpointing": {"_compat", "health", "internals", "processes"},
+    "runtime": {"_compat", "events", "health", "internals", "recovery"},
+    "status": {"events", "processes"},
+    "callbacks": {"_compat", "checkpointing", "events", "flagged_inputs", "health", "internals", "recovery", "runtime"},
     "plugin": {"_compat", "callbacks"},
     "tuab": {""},
     "commands": {"_compat", "checkpointing", "tuab"},
@@ -90,6 +84,74 @@ def test_no_room_imports_one_that_stands_above_it():
         wrong |= {(path.name, name) for name in ours if room(name) not in MAY_IMPORT[own] | {own}}
     assert not wrong
     assert seen == set(MAY_IMPORT)
+
+
+KNOWN_CIRCLES = {
+    ("health.input_scan", "health.inputs"),
+    ("runtime.outcomes", "runtime.retries", "runtime.runtime", "runtime.stepping", "runtime.taps"),
+}
+"""Modules that import each other and are to be taken apart."""
+
+KNOWN_LONG_FILES = {
+    "callbacks/fractional_checkpoint.py",
+    "callbacks/nan_early_stop.py",
+    "callbacks/precision_fallback.py",
+    "checkpointing/loops.py",
+}
+MAX_LINES = 400
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which of our modules each imports; imports within functions and under TYPE_CHECKING count."""
+    paths = [*(ROOT / "lightning_stability").rglob("*.py"), *ROOT.glob("lightning_stability_*.py")]
+    dotted = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    files = {name.removesuffix(".__init__"): path for path, name in dotted.items()}
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                # a name is a module of the package, or else something in its `__init__`
+                given = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {name if name in files else str(node.module) for name in given}
+        graph[module] = names & files.keys() - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> set[tuple[str, ...]]:
+    """The sets of modules that all reach each other."""
+    reached = {}
+    for module in graph:
+        seen, todo = set(), list(graph[module])
+        while todo:
+            other = todo.pop()
+            if other not in seen:
+                seen.add(other)
+                todo += graph[other]
+        reached[module] = seen
+    found = {tuple(sorted(m for m in reached[module] if module in reached[m])) for module in graph}
+    return {tuple(name.removeprefix("lightning_stability.") for name in circle) for circle in found if circle}
+
+
+def test_a_circle_of_imports_is_found_however_long_it_is():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d"}, "f": {"a"}}
+    assert circles(graph) == {("a", "b", "c"), ("d", "e")}
+
+
+def test_no_modules_import_each_other():
+    assert circles(import_graph()) == KNOWN_CIRCLES
+
+
+def test_no_file_is_longer_than_400_lines():
+    package = ROOT / "lightning_stability"
+    long = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if len(path.read_text().splitlines()) > MAX_LINES
+    }
+    assert long == KNOWN_LONG_FILES
 
 
 def pyproject() -> dict:

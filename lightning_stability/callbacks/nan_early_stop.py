@@ -282,7 +282,8 @@ class NaNEarlyStop(StabilityCallback):
         if skips and self.session.can_skip_a_batch:
             return True  # said with the update that is skipped for it
         where = f"epoch {trainer.current_epoch}, batch {batch_index(trainer)}, global step {trainer.global_step}"
-        held = "; ".join(filter(None, [where_nonfinite(batch), bad_weights and f"weights: {listed(bad_weights)}"]))
+        weights = f"weights: {listed(bad_weights)}" if bad_weights else ""
+        held = "; ".join(filter(None, [where_nonfinite(batch), weights]))
         what = f"`training_step` raised {type(exception).__name__} at {where}; non-finite values are in {held}."
         warn_always(f"NaNEarlyStop: {what}", on_this_rank=True)
         return False

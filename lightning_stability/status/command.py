@@ -23,7 +23,7 @@ def show_status(words: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         "lightning-stability status",
-        description="Say how a run is doing, from its events.jsonl and its logs. The status is 1 if it died, failed or"
+        description="Say how a run is doing, from its events.jsonl. The status is 1 if it died, failed or"
         " was ended by NaNEarlyStop, 2 if there is no run, and 0 otherwise.",
     )
     parser.add_argument("folder", type=Path, help="a run's log folder, such as lightning_logs/version_0, or one above")
@@ -42,28 +42,21 @@ def show_status(words: list[str]) -> int:
 
 def _follow(folder: Path, watch: bool) -> Report | None:
     """Say it, again and again if asked for; None if Ctrl-C came before the first time."""
-    run, report = Run(find_run(folder)), None
+    report = None
     try:
-        report = _show(run)
+        report = _show(folder)
         while watch and report.state in ("running", "unknown"):
             time.sleep(_SECONDS)
-            newest = find_run(folder)
-            if newest != run.folder:  # it was started again
-                run.close()
-                run = Run(newest)
-            report = _show(run, before=report, again=True)
+            report = _show(folder, before=report)
     except KeyboardInterrupt:
         print()
-    finally:
-        run.close()
     return report
 
 
-def _show(run: Run, before: Report | None = None, again: bool = False) -> Report:
-    run.update()
-    report = look(run)
+def _show(folder: Path, before: Report | None = None) -> Report:
+    report = look(Run(find_run(folder)))  # the newest one: it may have been started again
     if sys.stdout.isatty():
-        print((_CLEAR if again else "") + str(report), flush=True)
+        print((_CLEAR if before else "") + str(report), flush=True)
     elif before is None or (report.step, report.state) != (before.step, before.state):
-        print(("\n" if again else "") + str(report), flush=True)
+        print(("\n" if before else "") + str(report), flush=True)
     return report

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -13,16 +11,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lightning_stability.status import trend
-from lightning_stability.status.files import board_files
 from lightning_stability.status.run import Run
 
 _SILENT_AFTER = 600.0
-"""Seconds without a written byte that make nobody worry, however often a run logs."""
+"""Seconds without a written byte that make nobody worry, however often a run writes."""
 _SILENT_INTERVALS = 20
-_MONITOR = "GradNormMonitor"
-_NORM = re.compile(r"grad_norm/(optimizer_\d+/)?total")
-_NOT_TRAINING = ("val", "test", "valid", "eval")
+_TREND = 60
+"""How many progress events a trend is of."""
+_STEADY = 0.2
 
 
 @dataclass
@@ -33,7 +29,7 @@ class Report:
         state: `"running"`, `"finished"`, `"stopped"` (before its time), `"failed"` (an exception), `"dead"` (killed) or
             `"unknown"` (no callback that was asked for wrote when it started).
         needs_help: Whether it will not go on by itself and was not meant to end so.
-        step: Optimizer steps taken, as far as they were logged.
+        step: Optimizer steps taken, as of the newest event.
         seconds_left: The estimated time to its end, while it runs.
         lines: Names and what is said.
     """
@@ -50,7 +46,7 @@ class Report:
 
 
 def look(run: Run, now: float | None = None) -> Report:
-    """Say how a run is doing, from what `run.update` has read.
+    """Say how a run is doing.
 
     Args:
         run: The run.
@@ -59,19 +55,17 @@ def look(run: Run, now: float | None = None) -> Report:
     now = time.time() if now is None else now
     written = run.last_written()
     state, said = _state(run, now, written)
+    estimate = _estimate(run, now) if state == "running" else None
     step = _step(run)
-    pace = _seconds_per_step(run, written) if state == "running" else None
-    total = (run.started or {}).get("total_steps")
-    left = (total - step) * pace if total is not None and step is not None and pace is not None else None
-    report = Report(state, state in ("dead", "failed") or run.stopped is not None, step, left)
+    needs_help = state in ("dead", "failed") or run.stopped is not None
+    report = Report(state, needs_help, step, estimate and estimate[0])
     lines = [
         ("run", str(run.folder)),
         ("state", said),
         ("progress", _progress(run, step)),
-        ("estimated end", _end(left, pace, total, now) if state == "running" else ""),
-        ("loss", _newest(run, loss_tag(run.series))),
-        ("validation", _validation(run)),
-        ("gradient norm", _gradient_norm(run)),
+        ("estimated end", _end(run, estimate, now) if state == "running" else ""),
+        ("loss", _newest(run, "loss")),
+        ("gradient norm", _newest(run, "grad_norm")),
         ("precision", _precision(run)),
         ("loss scale", _loss_scale(run)),
         ("skipped updates", _skipped(run)),
@@ -81,24 +75,11 @@ def look(run: Run, now: float | None = None) -> Report:
         *(("", _incident(event)) for event in run.newest_incidents),
         ("missing events", _missing_events(run)),
         ("last good checkpoint", _checkpoint(run, now)),
+        ("unreadable lines", str(run.unreadable) if run.unreadable else ""),
         ("last written", "never" if written is None else f"{duration(now - written)} ago"),
     ]
     report.lines = [(name, text) for name, text in lines if text]
     return report
-
-
-def loss_tag(tags: Sequence[str] | dict[str, Any]) -> str | None:
-    """The key under which the training loss is logged, as far as names tell; the loss of a step goes first.
-
-    Args:
-        tags: All keys.
-
-    Example:
-        >>> loss_tag(["val_loss", "train_loss_epoch", "train_loss_step", "loss_scale"])
-        'train_loss_step'
-    """
-    found = [tag for tag in tags if "loss" in tag.lower() and tag != "loss_scale" and not _is_validation(tag)]
-    return min(found, key=lambda tag: (not tag.endswith("_step"), tag.endswith("_epoch"), len(tag), tag), default=None)
 
 
 def duration(seconds: float) -> str:
@@ -147,43 +128,53 @@ def _state(run: Run, now: float, written: float | None) -> tuple[str, str]:
 
 
 def _step(run: Run) -> int | None:
-    """Steps taken: Lightning logs a step under the number of those before it."""
-    steps = [event["step"] for event in (run.last_event, run.ended) if event is not None]
-    tags = [tag for tag in ("grad_norm/total", loss_tag(run.series)) if tag in run.series]
-    steps += [run.series[tag][-1].step + 1 for tag in tags if tag is not None]
-    total = (run.started or {}).get("total_steps")
-    step = max(steps, default=None)
-    return step if step is None or total is None or run.ended is not None else min(step, total)
+    """Steps taken."""
+    newest = (run.last_event, run.ended, *run.progress[-1:])  # some events tell late of an earlier step
+    steps = [event["step"] for event in newest if event is not None]
+    return max(steps, default=None)
 
 
-def _seconds_per_step(run: Run, written: float | None) -> float | None:
-    """Over the last epoch, with its validation; before that has passed, since the start."""
-    started = run.started
-    if started is None:
+def _position(run: Run, event: dict[str, Any]) -> float | None:
+    """Which part of the whole run is done: of its steps, or of its epochs where the number of steps is unknown."""
+    started = run.started or {}
+    if started.get("total_steps"):
+        return float(event["step"] / started["total_steps"])
+    if not started.get("max_epochs"):
         return None
-    points = _pace_points(run)
-    if not points:  # no logger that says when
-        step = _step(run) or 0
-        points = [(step, written)] if written is not None else []
-    last_step, last_time = points[-1] if points else (started["step"], started["time"])
-    epoch = started.get("steps_per_epoch") or math.inf
-    first_step, first_time = next(
-        (point for point in reversed(points) if last_step - point[0] >= epoch), (started["step"], started["time"])
-    )
-    if last_step <= first_step or last_time <= first_time:
+    if event["event"] != "progress":
+        return float(event["epoch"] / started["max_epochs"])
+    if not event.get("batches"):
         return None
-    return float((last_time - first_time) / (last_step - first_step))
+    return float((event["epoch"] + (event["batch_idx"] + 1) / event["batches"]) / started["max_epochs"])
 
 
-def _pace_points(run: Run) -> list[tuple[int, float]]:
-    """Steps taken and when, from the key that is logged most often."""
-    tags = [tag for tag in ("grad_norm/total", loss_tag(run.series)) if tag in run.series]
-    series = max((run.series[tag] for tag in tags if tag is not None), key=len, default=[])
-    return [(point.step + 1, point.time) for point in series if point.time is not None]
+def _points(run: Run) -> list[tuple[float, dict[str, Any]]]:
+    """The start and each progress event, with their positions."""
+    events = [run.started, *run.progress] if run.started is not None else []
+    points = [(_position(run, event), event) for event in events if event is not None]
+    return [(position, event) for position, event in points if position is not None]
+
+
+def _estimate(run: Run, now: float) -> tuple[float, float] | None:
+    """Seconds to the end, and seconds per step, at the speed of the last epoch with its validation; in the first epoch,
+    at that since the start.
+    """
+    points, started = _points(run), run.started or {}
+    if len(points) < 2:
+        return None
+    total, per_epoch = started.get("total_steps"), started.get("steps_per_epoch")
+    epoch = (per_epoch / total if per_epoch else math.inf) if total else 1 / started["max_epochs"]
+    last, end = points[-1]
+    first, begin = next((point for point in reversed(points) if last - point[0] >= epoch), points[0])
+    seconds = end["time"] - begin["time"]
+    if last <= first or seconds <= 0:
+        return None
+    left = (1 - last) * seconds / (last - first) - (now - end["time"])  # it has gone on since then
+    return max(0.0, left), seconds / max(1, end["step"] - begin["step"])
 
 
 def _interval(run: Run) -> float | None:
-    times = [moment for _, moment in _pace_points(run)]
+    times = [event["time"] for event in run.progress[-_TREND:]]
     return median(b - a for a, b in pairwise(times)) if len(times) > 2 else None
 
 
@@ -193,95 +184,89 @@ def _progress(run: Run, step: int | None) -> str:
     if step is not None:
         total = started.get("total_steps")
         parts.append(f"step {step:,} of {total:,} ({step / total:.0%})" if total else f"step {step:,}")
-    epoch = _epoch(run)
-    if epoch is not None:
-        per_epoch = started.get("steps_per_epoch")
-        trained = min(max(epoch, step / per_epoch), epoch + 1) if per_epoch and step is not None else epoch
-        said = f"{trained:.2f}".rstrip("0").rstrip(".")
+    epochs = _epochs(run)
+    if epochs is not None:
+        said = f"{epochs:.2f}".rstrip("0").rstrip(".")
         parts.append(f"{said} of {started['max_epochs']} epochs" if started.get("max_epochs") else f"epoch {said}")
-    return ", ".join(parts)
+    return ", ".join(parts) or "unknown"
 
 
-def _epoch(run: Run) -> int | None:
-    """Epochs that are over."""
+def _epochs(run: Run) -> float | None:
+    """Epochs trained."""
     if run.ended is not None:
-        return int(run.ended["epoch"])
-    epochs = [run.last_event["epoch"]] if run.last_event is not None else []
-    if "epoch" in run.series:
-        epochs.append(int(run.series["epoch"][-1].value))
-    return max(epochs, default=None)
+        return float(run.ended["epoch"])
+    newest = run.progress[-1] if run.progress else run.last_event
+    if newest is None:
+        return None
+    batches = newest.get("batches")
+    return float(newest["epoch"] + ((newest["batch_idx"] + 1) / batches if batches and "batch_idx" in newest else 0))
 
 
-def _end(left: float | None, pace: float | None, total: int | None, now: float) -> str:
-    if left is None or pace is None:
-        return "unknown: no step was logged yet" if total is not None else "unknown: the run has no last step"
+def _end(run: Run, estimate: tuple[float, float] | None, now: float) -> str:
+    if estimate is None:
+        started = run.started or {}
+        has_last = started.get("total_steps") or started.get("max_epochs")
+        return f"unknown: {'no progress was written yet' if has_last else 'the run has no last step'}"
+    left, pace = estimate
     speed = f"{pace:.3g} s a step" if pace >= 1 else f"{1 / pace:.3g} steps a second"
     return f"{_clock(now + left, now)}, in {duration(left)} at {speed}, if it goes to the last step"
 
 
-def _newest(run: Run, tag: str | None) -> str:
-    if tag is None:
-        return "not logged"
-    point = run.series[tag][-1]
-    return f"{point.value:.4g} ({tag}, step {point.step + 1:,})"
+def _newest(run: Run, name: str) -> str:
+    """The newest value of a number in the progress events, and where it is going."""
+    told = [event for event in run.progress if event.get(name) is not None]
+    if not told:
+        return "unknown"
+    newest = told[-1]
+    word = trend([float(event[name]) for event in told[-_TREND:]])
+    over = f"; {word} over the last {duration(newest['time'] - told[-_TREND:][0]['time'])}" if word else ""
+    return f"{_number(newest[name])} (step {newest['step']:,}){over}"
 
 
-def _validation(run: Run) -> str:
-    """The newest metrics of the validation, at most four."""
-    tags = sorted(tag for tag in run.series if tag.lower().startswith(("val_", "val/")))
-    return ", ".join(f"{tag} {run.series[tag][-1].value:.4g}" for tag in tags[:4])
+def trend(values: list[float]) -> str:
+    """Whether a series rises: the median of its newest third against that of its oldest third, so that outliers do not
+    decide it.
 
+    Args:
+        values: Oldest first; those that are not finite do not count.
 
-def _gradient_norm(run: Run) -> str:
-    """The newest norm and its trend, of each optimizer if there are several."""
-    tags = sorted(tag for tag in run.series if _NORM.fullmatch(tag))
-    return ", ".join(_norm_and_trend(run, tag) for tag in tags) or f"not logged ({_why_no_norm(run)})"
+    Returns:
+        `"rising"`, `"falling"`, or `"steady"` if the two differ by less than a fifth; empty for fewer than six values.
 
-
-def _norm_and_trend(run: Run, tag: str) -> str:
-    values = [point.value for point in run.series[tag]]
-    factor = trend.trend(values)
-    counted = min(len(values), trend.WINDOW)
-    said = f"; {trend.in_words(factor)} over the last {counted} logged" if factor is not None else ""
-    optimizer = tag.split("/")[1]
-    return f"{'' if optimizer == 'total' else f'{optimizer} '}{values[-1]:.4g}{said}"
-
-
-def _why_no_norm(run: Run) -> str:
-    started = run.started
-    may_be_unasked = started is None or _MONITOR in started.get("unasked", [])
-    if may_be_unasked and not board_files(run.folder):
-        return f"{_MONITOR} does; unless it is asked for, only to a TensorBoard file of the run's, and here is none"
-    if started is None or _MONITOR not in started["callbacks"]:
-        return f"{_MONITOR} does"
-    return f"{_MONITOR} has not yet: as a rule it does every log_every_n_steps steps"
+    Example:
+        >>> trend([1.0, 1.0, 1.0, 2.0, 2.0, 2.0]), trend([-1.0] * 5 + [-1.1]), trend([1.0, 2.0])
+        ('rising', 'steady', '')
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    third = len(finite) // 3
+    if third < 2:
+        return ""
+    old, new = median(finite[:third]), median(finite[-third:])
+    if abs(new - old) <= _STEADY * max(abs(new), abs(old)):
+        return "steady"
+    return "rising" if new > old else "falling"
 
 
 def _precision(run: Run) -> str:
     change = run.precision_changed
     if change is not None:
         return f"{change['precision_to']} since step {change['step']:,}, {change['precision_from']} before"
-    if run.started is not None:
-        return str(run.started["precision"])
-    bits = run.series.get("precision_bits")
-    return f"{bits[-1].value:.0f} bits" if bits else ""
+    return "unknown" if run.started is None else str(run.started["precision"])
 
 
 def _loss_scale(run: Run) -> str:
-    now_in = run.precision_changed["precision_to"] if run.precision_changed else (run.started or {}).get("precision")
-    points = run.series.get("loss_scale")
-    if not points or (now_in is not None and now_in != "16-mixed"):
-        return ""
-    return f"{points[-1].value:g}"
+    scale = run.progress[-1].get("loss_scale") if run.progress else None
+    return "" if scale is None else _number(scale)
 
 
 def _skipped(run: Run) -> str:
-    logged = run.series.get("skipped_updates")
-    total = max(run.skipped, int(logged[-1].value) if logged else 0)  # an earlier start of the run counted some
+    told = max((event.get("skipped") or 0 for event in run.progress[-1:]), default=0)  # an earlier start counted some
     ordinary, for_input = run.skipped_ordinarily, run.skipped_for_input
     said = [f"{ordinary} of these by GradScaler, which is ordinary"] if ordinary else []
     said += [f"{for_input} of these by InputCheck, for flagged inputs"] if for_input else []
-    return ", ".join([str(total), *said])
+    many = run.many_skips
+    said += [f"{many['skipped']} of the last {many['of']:,} at step {many['step']:,}: too many"] if many else []
+    return ", ".join([str(max(run.skipped, told)), *said])
 
 
 def _flagged(run: Run, now: float) -> str:
@@ -295,7 +280,7 @@ def _flagged(run: Run, now: float) -> str:
 
 
 def _layers(run: Run) -> str:
-    """What was warned of when the layers were looked at, at the start."""
+    """What the check of the layers at the start warned of."""
     if not run.far_layers:
         return ""
     first = run.far_layers[0]
@@ -314,6 +299,7 @@ def _incident(event: dict[str, Any]) -> str:
         "update_skipped": "update skipped by {by}: {why}",
         "gradient_norm_rising": "gradient norm {norm:.3g}, {ratio:.3g} times its usual value, most in {group}",
         "precision_changed": "precision {precision_from} -> {precision_to}: {why}",
+        "many_skips": "{skipped} of the last {of} updates were skipped",
         "precision_kept": "precision {precision} kept: {why}",
         "checkpoint_failed": "checkpoint {path} could not be written: {error}",
         "checkpoint_refused": "no checkpoint: {nonfinite_tensors} tensors are not finite",
@@ -357,7 +343,3 @@ def _missing_events(run: Run) -> str:
 def _clock(moment: float, now: float) -> str:
     day = datetime.fromtimestamp(moment).date() == datetime.fromtimestamp(now).date()
     return f"{datetime.fromtimestamp(moment):{'%H:%M:%S' if day else '%Y-%m-%d %H:%M'}}"
-
-
-def _is_validation(tag: str) -> bool:
-    return tag.lower().lstrip("_").startswith(_NOT_TRAINING)

@@ -1,21 +1,21 @@
-"""One run's folder: which it is, and what its events and logs have said so far."""
+"""One run's folder: which it is, and what its events say."""
 
 from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME
+from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME, read_events
 from lightning_stability.processes import is_alive
-from lightning_stability.status.files import EventsFile, Logs, Point, board_files
 
 _DEPTH = 4
 _NO_INCIDENTS = (
-    *("training_started", "training_ended", "training_stopped", "checkpoint_saved"),
+    *("training_started", "training_ended", "training_stopped", "checkpoint_saved", "progress"),
     *("input_scales", "input_flagged"),  # they have lines of their own
 )
 _INPUT_CHECK = "InputCheck"
@@ -36,7 +36,7 @@ class Saved(NamedTuple):
 
 
 class Run:
-    """What is known of a run; `update` reads what is new.
+    """What the events of a run say.
 
     Args:
         folder: The run's log folder.
@@ -49,42 +49,31 @@ class Run:
         self.stopped: dict[str, Any] | None = None
         """The `training_stopped` of NaNEarlyStop."""
         self.last_event: dict[str, Any] | None = None
+        self.progress: list[dict[str, Any]] = []
+        """Since the newest start."""
         self.precision_changed: dict[str, Any] | None = None
         self.skipped = self.skipped_ordinarily = self.skipped_for_input = 0
         """Skipped updates; those of them by which GradScaler looks for its scale, and those of flagged batches."""
+        self.many_skips: dict[str, Any] | None = None
         self.flagged = 0
         self.newest_flagged: dict[str, Any] | None = None
         self.far_layers: list[dict[str, Any]] = []
-        """What InputCheck's look at the layers warned of."""
-        self.lost = 0
-        """Events that could not be written."""
+        """What InputCheck's check of the layers warned of."""
         self.incidents = 0
         self.newest_incidents: deque[dict[str, Any]] = deque(maxlen=3)
         self.saved: deque[Saved] = deque(maxlen=100)
-        self.series: dict[str, list[Point]] = {}
-        self._events = EventsFile(folder)
-        self._logs = Logs(folder)
-
-    def update(self) -> None:
-        """Read what was written since the last time."""
-        for event in self._events.read():
-            if not event.get("repeated") or self.started is None:
-                self._add(event)
-        self.series = self._logs.read(since=self.started["time"] - 1.0 if self.started else 0.0)
-
-    @property
-    def unreadable(self) -> int:
-        """Lines of `events.jsonl` that were passed over."""
-        return self._events.unreadable
-
-    def close(self) -> None:
-        """Let go of the files."""
-        self._events.close()
-        self._logs.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of lines that cannot be read: the report counts them
+            events = read_events(folder)
+            for event in events:
+                if not event.get("repeated") or self.started is None:
+                    self._add(event)
+        self.unreadable: int = getattr(events, "unreadable", 0)
+        """Lines that are no events."""
 
     def last_written(self) -> float | None:
-        """When any of its files was last written, in seconds since 1970."""
-        return max((_modified(path) for path in log_files(self.folder)), default=None)
+        """When its events were last written, in seconds since 1970."""
+        return max((_modified(path) for path in event_files(self.folder)), default=None)
 
     def last_good(self) -> Saved | None:
         """The newest checkpoint that was found finite before it was written, and is still there."""
@@ -104,24 +93,28 @@ class Run:
 
     def _add(self, event: dict[str, Any]) -> None:
         self.last_event = event
-        self.lost += event.get("lost", 0)
         name = event["event"]
         if name == "training_started":
             if self.ended is not None and not _is_end_of(self.ended, event):
                 self.ended = None
-            self.started, self.stopped, self.precision_changed = event, None, None
+            self.started, self.stopped, self.precision_changed, self.many_skips = event, None, None, None
+            self.progress = []
         elif name == "training_ended":
             self.ended = self.ended or event  # what the first rank died of, not what followed from it
         elif name == "training_stopped":
             self.stopped = event
             if event.get("checkpoint"):
                 self.saved.append(Saved(event["checkpoint"], event["step"], event["time"]))
+        elif name == "progress":
+            self.progress.append(event)
         elif name == "checkpoint_saved":
             self.saved.append(Saved(event["path"], event["step"], event["time"]))
         elif name == "update_skipped":
             self.skipped += 1
             self.skipped_ordinarily += bool(event.get("ordinary"))
             self.skipped_for_input += event.get("by") == _INPUT_CHECK
+        elif name == "many_skips":
+            self.many_skips = event
         elif name == "input_flagged":
             self.flagged += 1
             self.newest_flagged = event
@@ -140,9 +133,7 @@ def _is_end_of(ended: dict[str, Any], started: dict[str, Any]) -> bool:
 
 
 def find_run(path: Path) -> Path:
-    """Return the run's folder: this one, or the one below it that was written to last.
-
-    Runs with an `events.jsonl` go before others, such as those of `test`.
+    """Return the run's folder: this one, or the one below it whose events were written last.
 
     Args:
         path: A run's log folder or one above it.
@@ -150,34 +141,33 @@ def find_run(path: Path) -> Path:
     Raises:
         NoRunError: If there is none.
     """
-    if path.is_file() and path in log_files(path.parent):
+    if path.is_file() and path in event_files(path.parent):
         return path.parent
     if not path.is_dir():
         raise NoRunError(f"There is no folder {path}.")
-    folders = [path] if log_files(path) else list(_runs_below(path))
+    folders = [path] if event_files(path) else list(_runs_below(path))
     if not folders:
         raise NoRunError(
-            f"{path} is no run, and there is none below it: no {FILE_NAME}, TensorBoard file or metrics.csv was found."
-            " Give a run's log folder, such as lightning_logs/version_0, or one above it."
+            f"There is no {FILE_NAME} in {path} or below it: no run has started there with a callback of this package"
+            " that was asked for. Give a run's log folder, such as lightning_logs/version_0, or one above it."
         )
-    return max(folders, key=lambda folder: ((folder / FILE_NAME).exists(), max(map(_modified, log_files(folder)))))
+    return max(folders, key=lambda folder: max(map(_modified, event_files(folder))))
 
 
-def log_files(folder: Path) -> list[Path]:
+def event_files(folder: Path) -> list[Path]:
     """The files by which a run's folder is known.
 
     Args:
         folder: The folder.
     """
-    named = (folder / name for name in (FILE_NAME, PREVIOUS_FILE_NAME, "metrics.csv"))
-    return [*(path for path in named if path.exists()), *board_files(folder)]
+    return [path for path in (folder / FILE_NAME, folder / PREVIOUS_FILE_NAME) if path.exists()]
 
 
 def _runs_below(path: Path) -> Iterator[Path]:
     for folder, names, files in os.walk(path):
         depth = len(Path(folder).relative_to(path).parts)
         names[:] = [n for n in names if depth < _DEPTH and n != "checkpoints" and not n.startswith(".")]
-        if {FILE_NAME, "metrics.csv"} & set(files) or any(name.startswith("events.out.tfevents.") for name in files):
+        if FILE_NAME in files:
             yield Path(folder)
 
 

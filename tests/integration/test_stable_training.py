@@ -198,8 +198,6 @@ class Tmux:
             run = Run(find_run(self.folder / "run"))
         except NoRunError:
             return None
-        run.update()
-        run.close()
         step = look(run).step
         if run.started is None or step is None:
             return None

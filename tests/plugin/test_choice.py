@@ -29,16 +29,16 @@ def test_none_all_and_names():
     assert names(" GradNormMonitor , NaNEarlyStop(patience=0) ,") == ["GradNormMonitor", "NaNEarlyStop"]
 
 
-def test_options_are_spelled_and_typed_as_on_the_command_line():
+def test_options_are_spelled_as_in_python_and_their_types_are_checked():
     stop, monitor = chosen(
-        'NaNEarlyStop(patience=2, action="raise", monitor=[val_loss, "val,acc"]),'
-        "GradNormMonitor(every_n_steps=10,log_update_ratio=true,group_depth=1)"
+        'NaNEarlyStop(patience=2, action="raise", monitor=["val_loss", "val,acc"]),'
+        "GradNormMonitor(every_n_steps=10,log_update_ratio=True,group_depth=1)"
     )
     assert (stop.patience, stop.action, stop.monitor) == (2, "raise", ["val_loss", "val,acc"])
     assert (monitor.every_n_steps, monitor.log_update_ratio, monitor.group_depth) == (10, True, 1)
-    [stop] = chosen("NaNEarlyStop(patience=0, monitor=val_loss)")
+    [stop] = chosen("NaNEarlyStop(monitor='val_loss')")
     assert stop.monitor == ["val_loss"]
-    [monitor] = chosen("GradNormMonitor(every_n_steps=null)")
+    [monitor] = chosen("GradNormMonitor(every_n_steps=None)")
     assert monitor.every_n_steps is None
 
 
@@ -46,18 +46,21 @@ def test_options_are_spelled_and_typed_as_on_the_command_line():
     ("value", "said"),
     [
         ("Nonsense", "'Nonsense' is no callback of lightning-stability"),
-        ("Nonsense", "none, all, or a comma list of NaNEarlyStop, GradNormMonitor"),
+        ("Nonsense", "none, all, or names of NaNEarlyStop, GradNormMonitor"),
         ("NaNEarlyStop;GradNormMonitor", "'NaNEarlyStop;GradNormMonitor' is not of the form Name(option=value)"),
         ("NaNEarlyStop(patience=2", "is not of the form"),
         ("none,NaNEarlyStop", "'none' is no callback"),
         ("NaNEarlyStop(patienc=2)", "option 'patienc' is unknown. Known options: patience, action, monitor."),
-        ("NaNEarlyStop(2)", "option '2' has no value. Known options: patience"),
-        ("NaNEarlyStop(patience=two)", "NaNEarlyStop(patience=two)"),
+        ("NaNEarlyStop(2)", "option '2' has no name in front. Known options: patience"),
+        ("NaNEarlyStop(**patience)", "option '**patience' is unknown"),
+        ("NaNEarlyStop(patience=two)", "patience=two is no value. Expected a number, a text in quotes"),
+        ("NaNEarlyStop(patience='two')", "NaNEarlyStop(patience='two'): Parser key \"patience\": Expected a"),
+        ("NaNEarlyStop.patience", "'NaNEarlyStop.patience' is not of the form"),
         ("NaNEarlyStop(patience=-1)", "expected a whole number of at least 0"),
         ("GradNormMonitor(every_n_steps=0)", "expected a whole number of at least 1"),
         ("NaNEarlyStop(patience=2) GradNormMonitor(group_depth=1)", "is not of the form"),
         ("FractionalCheckpoint(every_n_train_steps=2)", "auto_insert_metric_name, enable_version_counter."),
-        (",", "names no callback; `none` switches them off"),
+        (",", "',' is not of the form Name(option=value)"),
         ("NaNEarlyStop,NaNEarlyStop(patience=2)", "names NaNEarlyStop twice"),
     ],
 )

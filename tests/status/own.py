@@ -5,10 +5,13 @@ import signal
 import time
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.demos.boring_classes import BoringDataModule, BoringModel
 from torch import nn
 from torch.utils.data import DataLoader
+
+from lightning_stability.events import EventLog
 
 
 class Model(BoringModel):
@@ -76,3 +79,25 @@ class TwoOptimizers(BoringModel):
 
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD([parameter], 1e-3) for parameter in self.parameters()]
+
+
+class Progress(pl.Callback):
+    """Writes `progress` after every batch."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        folder = trainer.log_dir  # it is a broadcast
+        if trainer.is_global_zero:
+            norms = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
+            EventLog(folder).write(
+                "progress",
+                trainer.global_step,
+                trainer.current_epoch,
+                batch_idx=batch_idx,
+                batches=trainer.num_training_batches,
+                loss=float(outputs["loss"]) if outputs else None,
+                grad_norm=float(torch.stack(norms).norm()) if norms else None,
+                loss_scale=None,
+                learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
+                skipped=0,
+                seconds=0.0,
+            )

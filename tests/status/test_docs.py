@@ -25,7 +25,7 @@ def written() -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("write", "_write") and node.args:
                 name = getattr(node.args[0], "value", None)
-                if isinstance(name, str) and re.fullmatch(r"[a-z]+(_[a-z]+)+", name):
+                if isinstance(name, str) and re.fullmatch(r"progress|[a-z]+(_[a-z]+)+", name):
                     found.setdefault(name, set()).update(k.arg for k in node.keywords if k.arg is not None)
     return found
 
@@ -33,14 +33,15 @@ def written() -> dict[str, set[str]]:
 def test_every_event_is_in_the_table_with_its_fields() -> None:
     table, code = documented(), written()
     assert len(code) >= 11
-    assert table.keys() == code.keys()
+    assert code.keys() <= table.keys()
+    assert table.keys() - code.keys() <= {"progress", "many_skips"}  # the session writes these
     for name, fields in code.items():
         assert fields <= table[name], name
 
 
 def test_the_events_of_a_run_have_the_fields_that_the_table_gives(tmp_path: Path) -> None:
     train(tmp_path, "nan")
-    events = list(read_events(find_run(tmp_path)))
+    events = [event for event in read_events(find_run(tmp_path)) if event["event"] != "progress"]  # the test's own
     assert {event["event"] for event in events} == {
         *("training_started", "checkpoint_saved", "update_skipped", "training_stopped", "training_ended"),
     }

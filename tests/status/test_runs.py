@@ -18,18 +18,18 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 
 from lightning_stability import FractionalCheckpoint, GradNormMonitor, InputCheck, NaNEarlyStop, PrecisionFallback
 from lightning_stability._compat import MisconfigurationException
-from lightning_stability.events import FILE_NAME, EventLog, read_events
+from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME, EventLog, read_events
 from lightning_stability.status import Report, Run, look, show_status
-from lightning_stability.status.run import find_run
+from lightning_stability.status.run import NoRunError, find_run
 from tests import runs
 from tests.command import ROOT, Done, Launcher, run
-from tests.status.own import BadSamples, Data, Model, OutOfScale, TwoOptimizers
+from tests.status.own import BadSamples, Data, Model, OutOfScale, Progress, TwoOptimizers
 
 WORDS = (
     *(
@@ -46,8 +46,8 @@ WORDS = (
         "--trainer.callbacks+=GradNormMonitor",
     ),
     *("--trainer.callbacks+=FractionalCheckpoint", "--trainer.callbacks.every_n_epochs=0.25"),
+    "--trainer.callbacks+=tests.status.own.Progress",
 )
-CSV = ("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.", "--trainer.logger.flush_logs_every_n_steps=1")
 
 
 class Custom(MixedPrecision):
@@ -55,10 +55,7 @@ class Custom(MixedPrecision):
 
 
 def told(folder: Path, now: float | None = None) -> Report:
-    found = Run(find_run(folder))
-    found.update()
-    found.close()
-    return look(found, now)
+    return look(Run(find_run(folder)), now)
 
 
 def line(report: Report, name: str) -> str:
@@ -69,7 +66,7 @@ def train(folder: Path, happens: str = "", model: Any = None, data: Any = None, 
     """Train in this process, 16 steps an epoch."""
     defaults: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 16, "limit_val_batches": 2}
     options = {**defaults, "enable_checkpointing": True, "logger": TensorBoardLogger(folder), **options}
-    options.setdefault("callbacks", [NaNEarlyStop(patience=0), GradNormMonitor(), FractionalCheckpoint()])
+    options.setdefault("callbacks", [NaNEarlyStop(patience=0), GradNormMonitor(), FractionalCheckpoint(), Progress()])
     trainer = runs.trainer(pl, **options)
     model = model or Model(at=9, happens=happens, seconds=0.1 if happens == "slow" else 0.0)
     trainer.fit(model, data or Data())
@@ -87,16 +84,14 @@ def fit(command: Launcher, tmp_path: Path) -> Callable[..., Done]:
     return lambda *words: command(*WORDS, *words, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("logger", [TensorBoardLogger, CSVLogger])
-def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], logger: Any) -> None:
-    train(tmp_path, logger=logger(tmp_path))
+def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path)
     report = told(tmp_path)
     assert (report.state, report.needs_help, report.step, report.seconds_left) == ("finished", False, 32, None)
     assert line(report, "state").startswith("finished: max_epochs=2 reached")
     assert line(report, "progress") == "step 32 of 32 (100%), 2 of 2 epochs"
-    assert re.fullmatch(r"[\d.e-]+ \(train_loss, step 32\)", line(report, "loss"))
-    assert re.fullmatch(r"[\d.e-]+; .* over the last 32 logged", line(report, "gradient norm"))
-    assert line(report, "validation").startswith("val_loss ")
+    for name in ("loss", "gradient norm"):
+        assert re.fullmatch(r"[\d.e-]+ \(step 32\); (rising|falling|steady) over the last \d+ s", line(report, name))
     assert line(report, "precision") == "32-true"
     assert (line(report, "skipped updates"), line(report, "incidents")) == ("0", "0")
     assert "epoch=002.00-step=000032.ckpt, step 32, " in line(report, "last good checkpoint")
@@ -166,9 +161,8 @@ def test_callbacks_that_nobody_asked_for_write_nothing(tmp_path: Path) -> None:
     guest = unasked(NaNEarlyStop(patience=0))
     train(tmp_path, callbacks=[guest])
     assert not list(tmp_path.rglob(FILE_NAME))
-    report = told(tmp_path)
-    assert report.state == "unknown"
-    assert line(report, "gradient norm") == "not logged (GradNormMonitor does)"
+    with pytest.raises(NoRunError, match="no run has started there with a callback of this package"):
+        find_run(tmp_path)
     with pytest.raises(ValueError, match="on purpose"):
         train(tmp_path, "raise", callbacks=[guest])
     assert not list(tmp_path.rglob(FILE_NAME))
@@ -201,24 +195,16 @@ def test_a_run_that_was_killed_and_one_that_goes_on_from_it(
     assert started["resumed_from"].endswith("step=000008.ckpt")
 
 
-@pytest.mark.parametrize(
-    "logger", [pytest.param((), id="tensorboard"), pytest.param(CSV, id="csv", marks=pytest.mark.slow)]
-)
-def test_a_run_that_writes_while_it_is_looked_at(
-    fit: Callable[..., Done], tmp_path: Path, logger: tuple[str, ...]
-) -> None:
+def test_a_run_that_writes_while_it_is_looked_at(fit: Callable[..., Done], tmp_path: Path) -> None:
     """The estimates of the end agree with the moment at which it comes."""
-    thread = threading.Thread(target=fit, args=("--model.seconds=0.05", *logger))
+    thread = threading.Thread(target=fit, args=("--model.seconds=0.05",))
     thread.start()
-    seen, reports = None, []
+    reports = []
     while thread.is_alive():
         time.sleep(0.05)
-        if seen is None and list(tmp_path.rglob(FILE_NAME)):
-            seen = Run(find_run(tmp_path))
-        if seen is not None:
-            seen.update()
-            reports.append((time.time(), look(seen)))
-    [*_, ended] = read_events(seen.folder)
+        if list(tmp_path.rglob(FILE_NAME)):
+            reports.append((time.time(), told(tmp_path)))
+    [*_, ended] = read_events(find_run(tmp_path))
     running = [(moment, report) for moment, report in reports if report.state == "running"]
     steps = [report.step for _, report in running]
     assert steps == sorted(steps)
@@ -230,7 +216,7 @@ def test_a_run_that_writes_while_it_is_looked_at(
     assert all(0 <= left < 3 * ended["seconds"] for _, left in estimates)
     for _, report in running:
         assert "running: process" in line(report, "state")
-    assert look(seen).state == "finished"
+    assert told(tmp_path).state == "finished"
 
 
 def test_two_ranks_write_one_start_and_one_end(fit: Callable[..., Done], tmp_path: Path) -> None:
@@ -351,31 +337,109 @@ def test_the_warning_of_a_layer_that_is_out_of_scale_is_one_line(tmp_path: Path)
     assert line(report, "incidents") == "0"
 
 
-@pytest.mark.parametrize(
-    ("callbacks", "logger", "every", "said"),
-    [
-        ([], TensorBoardLogger, 1, "not logged (GradNormMonitor does)"),
-        ([GradNormMonitor()], TensorBoardLogger, 50, "not logged (GradNormMonitor has not yet"),
-        ([unasked(GradNormMonitor())], TensorBoardLogger, 50, "not logged (GradNormMonitor has not yet"),
-        (
-            [unasked(GradNormMonitor())],
-            CSVLogger,
-            1,
-            "not logged (GradNormMonitor does; unless it is asked for, only to",
-        ),
-    ],
-)
-def test_why_there_is_no_gradient_norm(tmp_path: Path, callbacks: Any, logger: Any, every: int, said: str) -> None:
-    callbacks = [FractionalCheckpoint(), *callbacks]
-    train(tmp_path, callbacks=callbacks, logger=logger(tmp_path), log_every_n_steps=every, max_epochs=1)
-    assert line(told(tmp_path), "gradient norm").startswith(said)
+def test_what_nobody_has_written_is_unknown(tmp_path: Path) -> None:
+    EventLog(tmp_path).write("update_skipped", 3, 0, by="guard", why="the loss was nan")
+    report = told(tmp_path)
+    assert report.state == "unknown"
+    for name in ("loss", "gradient norm", "precision"):
+        assert line(report, name) == "unknown"
+    start(tmp_path, total_steps=None, max_epochs=None)
+    report = told(tmp_path)
+    assert line(report, "estimated end") == "unknown: the run has no last step"
+    assert line(report, "progress") == "step 0, epoch 0"
 
 
-def test_each_of_several_optimizers_has_its_gradient_norm(tmp_path: Path) -> None:
-    train(tmp_path, model=TwoOptimizers(), callbacks=[GradNormMonitor()], max_epochs=1)
-    number = r"[\d.e-]+; \S.* over the last 16 logged"
-    norms = line(told(tmp_path), "gradient norm")
-    assert re.fullmatch(f"optimizer_0 {number}, optimizer_1 {number}", norms)
+def progress(folder: Path, step: int, at: float, **changes: Any) -> None:
+    """Write a progress event of a run of 4 epochs of 100 batches."""
+    facts = {"batch_idx": step % 100, "batches": 100, "loss": 1.0, "grad_norm": 2.0, "loss_scale": None, "skipped": 0}
+    event = {"event": "progress", "step": step, "epoch": step // 100, "time": at, "rank": 0, **facts, **changes}
+    with (folder / FILE_NAME).open("a") as file:
+        file.write(json.dumps(event) + "\n")
+
+
+@pytest.mark.parametrize("counted", [{}, {"total_steps": None, "steps_per_epoch": None}], ids=["by steps", "by epochs"])
+def test_the_end_is_estimated_from_the_speed_of_the_last_epoch(tmp_path: Path, counted: dict[str, Any]) -> None:
+    start(tmp_path, **counted)
+    now = next(read_events(tmp_path))["time"]
+    for step in range(5, 105, 5):
+        now += 50.0  # ten seconds a step, in the first epoch
+        progress(tmp_path, step, now)
+    for step in range(105, 255, 5):
+        now += 5.0  # one second a step
+        progress(tmp_path, step, now)
+    report = told(tmp_path, now=now)
+    assert report.seconds_left == pytest.approx(150.0, abs=2.0)
+    assert "at 1 s a step" in line(report, "estimated end")
+    assert told(tmp_path, now=now + 30.0).seconds_left == pytest.approx(report.seconds_left - 30.0)
+
+
+def test_newest_numbers_have_a_trend_and_those_that_are_not_finite_are_shown(tmp_path: Path) -> None:
+    start(tmp_path)
+    for step in range(1, 13):
+        progress(tmp_path, step, 1000.0 + 5 * step, loss=-1.0 / step, grad_norm=2.0**step, loss_scale=2.0**16 / step)
+    report = told(tmp_path)
+    assert line(report, "loss") == "-0.08333 (step 12); rising over the last 55 s"
+    assert line(report, "gradient norm") == "4,096 (step 12); rising over the last 55 s"
+    assert line(report, "loss scale") == "5,461"
+    progress(tmp_path, 13, 1065.0, loss="nan", grad_norm=None, skipped=7)
+    report = told(tmp_path)
+    assert line(report, "loss").startswith("nan (step 13); rising")
+    assert line(report, "gradient norm").startswith("4,096 (step 12)")
+    assert line(report, "skipped updates") == "7"
+
+
+def test_too_many_skips_are_shown(tmp_path: Path) -> None:
+    start(tmp_path)
+    EventLog(tmp_path).write("many_skips", 1200, 3, skipped=51, of=1000)
+    report = told(tmp_path)
+    assert line(report, "skipped updates") == "0, 51 of the last 1,000 at step 1,200: too many"
+    assert "step 1,200  51 of the last 1000 updates were skipped" in str(report)
+
+
+@pytest.mark.xfail(strict=False, reason="another branch: read_events passes broken lines over")
+def test_broken_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
+    start(tmp_path)
+    with (tmp_path / FILE_NAME).open("a") as file:
+        file.write('{"event": {"event"\n[1]\n')
+    progress(tmp_path, 7, time.time())
+    report = told(tmp_path)
+    assert (report.step, line(report, "unreadable lines")) == (7, "2")
+    assert line(told(tmp_path / FILE_NAME), "unreadable lines") == "2"
+
+
+def test_a_run_whose_file_was_begun_anew_is_one_run(tmp_path: Path) -> None:
+    """The start of training is at the head of every new file."""
+    log = EventLog(tmp_path, max_bytes=1200)
+    start(tmp_path, total_steps=None)
+    for step in range(60):
+        log.write("update_skipped", step, 0, by="guard", why="the loss was nan")
+    first = (tmp_path / PREVIOUS_FILE_NAME).read_text().splitlines()[0]
+    assert '"repeated": true' in first
+    report = told(tmp_path)
+    assert (report.state, report.step) == ("running", 59)
+    written = [event for event in read_events(tmp_path) if event["event"] == "update_skipped"]
+    assert line(report, "incidents") == str(len(written))
+
+
+@pytest.mark.xfail(strict=False, reason="the session writes it")
+@pytest.mark.parametrize("model", [Model, TwoOptimizers])
+def test_a_real_fit_writes_its_progress(tmp_path: Path, model: Any) -> None:
+    train(tmp_path, model=model(), callbacks=[NaNEarlyStop(patience=0)], max_epochs=2)
+    events = [event for event in read_events(find_run(tmp_path)) if event["event"] == "progress"]
+    names = ("event", "step", "epoch", "time", "rank", "batch_idx", "batches", "loss", "grad_norm", "loss_scale")
+    for event in events:
+        assert event.keys() == {*names, "learning_rate", "skipped", "seconds"}
+        assert (event["rank"], event["batches"], event["skipped"], event["loss_scale"]) == (0, 16, 0, None)
+        assert event["learning_rate"] > 0
+        assert event["seconds"] >= 0
+    ends = [event for event in events if event["batch_idx"] == 15]
+    assert [event["epoch"] for event in ends][:2] == [0, 1], "one at each epoch's end"
+    assert len(events) <= 4 + events[-1]["seconds"] / 5, "and at most one each five seconds"
+    report = told(tmp_path)
+    assert re.fullmatch(r"[\d.e-]+ \(step \d+\)", line(report, "gradient norm"))
+    if model is Model:
+        assert ends[1]["step"] == 32
+        assert re.fullmatch(r"[\d.e-]+ \(step 32\)", line(report, "loss"))
 
 
 def test_the_run_that_was_written_to_last_is_found_from_above(tmp_path: Path) -> None:
@@ -384,10 +448,9 @@ def test_the_run_that_was_written_to_last_is_found_from_above(tmp_path: Path) ->
         folder.mkdir(parents=True)
         (folder / name).write_text("")
         os.utime(folder / name, (1000 + version, 1000 + version))
-    assert find_run(tmp_path).name == "version_1", "a run with events goes before one of `test`"
+    assert find_run(tmp_path).name == "version_1"
     os.utime(tmp_path / "lightning_logs" / "version_0" / FILE_NAME, (2000, 2000))
     assert find_run(tmp_path / "lightning_logs").name == "version_0"
-    assert find_run(tmp_path / "lightning_logs" / "version_2").name == "version_2"
     assert find_run(tmp_path / "lightning_logs" / "version_1" / FILE_NAME).name == "version_1"
 
 
@@ -404,7 +467,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_one_clear_message(command: Launcher, tmp_path: Path) -> None:
     for words, message in (
         (["nowhere"], "There is no folder nowhere"),
-        (["."], ". is no run, and there is none below it"),
+        (["."], "There is no events.jsonl in . or below it"),
     ):
         done = command("status", *words, cwd=tmp_path)
         assert done.returncode == 2
