@@ -1,0 +1,121 @@
+"""Where in the user's code an operation was asked for: file, line, and the module whose code it is."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning_utilities
+import pytorch_lightning
+import torch
+import torchmetrics
+from torch import nn
+
+from lightning_stability.internals import (
+    backward_engine_code,
+    current_backward_node,
+    newest_node_number,
+    node_number,
+)
+
+_PACKAGE = Path(__file__).parents[1]
+_OWN_USER = str(_PACKAGE / "tuab") + "/"  # the included trainer is a user of the package
+_LIBRARIES = tuple(
+    str(Path(package.__file__ or "").parent) + "/"
+    for package in (torch, pytorch_lightning, torchmetrics, lightning_utilities)
+) + (
+    str(_PACKAGE) + "/",
+    *(str(Path(pytorch_lightning.__file__).parents[1] / name) + "/" for name in ("lightning", "lightning_fabric")),
+)
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/"
+_INSTALLED = "/site-packages/"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an operation was asked for.
+
+    Attributes:
+        module: The path of the deepest registered module in whose code it happened; `""` is the root.
+        file: The user's file; None if no code of the user's is involved, as in an optimizer's step.
+        line: The line in it.
+        node: In the backward pass: the autograd node's name, such as `SqrtBackward0`.
+        number: In the forward pass: of the operation's autograd node; in the backward pass of the node that runs.
+    """
+
+    module: str | None = None
+    file: str | None = None
+    line: int | None = None
+    node: str | None = None
+    number: int | None = None
+
+    @property
+    def code(self) -> str:
+        """The text of the line."""
+        return linecache.getline(self.file, self.line or 0).strip() if self.file else ""
+
+
+class PlaceFinder:
+    """Says where an operation comes from that is being dispatched.
+
+    Args:
+        module: The root module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._paths = {id(m): plain_path(path) for path, m in module.named_modules()}
+        self._forward: dict[int, Place] = {}
+        """By the number of the autograd node that the operation made."""
+        self._engine = backward_engine_code()
+        self.outermost: Any = None
+        """The frame that runs the module: neither it nor those that called it asked for an operation."""
+
+    def here(self) -> Place:
+        """Where the operation comes from that is being dispatched."""
+        node = current_backward_node()
+        module, file, line = self._of_stack(sys._getframe(2), node is not None)
+        if node is not None and file is None:
+            number = node_number(node)
+            forward = self._forward.get(number, Place())
+            place = Place(forward.module, forward.file, forward.line, node.name(), number)
+        else:
+            place = Place(module, file, line, None, newest_node_number() if torch.is_grad_enabled() else None)
+        if torch.is_grad_enabled():
+            # The first operation with a number is the one that made the node; others follow that make none.
+            self._forward.setdefault(newest_node_number(), place)
+        return place
+
+    def _of_stack(self, frame: Any, in_backward: bool) -> tuple[str | None, str | None, int | None]:
+        module = file = line = None
+        while frame is not None and frame is not self.outermost and (module is None or file is None):
+            code = frame.f_code
+            if in_backward and code is self._engine:
+                break  # what follows called the backward pass, and did not ask for this operation
+            if file is None and is_of_user(code.co_filename):
+                file, line = code.co_filename, frame.f_lineno
+            if module is None and code.co_argcount and code.co_varnames[0] == "self":
+                module = self._paths.get(id(frame.f_locals.get("self")))
+            frame = frame.f_back
+        return module, file, line
+
+
+def plain_path(path: str) -> str:
+    """A module's path without what `torch.compile` adds to it."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+@functools.lru_cache(maxsize=None)
+def is_of_user(file: str) -> bool:
+    """Whether a file is neither torch's, Lightning's, Python's nor this package's.
+
+    Args:
+        file: As a code object names it.
+    """
+    if file.startswith("<") or (file.startswith(_LIBRARIES) and not file.startswith(_OWN_USER)):
+        return False
+    return not file.startswith(_STANDARD_LIBRARY) or _INSTALLED in file
