@@ -64,6 +64,9 @@ class Origin:
         aten: The dispatched operation, such as `"aten.div.Tensor"`.
         dtype: Of the result, such as `"float16"`.
         failed: What became non-finite in the end: `"loss"`, `"gradient"`, `"buffer"`, `"weight"`.
+        discarded: Whether the value was made in the forward pass, which discarded it, as `where` does; the backward
+            pass met it again.
+        names: The name of each input that is a parameter, a buffer or an entry of the batch.
     """
 
     phase: Phase
@@ -79,6 +82,7 @@ class Origin:
     aten: str | None
     dtype: str | None
     failed: str = "loss"
+    discarded: bool = False
     names: list[str | None] = field(default_factory=list)
 
 
@@ -137,13 +141,7 @@ def _infinity_behind(trace: Trace, birth: _Birth) -> _Birth:
     behind += [_Birth(operation, entry) for entry in infinite if entry.source is None and _is_damage(entry)]
     if not behind:
         return birth
-    found = min(behind, key=lambda b: b.order)
-    made = found.operation
-    if operation.place.node is not None and made is not None and found.leaf is None:
-        # The derivative of an operation is undefined at its own result: 1 / 0 that `where` discarded.
-        if made.place.node is None and made.place.number == operation.place.number:
-            return birth
-    return found
+    return min(behind, key=lambda b: b.order)
 
 
 def _births(
@@ -201,7 +199,8 @@ def _describe(trace: Trace, birth: _Birth, failed: str, target: str | None) -> O
     operation, leaf = birth.operation, birth.leaf
     assert operation is not None
     place = operation.place
-    phase: Phase = "backward" if place.node is not None else "forward"
+    discarded = failed == "gradient" and place.node is None  # the loss was finite
+    phase: Phase = "backward" if place.node is not None or discarded else "forward"
     module, tensor = place.module, None
     samples: list[int] = []
     if leaf is not None and leaf.name is not None:
@@ -234,6 +233,7 @@ def _describe(trace: Trace, birth: _Birth, failed: str, target: str | None) -> O
         aten=operation.name,
         dtype=str(operation.dtype).removeprefix("torch."),
         failed=failed,
+        discarded=discarded and phase == "backward",
         names=[entry.name for entry in operation.inputs],
     )
 

@@ -45,14 +45,12 @@ class Place:
         file: The user's file; None if no code of the user's is involved, as in an optimizer's step.
         line: The line in it.
         node: In the backward pass: the autograd node's name, such as `SqrtBackward0`.
-        number: In the forward pass: of the operation's autograd node; in the backward pass of the node that runs.
     """
 
     module: str | None = None
     file: str | None = None
     line: int | None = None
     node: str | None = None
-    number: int | None = None
 
     @property
     def code(self) -> str:
@@ -79,15 +77,18 @@ class PlaceFinder:
         """Where the operation comes from that is being dispatched."""
         node = current_backward_node()
         module, file, line = self._of_stack(sys._getframe(2), node is not None)
-        if node is not None and file is None:
-            number = node_number(node)
-            forward = self._forward.get(number, Place())
-            place = Place(forward.module, forward.file, forward.line, node.name(), number)
+        # code that runs in the backward pass is a derivative of the user's own, or the forward pass of a checkpointed
+        # block again, which needs gradients
+        if node is not None and (file is None or not torch.is_grad_enabled()):
+            forward = self._forward.get(node_number(node), Place())
+            if file is None:
+                file, line = forward.file, forward.line
+            place = Place(forward.module, file, line, node.name())
         else:
-            place = Place(module, file, line, None, newest_node_number() if torch.is_grad_enabled() else None)
-        if torch.is_grad_enabled():
-            # The first operation with a number is the one that made the node; others follow that make none.
-            self._forward.setdefault(newest_node_number(), place)
+            place = Place(module, file, line)
+        # The first operation with a number is the one that made the node; others follow that make none. (The forward
+        # pass of a custom function runs without gradients, after its node was made.)
+        self._forward.setdefault(newest_node_number(), place)
         return place
 
     def _of_stack(self, frame: Any, in_backward: bool) -> tuple[str | None, str | None, int | None]:

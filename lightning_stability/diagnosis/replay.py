@@ -60,6 +60,7 @@ class Replay:
         self.step = step
         refuse(step.module)
         self.module, self.optimizers = _copy(step)
+        self._batches = [copy.deepcopy(batch) for batch in step.batches]  # a training_step may change them in place
         self._device = next(self.module.parameters(), torch.empty(0)).device
         self.plugin = make_precision(step.precision, self._device.type)
         self._nonfinite_buffers: set[str] = set()
@@ -98,9 +99,8 @@ class Replay:
         automatic = getattr(module, "automatic_optimization", True)
         attach(self)
         module.train() if not step.trainer.get("eval_modules") else None
-        for self._batch, recorded in enumerate(step.batches):
+        for self._batch, batch in enumerate(self._batches):
             restore_random_state(step.random_states[self._batch])
-            batch = copy.deepcopy(recorded)  # a training_step may change it in place
             if self._trace is not None:
                 self._trace.name_batch(batch)
             index = step.batch_indices[self._batch]

@@ -77,6 +77,7 @@ def capture_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> St
     metrics = {path: m.metric_state for path, m in module.named_modules() if isinstance(m, Metric)}
     return {
         "parameters": {name: tensor.detach().clone() for name, tensor in module.named_parameters()},
+        "requires_grad": {name: tensor.requires_grad for name, tensor in module.named_parameters()},
         "buffers": {name: tensor.detach().clone() for name, tensor in module.named_buffers()},
         "metrics": copy.deepcopy(metrics),
         "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers],
@@ -105,6 +106,7 @@ def restore_state(state: State, module: nn.Module, optimizers: Iterable[Optimize
             raise ValueError(f"the parameter {name} has another shape: {shapes}")
         parameters[name].data = parameters[name].data.to(value.dtype)
         parameters[name].copy_(value)
+        parameters[name].requires_grad_(state["requires_grad"][name])  # manual optimization may have been interrupted
     for name, value in state["buffers"].items():
         _set_buffer(module, name, value)
     for path, values in state["metrics"].items():

@@ -22,7 +22,7 @@ class Gated(Module):
 
     def training_step(self, batch, batch_idx):
         gate = self.gate(batch).softmax(dim=-1)
-        gate = torch.where(gate < 0.05, 0.0, gate)
+        gate = gate * (gate > 0.05)
         mixed = sum(gate[:, i] * expert(batch).squeeze(1) for i, expert in enumerate(self.experts))
         return mixed.pow(2).mean() + 0.1 * self.entropy(gate)
 

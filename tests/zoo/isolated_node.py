@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tests.zoo.program import Expected, Module, Program, draw
+from tests.zoo.program import Expected, Module, Program, draw, loader
 
 
 class MeanConvolution(nn.Module):
@@ -36,4 +36,4 @@ def program(seed):
     isolated = draw(seed, 10)
     broken = ring[:, ring[1] != isolated]
     graphs = [{"nodes": torch.randn(10, 4), "edges": edges} for edges in (ring, ring, broken)]
-    return Program(GraphNet(), graphs, Expected("forward", "convolutions.0", __file__, samples=[isolated]))
+    return Program(GraphNet(), loader(graphs, None), Expected("forward", "convolutions.0", __file__, samples=[isolated]))

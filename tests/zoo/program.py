@@ -67,7 +67,7 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def loader(dataset: Dataset[Any] | list[Any], batch_size: int = 8) -> DataLoader[Any]:
+def loader(dataset: Dataset[Any] | list[Any], batch_size: int | None = 8) -> DataLoader[Any]:
     """The samples in their order."""
     return DataLoader(dataset, batch_size=batch_size)
 
