@@ -110,7 +110,7 @@ def plain_path(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def is_of_user(file: str) -> bool:
     """Whether a file is neither torch's, Lightning's, Python's nor this package's.
 

@@ -202,9 +202,9 @@ def make_precision(precision: str, device: str) -> Precision:
     """
     if precision == "16-mixed" or precision == "bf16-mixed":
         scaler = torch.amp.GradScaler(device) if precision == "16-mixed" else None
-        return MixedPrecision(precision, device, scaler)
+        return MixedPrecision(cast(Any, precision), device, scaler)
     if precision == "16-true" or precision == "bf16-true":
-        return HalfPrecision(precision)
+        return HalfPrecision(cast(Any, precision))
     if precision == "64-true":
         return DoublePrecision()
     if precision == "32-true":

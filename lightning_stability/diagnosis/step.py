@@ -38,6 +38,7 @@ class RecordedStep:
         clip_value: The Trainer's `gradient_clip_val`.
         clip_algorithm: `"norm"` or `"value"`.
         trainer: What `training_step` may read of its Trainer, by name: `current_epoch`, `global_step`, ...
+        environment: What `capture_environment` gave; empty for the process of now.
         notes: What makes a replay inexact, such as a batch that `training_step` changed in place.
     """
 
@@ -56,6 +57,7 @@ class RecordedStep:
     clip_value: float | None = None
     clip_algorithm: str = "norm"
     trainer: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

@@ -94,7 +94,7 @@ class _Memory:
     writes: list[tuple[int, Range]] = field(default_factory=list)
 
 
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every operation that is dispatched while it is active.
 
     Args:
@@ -106,7 +106,7 @@ class Trace(TorchDispatchMode):
     """
 
     def __init__(self, module: nn.Module, deadline: float = math.inf) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.in_optimizer = False
         """Whether the optimizer's step is under way."""
@@ -160,12 +160,12 @@ class Trace(TorchDispatchMode):
     def __enter__(self) -> Trace:
         """Record from now on what the calling function asks for."""
         self._places.outermost = sys._getframe(1)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Record no more."""
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._places.outermost = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -192,12 +192,12 @@ class Trace(TorchDispatchMode):
 
     def _run_many(self, func: Any, name: str, place: Place, args: Any, kwargs: Any) -> Any:
         """An operation on lists of tensors is one on each."""
-        lists = [value for value in args if isinstance(value, (list, tuple)) and all(map(_is_tensor, value)) and value]
-        count = len(lists[0])
-        inputs = [[(t, *self._look_at(t)) for t in tensors] for tensors in zip(*(v for v in lists if len(v) == count))]
+        lists = [value for value in args if isinstance(value, (list, tuple)) and value and all(map(_is_tensor, value))]
+        of_each = list(zip(*(tensors for tensors in lists if len(tensors) == len(lists[0])), strict=True))
+        inputs = [[(tensor, *self._look_at(tensor)) for tensor in tensors] for tensors in of_each]
         out = func(*args, **kwargs)
-        if func._schema.is_mutable and name.startswith("aten._fused_"):
-            results = [list(tensors) for tensors in zip(*(v for v in lists if len(v) == count))]
+        if name.startswith("aten._fused_"):
+            results = [list(tensors) for tensors in of_each]
         else:
             results = [[tensor] for tensor in (lists[0] if func._schema.is_mutable else out)]
         for read, written in zip(inputs, results, strict=True):

@@ -35,4 +35,6 @@ class Checkpointed(Module):
 
 def program(seed):
     flat = draw(seed, 3)
-    return Program(Checkpointed(flat), loader(list(torch.randn(16, 6))), Expected("backward", f"blocks.{flat}", __file__))
+    return Program(
+        Checkpointed(flat), loader(list(torch.randn(16, 6))), Expected("backward", f"blocks.{flat}", __file__)
+    )
