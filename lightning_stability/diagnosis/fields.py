@@ -11,6 +11,13 @@ from lightning_stability.diagnosis.errors import DiagnosisError
 
 _NUMBER = (int, float)
 _KNOWN_FILES = {"batches.pt", "state.pt", "random.pt", "history.jsonl"}
+_OF_MODULE: dict[str, Any] = {
+    "class": str,
+    "file": (str, type(None)),
+    "hyperparameters": dict,
+    "not_kept": list,
+    "eval": list,
+}
 _TYPES: dict[str, Any] = {
     "precision": str,
     "failed": str,
@@ -60,7 +67,13 @@ def _what_is_wrong(about: dict[str, Any]) -> Iterator[str]:
     if not all(_is_hex(loss) for loss in about["losses"]):
         yield "losses are no hexadecimal numbers"
     module = about["module"]
-    known = {"class": str, "file": (str, type(None)), "hyperparameters": dict, "not_kept": list}
+    known: dict[str, Any] = {
+        "class": str,
+        "file": (str, type(None)),
+        "hyperparameters": dict,
+        "not_kept": list,
+        "eval": list,
+    }
     if not all(isinstance(module.get(name), kind) for name, kind in known.items()) or ":" not in module["class"]:
         yield "the field 'module' names no class"
     if not {"random.pt", "history.jsonl"} <= set(about["files"]) <= _KNOWN_FILES:

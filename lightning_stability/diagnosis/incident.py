@@ -184,9 +184,7 @@ def _fill(
         "trainer": step.trainer,
         "notes": step.notes,
         "module": describe(step.module),
-        "optimizer_class": None
-        if optimizer is None
-        else f"{type(optimizer).__module__}:{type(optimizer).__qualname__}",
+        "optimizer_class": None if optimizer is None else type(optimizer).__qualname__,
         "optimizer_options": [] if optimizer is None else [_options(group) for group in optimizer.param_groups],
         "environment": step.environment or capture_environment(device),
         "details": details,

@@ -1,8 +1,8 @@
 """The first operation whose result is non-finite though what went into it is not, on the path to the failure.
 
-The walk goes backwards from the loss (gradient, buffer, weight): first from NaN to NaN, to where the first NaN was made;
-then, if infinities went into that, from infinity to infinity to where the first of them was made. An infinity that
-was written on purpose, such as a mask's, ends the second walk: then the operation that made NaN of it is the origin.
+The walk goes backwards from the loss (gradient, buffer, weight): first from NaN to NaN, to where the first NaN was
+made; then, if infinities went into that, from infinity to infinity to where the first of them was made. An infinity
+that was written on purpose, such as a mask's, ends the second walk: the operation that made NaN of it is the origin.
 """
 
 from __future__ import annotations

@@ -25,12 +25,11 @@ from lightning_stability.internals import (
 
 _PACKAGE = Path(__file__).parents[1]
 _OWN_USER = str(_PACKAGE / "tuab") + "/"  # the included trainer is a user of the package
-_LIBRARIES = tuple(
-    str(Path(package.__file__ or "").parent) + "/"
-    for package in (torch, pytorch_lightning, torchmetrics, lightning_utilities)
-) + (
-    str(_PACKAGE) + "/",
-    *(str(Path(pytorch_lightning.__file__).parents[1] / name) + "/" for name in ("lightning", "lightning_fabric")),
+_SITE = Path(pytorch_lightning.__file__).parents[1]
+_LIBRARIES = (
+    *(f"{Path(package.__file__ or '').parent}/" for package in (torch, torchmetrics, lightning_utilities)),
+    *(f"{_SITE / name}/" for name in ("pytorch_lightning", "lightning", "lightning_fabric")),
+    f"{_PACKAGE}/",
 )
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/"
 _INSTALLED = "/site-packages/"

@@ -39,6 +39,7 @@ def describe(module: nn.Module) -> Description:
         "file": None if file is None else str(Path(file).resolve()),
         "hyperparameters": {},
         "not_kept": [],
+        "eval": [path for path, part in module.named_modules() if not part.training],
     }
     for name, value in dict(getattr(module, "hparams_initial", {})).items():
         try:
@@ -61,11 +62,15 @@ def rebuild(description: Description, incident: Path) -> nn.Module:
     cls = _find_class(description, incident)
     hyperparameters = dict(description["hyperparameters"])
     instantiator = hyperparameters.pop("_instantiator", None)
+    made: nn.Module
     try:
         if instantiator is not None:  # recorded by LightningCLI
-            made: nn.Module = instantiate_module(cls, hyperparameters)
-            return made
-        return cls(**_arguments(cls, hyperparameters))  # type: ignore[no-any-return]
+            made = instantiate_module(cls, hyperparameters)
+        else:
+            made = cls(**_arguments(cls, hyperparameters))
+        for path in description["eval"]:
+            made.get_submodule(path).training = False
+        return made
     except Exception as error:
         missing = "; ".join(description["not_kept"])
         kept = f" Not recorded: {missing}." if missing else ""
@@ -149,7 +154,8 @@ def _load_script(file: Path | None) -> Any:
     if _SCRIPT in sys.modules and getattr(sys.modules[_SCRIPT], "__file__", None) == str(file):
         return sys.modules[_SCRIPT]
     spec = importlib.util.spec_from_file_location(_SCRIPT, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     sys.modules[_SCRIPT] = script
     if str(file.parent) not in sys.path:

@@ -98,8 +98,8 @@ class Replay:
         step, module = self.step, cast(Any, self.module)
         automatic = getattr(module, "automatic_optimization", True)
         attach(self)
-        module.train() if not step.trainer.get("eval_modules") else None
-        for self._batch, batch in enumerate(self._batches):
+        for number, batch in enumerate(self._batches):
+            self._batch = number
             restore_random_state(step.random_states[self._batch])
             if self._trace is not None:
                 self._trace.name_batch(batch)

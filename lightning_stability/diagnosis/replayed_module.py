@@ -1,4 +1,4 @@
-"""What a LightningModule's code finds in a replay in place of its Trainer: logging does nothing, its optimizers are copies."""
+"""What a LightningModule's code finds in a replay: a Trainer that logs nothing, and copies of its optimizers."""
 
 from __future__ import annotations
 

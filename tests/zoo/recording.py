@@ -29,11 +29,7 @@ class Recorder(pl.Callback):
         self.buffers: list[str] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if (
-            self.window is None
-            or not trainer.fit_loop._should_accumulate()
-            or batch_idx % self.window.loss_divisor == 0
-        ):
+        if batch_idx % trainer.accumulate_grad_batches == 0:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self.window = RecordedStep(
                 pl_module, [], [], [],
