@@ -1,4 +1,4 @@
-"""A run with dropout, augmentation by numpy and accumulated gradients, whose gradient goes wrong in the second window."""
+"""Dropout, augmentation by numpy, accumulated gradients; a gradient goes wrong in the second window."""
 
 import random
 

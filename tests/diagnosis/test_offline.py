@@ -17,7 +17,14 @@ from tests.diagnosis import augmented
 from tests.zoo.program import Program
 from tests.zoo.recording import record
 
-FROM_THE_ZOO = ["masked_attention", "input_statistics", "bf16_saturation", "no_epsilon", "gan_saturation", "loaded_weights"]
+FROM_THE_ZOO = [
+    "masked_attention",
+    "input_statistics",
+    "bf16_saturation",
+    "no_epsilon",
+    "gan_saturation",
+    "loaded_weights",
+]
 
 
 def write(program: Program, folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Segmentation with unlabelled pixels: in one image crop every pixel has the ignored label, and the mean is over nothing."""
+"""Segmentation with unlabelled pixels: in one batch every pixel has the ignored label, and the mean is over nothing."""
 
 import torch
 from torch import nn

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tests.zoo.program import Expected, Module, Program, draw, loader, mlp
+from tests.zoo.program import Expected, Module, Program, draw, loader
 
 
 class BinaryLoss(nn.Module):

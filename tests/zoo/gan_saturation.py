@@ -1,4 +1,4 @@
-"""Two optimizers by hand: the discriminator is so sure that 1 - D(fake) is 0, and the generator's loss its logarithm."""
+"""Two optimizers by hand: the discriminator is so sure that 1 - D(fake) is 0, and the loss takes its logarithm."""
 
 import torch
 from torch import nn

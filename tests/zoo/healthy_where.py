@@ -1,7 +1,6 @@
 """`where` discards logarithms of negative numbers; no value is exactly 0, so the gradient is finite as well."""
 
 import torch
-from torch import nn
 
 from tests.zoo.program import Module, Program, loader, mlp
 

@@ -1,4 +1,4 @@
-"""The crash report: signals near unit variance are normalised with another corpus's statistics, in volts, and fp16 overflows."""
+"""The crash report: signals of unit variance are normalised with another corpus's statistics; fp16 overflows."""
 
 import torch
 from torch import nn

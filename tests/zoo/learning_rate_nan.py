@@ -1,7 +1,6 @@
 """A warm-up over no steps: the schedule's factor is 0 / 0, and so is every weight after the update."""
 
 import torch
-from torch import nn
 
 from tests.zoo.program import Expected, Module, Program, draw, loader, mlp
 

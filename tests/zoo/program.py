@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def draw(seed: int, below: int) -> int:
 def mlp(*sizes: int) -> torch.nn.Sequential:
     """Linear layers with GELU between them."""
     layers: list[torch.nn.Module] = []
-    for into, out in zip(sizes, sizes[1:], strict=False):
+    for into, out in itertools.pairwise(sizes):
         layers += [torch.nn.Linear(into, out), torch.nn.GELU()]
     return torch.nn.Sequential(*layers[:-1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -55,9 +56,9 @@ class Recorder(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         skipped_by_scaler = (self.window.loss_scale or 0.0) > 1.0
-        if nonfinite_names((n, p.grad) for n, p in pl_module.named_parameters() if p.grad is not None):
-            if not skipped_by_scaler:
-                self.stop("gradient")
+        gradients = ((n, p.grad) for n, p in pl_module.named_parameters() if p.grad is not None)
+        if not skipped_by_scaler and nonfinite_names(gradients):
+            self.stop("gradient")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if nonfinite_names(pl_module.named_parameters()):
@@ -81,8 +82,6 @@ def record(program: Program, callbacks: Any = ()) -> tuple[RecordedStep | None, 
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[*callbacks, recorder], **(options | program.options),
     )  # fmt: skip
-    try:
+    with contextlib.suppress(Stop):
         trainer.fit(program.module, program.data)
-    except Stop:
-        pass
     return recorder.step, recorder
