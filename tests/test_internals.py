@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_stability import internals
 from lightning_stability.internals import Overrides
 
 
@@ -44,3 +51,54 @@ def test_overrides_leave_what_somebody_set_over_them():
 
 
 # --- Autograd and dispatch, for diagnosis ---
+
+
+def test_the_backward_node_has_the_number_of_its_operation():
+    numbers: dict[str, int] = {}
+
+    class Numbers(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            node = internals.current_backward_node()
+            if node is not None and node.name() == "LogBackward0":
+                numbers["backward"] = internals.node_number(node)
+            elif func is torch.ops.aten.log.default:
+                numbers["forward"] = internals.newest_node_number()
+            return func(*args, **(kwargs or {}))
+
+    assert internals.current_backward_node() is None
+    with Numbers():
+        x = torch.ones(1, requires_grad=True)
+        (torch.log(x * 1) * 1).sum().backward()
+    assert numbers["forward"] == numbers["backward"]
+
+
+def test_every_backward_pass_is_started_by_one_function():
+    codes = []
+
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            frame = sys._getframe()
+            while frame is not None:
+                codes.append(frame.f_code)
+                frame = frame.f_back
+            return grad
+
+    x = torch.ones(1, requires_grad=True)
+    Looks.apply(x).sum().backward()
+    torch.autograd.grad(Looks.apply(x).sum(), x)
+    assert codes.count(internals.backward_engine_code()) == 2
+
+
+def test_the_key_of_memory_is_not_used_again():
+    keys, kept = set(), []
+    for _ in range(50):
+        tensor = torch.zeros(1000)
+        kept.append(internals.StorageKey(tensor))
+        assert kept[-1].key == internals.storage_key(tensor[10:].view(-1))
+        keys.add(kept[-1].key)
+    assert len(keys) == 50

@@ -117,13 +117,13 @@ def find(trace: Trace, targets: Iterable[tuple[str, Tensor]], failed: str) -> Or
         if index is not None:
             starts.setdefault(index, name)
     births = _births(trace, starts, lambda r: r.nan > 0)
-    if not births:  # infinite, but nowhere NaN
-        births = _births(trace, starts, lambda r: r.nonfinite > 0, on_purpose=True)
-        birth = min(births, key=lambda b: b.order, default=None)
-    else:
+    if births:
         birth = min(births, key=lambda b: b.order)
-        if birth.leaf is None and birth.operation is not None:
+        if birth.leaf is None:
             birth = _infinity_behind(trace, birth)
+    else:  # infinite, but nowhere NaN
+        is_infinite = _births(trace, starts, lambda r: r.infinite > 0)
+        birth = min(is_infinite or _misuses(trace, starts), key=lambda b: b.order, default=None)
     if birth is None or birth.operation is None:
         return None
     first = min(starts)
@@ -142,6 +142,13 @@ def _infinity_behind(trace: Trace, birth: _Birth) -> _Birth:
     if not behind:
         return birth
     return min(behind, key=lambda b: b.order)
+
+
+def _misuses(trace: Trace, starts: Iterable[int]) -> list[_Birth]:
+    """Where an infinity that was written on purpose became one of another kind: the loss of a masked target is +inf."""
+    births = _births(trace, starts, lambda r: r.infinite > 0, on_purpose=True)
+    turned = _births(trace, starts, lambda r: r.posinf > 0, on_purpose=True)
+    return [birth for birth in turned if birth.leaf is None] or births
 
 
 def _births(

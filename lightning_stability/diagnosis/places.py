@@ -83,6 +83,8 @@ class PlaceFinder:
             if file is None:
                 file, line = forward.file, forward.line
             place = Place(forward.module, file, line, node.name())
+        elif node is not None and module is None:
+            place = Place(self._forward.get(node_number(node), Place()).module, file, line)
         else:
             place = Place(module, file, line)
         # The first operation with a number is the one that made the node; others follow that make none. (The forward
