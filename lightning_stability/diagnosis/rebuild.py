@@ -30,13 +30,14 @@ def describe(module: nn.Module) -> Description:
         module: The LightningModule.
     """
     cls = type(module)
-    try:
-        file = inspect.getsourcefile(cls)
-    except TypeError:  # made in an interactive session
-        file = None
+    path = cls.__module__
+    run_by_name = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if path == "__main__" and run_by_name is not None:  # python -m package.train
+        path = run_by_name.name
+    file = next((f.__code__.co_filename for f in vars(cls).values() if inspect.isfunction(f)), None)
     description: Description = {
-        "class": f"{cls.__module__}:{cls.__qualname__}",
-        "file": None if file is None else str(Path(file).resolve()),
+        "class": f"{path}:{cls.__qualname__}",
+        "file": str(Path(file).resolve()) if file and Path(file).is_file() else None,
         "hyperparameters": {},
         "not_kept": [],
         "eval": [path for path, part in module.named_modules() if not part.training],
