@@ -15,6 +15,7 @@ from lightning_stability.diagnosis.errors import DiagnosisError
 from lightning_stability.diagnosis.incident import Incident, read_incident, to_step
 from lightning_stability.diagnosis.rebuild import from_factory, make_optimizers, rebuild
 from lightning_stability.diagnosis.replay import Outcome, Replay, make_precision, same_losses
+from lightning_stability.diagnosis.replayed_module import give_trainer
 from lightning_stability.diagnosis.report import make_report, write_report
 from lightning_stability.diagnosis.search import trace_step
 from lightning_stability.diagnosis.step import RecordedStep
@@ -100,6 +101,7 @@ def _rebuild(incident: Incident, module: Module | None) -> tuple[RecordedStep, l
     notes += about["notes"]
     if incident.state is None:
         notes.append("the weights are those that the module is made with")
+    give_trainer(made, about["trainer"], [])
     try:
         optimizers = make_optimizers(made)
     except Exception as error:  # whatever the user's method raises

@@ -117,13 +117,11 @@ def find(trace: Trace, targets: Iterable[tuple[str, Tensor]], failed: str) -> Or
         if index is not None:
             starts.setdefault(index, name)
     births = _births(trace, starts, lambda r: r.nan > 0)
-    if births:
-        birth = min(births, key=lambda b: b.order)
-        if birth.leaf is None:
-            birth = _infinity_behind(trace, birth)
-    else:  # infinite, but nowhere NaN
-        is_infinite = _births(trace, starts, lambda r: r.infinite > 0)
-        birth = min(is_infinite or _misuses(trace, starts), key=lambda b: b.order, default=None)
+    if not births:  # infinite, but nowhere NaN
+        births = _births(trace, starts, lambda r: r.infinite > 0) or _misuses(trace, starts)
+    birth = min(births, key=lambda b: b.order, default=None)
+    if birth is not None and birth.leaf is None:
+        birth = _infinity_behind(trace, birth)
     if birth is None or birth.operation is None:
         return None
     first = min(starts)

@@ -27,24 +27,42 @@ class Replaying(Protocol):
 
 
 class ReplayedTrainer:
-    """What `training_step` may ask its Trainer for.
+    """What a LightningModule may ask its Trainer for.
 
     Args:
-        replay: The replay.
+        recorded: What was recorded of the Trainer, by name.
+        module: The module.
+        optimizers: The module's.
     """
 
-    def __init__(self, replay: Replaying) -> None:
+    def __init__(self, recorded: dict[str, Any], module: nn.Module, optimizers: list[Optimizer]) -> None:
         known = {"world_size": 1, "global_rank": 0, "local_rank": 0, "num_nodes": 1, "sanity_checking": False}
         vars(self).update(known | {"training": True, "validating": False, "callback_metrics": {}, "callbacks": []})
-        vars(self).update(replay.step.trainer)
-        self.optimizers = replay.optimizers
-        self.accumulate_grad_batches = replay.step.loss_divisor
-        self.lightning_module = replay.module
+        vars(self).update(recorded)
+        self.optimizers = optimizers
+        self.lightning_module = module
         self.logger = DummyLogger()
         self.loggers = [self.logger]
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"training_step reads trainer.{name}, which is not recorded")
+        raise AttributeError(f"the module reads trainer.{name}, which is not recorded")
+
+
+def give_trainer(module: nn.Module, recorded: dict[str, Any], optimizers: list[Optimizer]) -> None:
+    """Let a module find a Trainer that logs nothing.
+
+    Args:
+        module: The LightningModule.
+        recorded: What was recorded of the Trainer, by name.
+        optimizers: The module's.
+    """
+    trainer = ReplayedTrainer(recorded, module, optimizers)
+    for part in module.modules():
+        if hasattr(part, "log_dict") and hasattr(part, "automatic_optimization"):  # a LightningModule
+            for name in ("log", "log_dict", "print"):
+                object.__setattr__(part, name, _nothing)
+            object.__setattr__(part, "_trainer", trainer)
+            object.__setattr__(part, "_fabric", None)
 
 
 class ReplayedOptimizer:
@@ -118,13 +136,8 @@ def attach(replay: Replaying) -> None:
     }
     for name, method in own.items():
         object.__setattr__(replay.module, name, method)
-    trainer = ReplayedTrainer(replay)
-    for module in replay.module.modules():
-        if hasattr(module, "log_dict") and hasattr(module, "automatic_optimization"):  # a LightningModule
-            for name in ("log", "log_dict", "print"):
-                object.__setattr__(module, name, _nothing)
-            object.__setattr__(module, "_trainer", trainer)
-            object.__setattr__(module, "_fabric", None)
+    recorded = replay.step.trainer | {"accumulate_grad_batches": replay.step.loss_divisor}
+    give_trainer(replay.module, recorded, replay.optimizers)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

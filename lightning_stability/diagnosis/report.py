@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning_stability.diagnosis.origin import Origin, as_json
 
 SCHEMA = 1
 _SHOWN_SAMPLES = 8
+_LARGE = 1e3
 _WHERE = {
     "input": "It was in the batch that the data loader gave.",
     "weights": "It was in the module before the step.",
@@ -100,8 +102,8 @@ def one_sentence(origin: Origin) -> str:
         return f"`{origin.tensor}` was not finite before the step, first used{place.removeprefix(',')}"
     if origin.phase == "optimizer":
         return f"the optimizer's update made `{origin.tensor}` non-finite, though its gradients were finite{place}"
-    made = f"made by `{origin.op}`" if origin.phase == "forward" else f"made in the derivative of `{origin.op}`"
-    return f"the first non-finite value was {made}{module}{place}{samples}"
+    made = f"by {_operation(origin)}" if origin.phase == "forward" else f"in the derivative of `{origin.op}`"
+    return f"the first non-finite value was made {made}{module}{place}{samples}{_largest(origin)}"
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -145,7 +147,7 @@ def _origin_lines(origin: dict[str, Any]) -> list[str]:
     if origin["tensor"]:
         lines.append(f"  tensor   {origin['tensor']}")
     if origin["samples"]:
-        lines.append(f"  samples  {_samples(origin['samples'])}")
+        lines.append(f"  samples  {_samples(origin['samples']).partition(' ')[2]}")
     lines += [f"  input    {_range(values)}" for values in origin["inputs"][:4]]
     lines.append(f"  result   {_range(origin['output'])}")
     return lines
@@ -167,6 +169,16 @@ def _samples(samples: list[int]) -> str:
 
 def _module(path: str | None) -> str:
     return f" in module `{path}`" if path else ""
+
+
+def _operation(origin: Origin) -> str:
+    return f"the cast to {origin.dtype}" if origin.op == "to" else f"`{origin.op}`"
+
+
+def _largest(origin: Origin) -> str:
+    """What went in, where it is so large that this is the point."""
+    sizes = [max(abs(r.min), abs(r.max)) for r in origin.inputs if math.isfinite(r.min)]
+    return f"; the values that went in reach {max(sizes):.3g}" if sizes and max(sizes) > _LARGE else ""
 
 
 def _short_path(file: str) -> str:

@@ -18,6 +18,10 @@ class Augmented(Module):
         self.head = nn.Linear(width, 2)
         self.accuracy = BinaryAccuracy()
 
+    def configure_optimizers(self):
+        rate = 1e-3 / self.trainer.estimated_stepping_batches
+        return [torch.optim.AdamW(self.parameters(), lr=rate)], []
+
     def training_step(self, batch, batch_idx):
         features, label = batch
         noise = torch.from_numpy(np.random.randn(*features.shape)).float()

@@ -81,5 +81,7 @@ def test_code_that_raises_gives_one_error():
         def training_step(self, batch, batch_idx):
             return self.net(batch).mean() * self.trainer.datamodule.weight
 
-    with pytest.raises(DiagnosisError, match=r"AttributeError in training_step: .* reads trainer.datamodule"):
+    with pytest.raises(
+        DiagnosisError, match=r"AttributeError in training_step: the module reads .*datamodule"
+    ):
         find_origin(RecordedStep(Raises(), [torch.ones(2, 3)], [capture_random_state()]))

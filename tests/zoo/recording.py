@@ -40,7 +40,10 @@ class Recorder(pl.Callback):
                 loss_divisor=trainer.accumulate_grad_batches,
                 loss_scale=scaler.get_scale() if scaler else None,
                 clip_value=trainer.gradient_clip_val,
-                trainer={"current_epoch": trainer.current_epoch, "global_step": trainer.global_step},
+                trainer={
+                    name: getattr(trainer, name)
+                    for name in ("current_epoch", "global_step", "estimated_stepping_batches")
+                },
             )  # fmt: skip
             self.buffers = nonfinite_names(pl_module.named_buffers())
         self.window.batches.append(copy.deepcopy(batch))
