@@ -144,6 +144,9 @@ def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
         bad: The step, whole.
         budget_seconds: How long the search may take.
     """
+    ranks = bad.record.bad_loss_ranks
+    if ranks and bad.trainer.world_size > 1 and bad.trainer.global_rank not in ranks:
+        return f"It came from rank {ranks[0]}."
     try:
         origin = find_origin(to_recorded_step(bad), budget_seconds)
     except Exception as error:  # the message is about the stop, whatever this fails with

@@ -233,7 +233,9 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 def _read_about(folder: Path) -> dict[str, Any]:
     path = folder / "incident.json"
     if not path.is_file():
-        raise DiagnosisError(f"{folder} is no incident folder: expected a file incident.json in it")
+        inside = sorted(str(found.parent) for found in folder.glob("*/incident.json"))
+        hint = f". These are: {', '.join(inside[:5])}" if inside else ""
+        raise DiagnosisError(f"{folder} is no incident folder: expected a file incident.json in it{hint}")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

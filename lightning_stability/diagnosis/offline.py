@@ -94,6 +94,7 @@ def _diagnose(step: RecordedStep, notes: list[str], progress: Callable[[str], ob
 def _rebuild(incident: Incident, module: Module | None) -> tuple[RecordedStep, list[str]]:
     about = incident.about
     made: Any = rebuild(about["module"], incident.folder) if module is None else from_factory(module)
+    _complete(made, incident, about["trainer"])
     device = _device(about["environment"].get("device", "cpu"))
     plugin = make_precision(about["precision"], device.type)
     made = plugin.convert_module(made).to(device)
@@ -101,7 +102,6 @@ def _rebuild(incident: Incident, module: Module | None) -> tuple[RecordedStep, l
     notes += about["notes"]
     if incident.state is None:
         notes.append("the weights are those that the module is made with")
-    give_trainer(made, about["trainer"], [])
     try:
         optimizers = make_optimizers(made)
     except Exception as error:  # whatever the user's method raises
@@ -112,6 +112,18 @@ def _rebuild(incident: Incident, module: Module | None) -> tuple[RecordedStep, l
     if len(optimizers) <= step.optimizer:
         step.optimizer = 0
     return step, notes
+
+
+def _complete(module: Any, incident: Incident, trainer: dict[str, Any]) -> None:
+    """Make what a module makes outside of its constructor."""
+    give_trainer(module, trainer, [])
+    recorded = None if incident.state is None else set(incident.state["parameters"])
+    try:
+        module.configure_model()
+        if recorded is not None and recorded != {name for name, _ in module.named_parameters()}:
+            module.setup("fit")
+    except Exception as error:  # whatever the user's methods raise
+        raise DiagnosisError(f"The module could not be set up: {type(error).__name__}: {error}") from error
 
 
 def _device(recorded: str) -> torch.device:

@@ -27,7 +27,7 @@ from lightning_stability.diagnosis.trace import Trace
 from lightning_stability.health.values import nonfinite_names
 
 
-@dataclass
+@dataclass(eq=False)
 class Failure(Exception):
     """What became non-finite first in a replay; ends it."""
 
@@ -249,6 +249,8 @@ def _copy(step: RecordedStep) -> tuple[nn.Module, list[Optimizer]]:
             restore_state(step.state, module, optimizers)
     except torch.OutOfMemoryError as error:
         raise DiagnosisError("there was not enough memory for a second copy of the module") from error
+    except ValueError as error:  # restore_state's
+        raise DiagnosisError(str(error)) from error
     except Exception as error:
         raise DiagnosisError(f"the module cannot be copied: {type(error).__name__}: {error}") from error
     for parameter in module.parameters():

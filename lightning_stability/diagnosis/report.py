@@ -143,7 +143,8 @@ def _origin_lines(origin: dict[str, Any]) -> list[str]:
         f"  op       {origin['op']}  [{origin['aten']}, {origin['dtype']}]",
     ]
     if origin["file"]:
-        lines += [f"  line     {origin['file']}:{origin['line']}", f"           {origin['code']}"]
+        lines.append(f"  line     {origin['file']}:{origin['line']}")
+        lines += [f"           {origin['code']}"] if origin["code"] else []
     if origin["tensor"]:
         lines.append(f"  tensor   {origin['tensor']}")
     if origin["samples"]:

@@ -50,6 +50,10 @@ class Range:
         return self.nan + self.infinite
 
 
+_UNKNOWN = Range(math.nan, math.nan)
+"""Of whole numbers, until it is asked for."""
+
+
 @dataclass(slots=True)
 class Input:
     """A tensor that an operation read."""
@@ -212,13 +216,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         worst = next((i for i, r in enumerate(ranges) if r.nonfinite), 0)
         operation = Operation(len(self.operations), name, place, [], ranges[worst])
         operation.dtype, operation.in_optimizer = results[worst].dtype, self.in_optimizer
+        operation.inputs = [entry for _, entry, _ in inputs]
         if ranges[worst].nonfinite:
+            for tensor, entry, _ in inputs:
+                if not _has_floats(tensor):
+                    entry.range = range_of(tensor.double())
             operation.scalars = tuple(_nonfinite_numbers([*args, *kwargs.values()]))
             operation.rows, operation.length = _nonfinite_rows(results[worst])
-            operation.inputs = [entry for _, entry, _ in inputs]
             _mark_what_reaches(results[worst], inputs)
-        elif inputs:
-            operation.inputs = [entry for _, entry, _ in inputs]
         self.operations.append(operation)
         for tensor, values in zip(results, ranges, strict=True):
             self._write(tensor, operation.index, values)
@@ -236,7 +241,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What an operation is about to read, and where it is not finite."""
         memory = self._memories.get(storage_key(tensor))
         if not _has_floats(tensor):
-            return Input(Range(0.0, 0.0), self.name_of(tensor) if memory is None else None), None
+            return Input(_UNKNOWN, self.name_of(tensor)), None
         if memory is None:
             values = self._range_of_leaf(tensor)
         elif not any(r.nonfinite for _, r in memory.writes):

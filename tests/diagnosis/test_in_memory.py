@@ -81,7 +81,25 @@ def test_code_that_raises_gives_one_error():
         def training_step(self, batch, batch_idx):
             return self.net(batch).mean() * self.trainer.datamodule.weight
 
-    with pytest.raises(
-        DiagnosisError, match=r"AttributeError in training_step: the module reads .*datamodule"
-    ):
+    with pytest.raises(DiagnosisError, match=r"AttributeError in training_step: the module reads .*datamodule"):
         find_origin(RecordedStep(Raises(), [torch.ones(2, 3)], [capture_random_state()]))
+
+
+@pytest.mark.parametrize("how", ["attribute", "in place"])
+def test_a_compiled_module_is_run_eagerly(how):
+    class Compiled(Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+            if how == "attribute":
+                self.net = torch.compile(self.net, backend="eager")
+            else:
+                self.net.compile(backend="eager")
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch * torch.inf).mean()
+
+    module = Compiled()
+    module.training_step(torch.ones(2, 3), 0)
+    origin = find_origin(RecordedStep(module, [torch.ones(2, 3)], [capture_random_state()]))
+    assert (origin.phase, origin.op, origin.code) == ("forward", "mul", "return self.net(batch * torch.inf).mean()")

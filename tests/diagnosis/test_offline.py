@@ -180,3 +180,39 @@ def test_a_module_that_a_command_line_made_is_made_anew(tmp_path, monkeypatch):
     program.module = cli.model
     write(program, tmp_path / "incident")
     assert lightning_stability.diagnosis.diagnose(tmp_path / "incident")["exact"] is True
+
+
+class BuiltLater(augmented.Augmented):
+    """Makes a layer in `configure_model` and another in `setup`."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.extra = None, None
+
+    def configure_model(self):
+        self.head = self.head or torch.nn.Linear(16, 2)
+
+    def setup(self, stage):
+        self.extra = self.extra or torch.nn.Linear(1, 1)
+
+
+def test_layers_that_are_made_after_the_constructor_are_made_anew(tmp_path):
+    torch.manual_seed(0)
+    program = augmented.program(0)
+    program.module = BuiltLater()
+    write(program, tmp_path / "incident")
+    report = lightning_stability.diagnosis.diagnose(tmp_path / "incident")
+    assert (report["reproduced"], report["exact"]) == (True, True)
+
+
+def test_weights_of_another_module_are_refused(tmp_path):
+    torch.manual_seed(0)
+    write(augmented.program(0), tmp_path / "incident")
+    with pytest.raises(DiagnosisError, match=r"parameter net.0.weight has another shape: \[16, 6\] recorded, \[8, 6\]"):
+        lightning_stability.diagnosis.diagnose(tmp_path / "incident", lambda: augmented.Augmented(width=8))
+
+
+def test_a_folder_of_incidents_is_told_from_an_incident(tmp_path):
+    write(augmented.program(0), tmp_path / "1-step1")
+    with pytest.raises(DiagnosisError, match="is no incident folder.*1-step1"):
+        lightning_stability.diagnosis.diagnose(tmp_path)
