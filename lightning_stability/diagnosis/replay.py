@@ -18,13 +18,17 @@ import torch
 from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
 
+from lightning_stability._compat import is_instance_by_name
 from lightning_stability.checkpointing.random_state import capture_random_state, restore_random_state
 from lightning_stability.diagnosis.errors import DiagnosisError, OutOfTimeError
 from lightning_stability.diagnosis.replayed_module import ReplayedOptimizer, attach
 from lightning_stability.diagnosis.step import RecordedStep, restore_state
 from lightning_stability.diagnosis.trace import Trace
 from lightning_stability.health.values import nonfinite_names
+
+_NOBODY = object()
 
 
 @dataclass(eq=False)
@@ -235,14 +239,7 @@ def _takes_index(module: Any) -> bool:
 
 def _copy(step: RecordedStep) -> tuple[nn.Module, list[Optimizer]]:
     """The module and its optimizers in the recorded state, apart from the run's own."""
-    memo: dict[int, Any] = {}
-    for module in step.module.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # such as attention weights kept for a plot
-                memo[id(value)] = value.detach().clone()
-    for parameter in step.module.parameters():
-        if parameter.grad is not None:
-            memo[id(parameter.grad)] = None
+    memo = _memo(step.module)
     try:
         module, optimizers = copy.deepcopy((step.module, step.optimizers), memo)
         if step.state is not None:
@@ -253,9 +250,31 @@ def _copy(step: RecordedStep) -> tuple[nn.Module, list[Optimizer]]:
         raise DiagnosisError(str(error)) from error
     except Exception as error:
         raise DiagnosisError(f"the module cannot be copied: {type(error).__name__}: {error}") from error
-    for parameter in module.parameters():
-        parameter.grad = None
+    for part in module.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is _NOBODY]:
+                del hooks[key]
     return module, optimizers
+
+
+def _memo(module: nn.Module) -> dict[int, Any]:
+    """What `copy.deepcopy` shall make of things that are no part of the module's state."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # such as attention weights kept for a plot
+                memo[id(value)] = value.detach().clone()
+            elif isinstance(value, (Dataset, DataLoader)) or is_instance_by_name(value, "LightningDataModule"):
+                memo[id(value)] = value  # shared: it may be large
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            for hook in hooks.values():
+                owner = getattr(hook, "__self__", None)
+                if owner is not None and not isinstance(owner, nn.Module):  # a callback's: it shall not see the replay
+                    memo[id(owner)] = _NOBODY
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            memo[id(parameter.grad)] = None
+    return memo
 
 
 @contextlib.contextmanager

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_stability.checkpointing.random_state import capture_random_state
 from lightning_stability.diagnosis import DiagnosisError, RecordedStep, find_origin
@@ -103,3 +108,94 @@ def test_a_compiled_module_is_run_eagerly(how):
     module.training_step(torch.ones(2, 3), 0)
     origin = find_origin(RecordedStep(module, [torch.ones(2, 3)], [capture_random_state()]))
     assert (origin.phase, origin.op, origin.code) == ("forward", "mul", "return self.net(batch * torch.inf).mean()")
+
+
+def test_neither_hooks_of_callbacks_nor_data_sets_are_copied():
+    class Watches:
+        def __init__(self):
+            self.calls = 0
+            self.cannot_be_copied = threading.Lock()
+
+        def look(self, module, inputs, output):
+            self.calls += 1
+
+    class Uncopyable(Dataset):
+        def __deepcopy__(self, memo):
+            raise AssertionError("a copy of the data was made")
+
+    class Net(Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(3, 3)
+            self.data = Uncopyable()
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).log().mean()
+
+    module, watches = Net(), Watches()
+    module.net.register_forward_hook(watches.look)
+    nn.init.constant_(module.net.bias, -9.0)
+    assert find_origin(RecordedStep(module, [torch.rand(2, 3)], [capture_random_state()])).op == "log"
+    assert watches.calls == 0
+    module.net(torch.rand(2, 3))
+    assert watches.calls == 1
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_an_update_that_is_not_finite_is_found_whatever_the_implementation(options):
+    class Dead(Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            return (self.first(batch).sum() + 0 * self.second(batch).sum()) * 1.0
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, eps=0.0, **options)
+
+    module = Dead()
+    step = RecordedStep(
+        module, [torch.ones(2, 2)], [capture_random_state()], optimizers=[module.configure_optimizers()]
+    )
+    origin = find_origin(step)
+    assert (origin.phase, origin.module, origin.tensor) == ("optimizer", "second", "second.weight")
+    assert origin.code.startswith("return torch.optim.AdamW(")
+
+
+def test_sharded_parameters_are_refused():
+    module = nn.Linear(2, 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(DiagnosisError, match="sharded over several ranks"):
+            find_origin(RecordedStep(module, [], []))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_modules_of_the_other_namespace_are_diagnosed_too():
+    other = pytest.importorskip("lightning.pytorch")
+
+    class Net(other.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(3, 3)
+
+        def training_step(self, batch, batch_idx):
+            loss = self.net(batch * 0).mul(0).log().mean()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = other.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    module = Net()
+    trainer.fit(module, DataLoader(torch.rand(4, 3), batch_size=2))
+    assert find_origin(RecordedStep(module, [torch.rand(2, 3)], [capture_random_state()])).op == "log"
+    assert module.trainer is trainer

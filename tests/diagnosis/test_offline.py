@@ -214,5 +214,5 @@ def test_weights_of_another_module_are_refused(tmp_path):
 
 def test_a_folder_of_incidents_is_told_from_an_incident(tmp_path):
     write(augmented.program(0), tmp_path / "1-step1")
-    with pytest.raises(DiagnosisError, match="is no incident folder.*1-step1"):
+    with pytest.raises(DiagnosisError, match=r"is no incident folder.*1-step1"):
         lightning_stability.diagnosis.diagnose(tmp_path)
