@@ -27,6 +27,7 @@ _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", 
 _BATCH_NORMS = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
 """Operations that write arguments of theirs without saying so, and which."""
 _MOST_ROWS = 4096
+_NUMBERS = {int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +339,8 @@ def _arguments(schema: Any, short: str, args: Any, kwargs: Any) -> tuple[list[Te
 
 def _tensors(values: Any) -> Iterator[Tensor]:
     for value in values:
+        if value is None or type(value) in _NUMBERS:  # asking `isinstance` of torch's class is slow
+            continue
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):

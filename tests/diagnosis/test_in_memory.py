@@ -197,5 +197,6 @@ def test_modules_of_the_other_namespace_are_diagnosed_too():
     )  # fmt: skip
     module = Net()
     trainer.fit(module, DataLoader(torch.rand(4, 3), batch_size=2))
+    module.net.reset_parameters()
     assert find_origin(RecordedStep(module, [torch.rand(2, 3)], [capture_random_state()])).op == "log"
     assert module.trainer is trainer
