@@ -103,7 +103,7 @@ class StorageKey:
     __slots__ = ("_weak", "key")
 
     def __init__(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = strided_values(tensor).untyped_storage()
         self.key: int = storage._cdata
         self._weak = storage._weak_ref()  # type: ignore[no-untyped-call]
 
@@ -113,4 +113,13 @@ class StorageKey:
 
 def storage_key(tensor: Tensor) -> int:
     """The key that `StorageKey(tensor)` has."""
-    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+    return strided_values(tensor).untyped_storage()._cdata  # type: ignore[no-any-return]
+
+
+def strided_values(tensor: Tensor) -> Tensor:
+    """The tensor that holds the values of one that is sparse or nested; others as they are."""
+    if tensor.layout == torch.strided:
+        return tensor
+    if tensor.layout == torch.sparse_coo:
+        return tensor._values()  # `values()` needs a coalesced one
+    return tensor.values()  # type: ignore[no-untyped-call, no-any-return]

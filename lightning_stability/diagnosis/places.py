@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import linecache
 import sys
@@ -68,6 +69,8 @@ class PlaceFinder:
         self._paths = {id(m): plain_path(path) for path, m in module.named_modules()}
         self._forward: dict[int, Place] = {}
         """By the number of the autograd node that the operation made."""
+        self._numbers: list[int] = []
+        """Those, in order."""
         self._engine = backward_engine_code()
         self.outermost: Any = None
         """The frame that runs the module: neither it nor those that called it asked for an operation."""
@@ -79,18 +82,29 @@ class PlaceFinder:
         # code that runs in the backward pass is a derivative of the user's own, or the forward pass of a checkpointed
         # block again, which needs gradients
         if node is not None and (file is None or not torch.is_grad_enabled()):
-            forward = self._forward.get(node_number(node), Place())
+            forward = self._forward_of(node)
             if file is None:
                 file, line = forward.file, forward.line
             place = Place(forward.module, file, line, node.name())
         elif node is not None and module is None:
-            place = Place(self._forward.get(node_number(node), Place()).module, file, line)
+            place = Place(self._forward_of(node).module, file, line)
         else:
             place = Place(module, file, line)
         # The first operation with a number is the one that made the node; others follow that make none. (The forward
         # pass of a custom function runs without gradients, after its node was made.)
-        self._forward.setdefault(newest_node_number(), place)
+        number = newest_node_number()
+        if number not in self._forward:
+            self._forward[number] = place
+            bisect.insort(self._numbers, number)
         return place
+
+    def _forward_of(self, node: torch.autograd.graph.Node) -> Place:
+        """Where the operation that a node differentiates was asked for.
+
+        It has the node's number or, where torch.func made several nodes of it, the next one that any operation has.
+        """
+        index = bisect.bisect_left(self._numbers, node_number(node))
+        return self._forward[self._numbers[index]] if index < len(self._numbers) else Place()
 
     def _of_stack(self, frame: Any, in_backward: bool) -> tuple[str | None, str | None, int | None]:
         module = file = line = None

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_stability.diagnosis.errors import OutOfTimeError
 from lightning_stability.diagnosis.places import Place, PlaceFinder
 from lightning_stability.health.values import named_tensors
-from lightning_stability.internals import StorageKey, storage_key
+from lightning_stability.internals import StorageKey, storage_key, strided_values
 
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_", "empty_like"}
 _BATCH_NORMS = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
@@ -151,8 +151,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor: Any.
         """
         candidates = self._names.get(storage_key(tensor), [])
-        exact = (n for n, t in candidates if t.shape == tensor.shape and t.storage_offset() == tensor.storage_offset())
-        return next(exact, candidates[0][0] if candidates else None)
+        if len(candidates) < 2:
+            return candidates[0][0] if candidates else None
+        same = (n for n, t in candidates if t.shape == tensor.shape and t.data_ptr() == tensor.data_ptr())
+        return next(same, candidates[0][0])
 
     def reader_of_number(self, number: float) -> int | None:
         """The newest operation that read a non-finite number into Python, as `Tensor.item` does.
@@ -229,14 +231,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor, values in zip(results, ranges, strict=True):
             self._write(tensor, operation.index, values)
 
-    def _write(self, tensor: Tensor, index: int, values: Range) -> None:
+    def _write(self, tensor: Tensor, index: int, written: Range) -> None:
         key = storage_key(tensor)
         memory = self._memories.get(key)
         if memory is None:
             memory = self._memories[key] = _Memory(StorageKey(tensor))
-        if tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes():
+        values = strided_values(tensor)
+        if values.numel() * values.element_size() >= values.untyped_storage().nbytes():
             memory.writes.clear()
-        memory.writes.append((index, values))
+        memory.writes.append((index, written))
 
     def _look_at(self, tensor: Tensor) -> tuple[Input, Tensor | None]:
         """What an operation is about to read, and where it is not finite."""
@@ -257,7 +260,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found, ~torch.isfinite(_dense(tensor))
 
     def _range_of_leaf(self, tensor: Tensor) -> Range:
-        key = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
+        values = strided_values(tensor)
+        key = (storage_key(tensor), values.storage_offset(), values.shape, values.stride(), tensor._version)
         known = self._leaves.get(key)
         if known is None:
             known = self._leaves[key] = (range_of(tensor), tensor)  # kept, so that its memory is not used again
@@ -271,7 +275,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _name(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
-            if tensor.layout == torch.strided and not hasattr(tensor, "to_local"):
+            if not hasattr(tensor, "to_local"):
                 self._names.setdefault(storage_key(tensor), []).append((name, tensor))
 
 
@@ -365,9 +369,7 @@ def _has_floats(tensor: Tensor) -> bool:
 
 def _dense(tensor: Tensor) -> Tensor:
     """Its values as plain real numbers."""
-    tensor = tensor.detach()
-    if tensor.layout != torch.strided:
-        tensor = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.to_dense()
+    tensor = strided_values(tensor.detach())
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.float() if tensor.dtype.itemsize == 1 else tensor

@@ -34,6 +34,7 @@ class Net(Module):
         self.lstm = nn.LSTM(4, 4, batch_first=True)
         self.embedding = nn.Embedding(5, 4)
         self.conv = nn.Conv1d(4, 2, 3)
+        self.sparse = nn.Embedding(5, 4, sparse=True)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self.function(self, batch)
@@ -152,6 +153,41 @@ def a_branch_that_is_chosen(net, x):
     discarded = hidden / hidden
     chosen = hidden.log()  # here
     return torch.where(hidden == 0, chosen, discarded).mean()
+
+
+@case("backward", "sqrt", failed="loss")
+def a_derivative_by_torch_func(net, x):
+    def distance(row):
+        return (row * 0).pow(2).sum().sqrt()  # here
+
+    return torch.func.grad(distance)(net.linear(x)).sum()
+
+
+@case("forward", "log")
+def an_operation_within_vmap(net, x):
+    def of_row(row):
+        return torch.log(row * 0).sum()  # here
+
+    return torch.func.vmap(of_row)(net.linear(x)).mean()
+
+
+@case("backward", "sqrt", failed="gradient")
+def a_sparse_gradient(net, x):
+    rows = net.sparse(torch.tensor([1, 2]))
+    return (rows * 0).pow(2).sum(dim=1).sqrt().sum()  # here
+
+
+@case("forward", "div")
+def a_sparse_product(net, x):
+    hidden = net.linear(x) / 0  # here
+    return torch.sparse.mm(torch.eye(3).to_sparse(), hidden).sum()
+
+
+@case("forward", "log")
+def nested_sequences(net, x):
+    nested = torch.nested.nested_tensor([x[:2], x[1:2]], layout=torch.jagged)
+    hidden = net.linear(nested) * 0
+    return hidden.log().values().mean()  # here
 
 
 def line_of(function: Case) -> int:
