@@ -42,7 +42,7 @@ def test_the_origin_is_the_same(function, phase, op, module, precision, failed):
     assert (origin.phase, origin.module, origin.line) == (phase, module, line_of(function))
 
 
-def test_an_incident_is_replayed_with_the_same_bits_and_on_a_cpu_with_the_same_verdict(tmp_path, monkeypatch):
+def test_the_same_bits_on_the_gpu_and_the_same_verdict_on_a_cpu(tmp_path, monkeypatch):
     torch.manual_seed(0)
     program = augmented.program(0)
     program.options["accelerator"] = "gpu"

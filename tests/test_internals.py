@@ -102,3 +102,13 @@ def test_the_key_of_memory_is_not_used_again():
         assert kept[-1].key == internals.storage_key(tensor[10:].view(-1))
         keys.add(kept[-1].key)
     assert len(keys) == 50
+
+
+def test_the_values_of_sparse_and_nested_tensors_share_their_memory():
+    dense = torch.ones(2, 3)
+    assert internals.strided_values(dense) is dense
+    sparse, rows = torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr()
+    assert internals.strided_values(sparse).shape == internals.strided_values(rows).shape == (3,)
+    assert internals.storage_key(sparse) == internals.storage_key(sparse.detach())
+    nested = torch.nested.nested_tensor([torch.ones(1, 2), torch.ones(2, 2)], layout=torch.jagged)
+    assert internals.strided_values(nested).shape == (3, 2)

@@ -19,6 +19,7 @@ from lightning_stability.diagnosis.report import make_report, one_sentence, writ
 from lightning_stability.diagnosis.search import find_origin
 from lightning_stability.diagnosis.step import RecordedStep, State
 from lightning_stability.health import StepRecord
+from lightning_stability.health.record import ParameterGroups
 
 _HISTORY = 500
 _TRAINER = (
@@ -80,11 +81,11 @@ class IncidentReport(RuntimeCallback):
         self.save_state = save_state
         self.budget_seconds = budget_seconds
         self._written = 0
-        self._history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
+        self._history: deque[StepRecord] = deque(maxlen=_HISTORY)
 
     def on_record(self, record: StepRecord) -> None:
         """Keep what history.jsonl will say of the step."""
-        self._history.append(history_row(record))
+        self._history.append(record)
 
     def on_bad_step(self, bad: BadStep) -> None:
         """Write an incident.
@@ -101,7 +102,8 @@ class IncidentReport(RuntimeCallback):
         step = to_recorded_step(bad)
         report = self._diagnose(step)
         try:
-            left_out = write_incident(path, step, self._history, _details(bad.record), self.save_state)
+            history = [history_row(record) for record in self._history]
+            left_out = write_incident(path, step, history, _details(bad.record), self.save_state)
             write_report(path, report)
         except OSError as error:
             warn_always(f"The incident at global step {bad.record.step} could not be written to {path}: {error}", True)
@@ -191,17 +193,25 @@ def history_row(record: StepRecord) -> dict[str, Any]:
     Args:
         record: The step's.
     """
+    groups = ParameterGroups(record.parameter_names, group_depth=2)
     row = {
         "step": record.step,
         "epoch": record.epoch,
         "loss": record.loss,
         "grad_norm": record.total_norm,
+        "grad_norms": dict(zip(groups.names, map(float, groups.norms(record.grad_norms)), strict=True)),
         "loss_scale": record.loss_scale,
         "learning_rates": list(record.learning_rates),
         "skipped_by": record.skipped_by,
         "outcome": record.outcome,
     }
-    return {n: str(v) if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
+    return {name: _as_json(value) for name, value in row.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_json(item) for name, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _reason(error: Exception) -> str:

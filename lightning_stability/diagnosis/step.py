@@ -25,7 +25,7 @@ class RecordedStep:
         module: The LightningModule. It is never changed: a replay runs a copy.
         batches: What `training_step` got, in order; one unless gradients are accumulated.
         random_states: What `capture_random_state` gave before each batch.
-        batch_indices: The `batch_idx` of each.
+        batch_indices: The `batch_idx` of each; counted from 0 if none are given.
         precision: Lightning's word, such as `"16-mixed"`.
         losses: The loss of each batch as Lightning has it in `outputs["loss"]`: unscaled, divided by
             `loss_divisor`. Empty if unknown: then a replay cannot be compared with the recording.
@@ -45,7 +45,7 @@ class RecordedStep:
     module: nn.Module
     batches: list[Any]
     random_states: list[RandomState]
-    batch_indices: list[int] = field(default_factory=lambda: [0])
+    batch_indices: list[int] = field(default_factory=list)
     precision: str = "32-true"
     losses: list[float] = field(default_factory=list)
     failed: str = "loss"
@@ -59,6 +59,10 @@ class RecordedStep:
     trainer: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.batch_indices:
+            self.batch_indices = list(range(len(self.batches)))
 
 
 def capture_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> State:

@@ -57,13 +57,13 @@ def test_an_incident_is_written_with_its_report(bad, tmp_path):
     folder = tmp_path / "incidents" / "1-step1"
     report = json.loads((folder / "report.json").read_text())
     assert report["origin"]["op"] == "sqrt"
-    assert json.loads((folder / "history.jsonl").read_text())["grad_norm"] == "nan"
+    assert json.loads((folder / "history.jsonl").read_text())["grad_norms"] == {"w": "nan"}
     again = diagnose(folder)
     assert (again["reproduced"], again["exact"]) == (True, True)
     assert again["origin"] == report["origin"]
 
 
-def test_no_more_than_max_incidents_are_written_in_a_run_and_its_resumption(bad, tmp_path):
+def test_a_resumed_run_counts_the_incidents_of_the_first(bad, tmp_path):
     callback = IncidentReport(tmp_path, max_incidents=1, save_state=False, budget_seconds=0)
     callback.on_bad_step(bad)
     resumed = IncidentReport(tmp_path, max_incidents=1)

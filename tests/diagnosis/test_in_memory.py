@@ -142,7 +142,7 @@ def test_neither_hooks_of_callbacks_nor_data_sets_are_copied():
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}])
-def test_an_update_that_is_not_finite_is_found_whatever_the_implementation(options):
+def test_a_non_finite_update_is_found_in_every_implementation(options):
     class Dead(Module):
         def __init__(self):
             super().__init__()

@@ -33,7 +33,7 @@ class Recorder(pl.Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self.window = RecordedStep(
-                pl_module, [], [], [],
+                pl_module, [], [],
                 precision=trainer.precision_plugin.precision,
                 state=capture_state(pl_module, trainer.optimizers),
                 optimizers=trainer.optimizers,
