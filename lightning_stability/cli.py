@@ -34,6 +34,7 @@ also:
   {PROG} synthetic FOLDER [options]    write a synthetic corpus of EDF files
   {PROG} checkpoints FOLDER [--verify] list checkpoints: step, epoch, size, complete, finite, metrics
   {PROG} status FOLDER [--watch]       say how a run is doing: running or dead, step, loss, incidents, checkpoint
+  {PROG} diagnose INCIDENT             say where the first non-finite value of a recorded step was made
 
 --ckpt_path {LAST_GOOD} goes on from the newest checkpoint that is complete and finite.
 
@@ -71,6 +72,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "synthetic": write_synthetic,
         "checkpoints": show_checkpoints,
         "status": show_status,
+        "diagnose": _diagnose,
     }
     command = commands.get(words[0] if words else "", train)
     ours = {*commands, *StabilityCLI.subcommands()}
@@ -92,6 +94,12 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: {message}", file=sys.stderr)
         return 2
     return status if isinstance(status, int) else 0
+
+
+def _diagnose(words: list[str]) -> int:
+    from lightning_stability.diagnosis.command import show_diagnosis
+
+    return show_diagnosis(words)
 
 
 def _command_of_lightning_sdk() -> Callable[[], Any] | None:

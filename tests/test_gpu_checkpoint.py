@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_stability.checkpointing.random_state import RandomState
 from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.health.values import nonfinite_names
+from lightning_stability.recovery.random_state import RandomState
 from tests import checkpoint_fit as fits
 from tests.callbacks.test_fractional_checkpoint import result, resume_from_all, saved
 

@@ -32,9 +32,12 @@ from lightning_stability.checkpointing.stopping import (
 from lightning_stability.health import StepRecord
 from lightning_stability.health.values import named_tensors, nonfinite_names
 from lightning_stability.internals import batch_index, window_is_open
-from lightning_stability.runtime import Order, Outcome
+from lightning_stability.runtime import BadStep, Order, Outcome
 from lightning_stability.runtime.counts import Counts
 from lightning_stability.runtime.trainers import why_gradients_are_hidden
+
+MOST_BATCHES = 8
+"""Batches of an accumulation window up to which they are kept, so that a bad step can be explained."""
 
 
 class NaNEarlyStop(StabilityCallback):
@@ -111,6 +114,7 @@ class NaNEarlyStop(StabilityCallback):
         self._goes_on_after_a_stop = False
         self._message = ""
         self._metrics_seen: set[str] = set()
+        self._origin: str | None = None
         self._first_incident: str | None = None
         self._last_incident: str | None = None
 
@@ -121,6 +125,8 @@ class NaNEarlyStop(StabilityCallback):
         if stage == "fit":
             self._clear()
             self._counts = Counts() if self.session is None else self.session.counts  # a checkpoint's are loaded later
+            if self.session is not None and self.guards and not self.automatic:
+                self.session.subscribe(self.on_bad_step, MOST_BATCHES)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse weights that are not finite: nothing good can come of them."""
@@ -270,6 +276,14 @@ class NaNEarlyStop(StabilityCallback):
             warn_always(f"NaNEarlyStop: {what} More than {self.patience} in a row end the run.")
             notify_loggers(trainer, "Update skipped", what, "lightning_stability/skipped", record.logger_step)
 
+    def on_bad_step(self, bad: BadStep) -> None:
+        """Before the run ends: run the step again in memory, and find where its first non-finite value was made."""
+        in_a_row = self._counts.bad_in_a_row[bad.record.optimizer] + 1
+        if in_a_row > self.patience and self._origin is None:
+            from lightning_stability.callbacks.incident_report import explain  # (it loads what few runs need)
+
+            self._origin = explain(bad)
+
     def skips_exception(self, exception: Exception, batch: Any) -> bool:
         """Say which values of the batch, or which weights, are not finite; skip a batch that is, with patience left."""
         assert self.session is not None
@@ -342,7 +356,9 @@ class NaNEarlyStop(StabilityCallback):
                 held=self._counts.outcomes[Outcome.HELD],
                 checkpoint=checkpoint,
             )
-        self._message = stop_message(incident, self._counts, checkpoint, int(self.patience), self.automatic)
+        self._message = stop_message(
+            incident, self._origin, self._counts, checkpoint, int(self.patience), self.automatic
+        )
         if self.action == "stop":
             warn_always(self._message)
         notify_loggers(trainer, "Training stopped", self._message, "lightning_stability/stopped", incident.step)

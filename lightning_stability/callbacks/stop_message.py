@@ -8,17 +8,22 @@ from lightning_stability.runtime import Outcome
 from lightning_stability.runtime.counts import Counts
 
 
-def stop_message(incident: Incident, counts: Counts, checkpoint: str | None, patience: int, automatic: bool) -> str:
+def stop_message(
+    incident: Incident, origin: str | None, counts: Counts, checkpoint: str | None, patience: int, automatic: bool
+) -> str:
     """What became non-finite, where, what is left, and what to type next.
 
     Args:
         incident: That ended the run.
+        origin: Where its first non-finite value was made, in sentences; None if that was not looked for.
         counts: What became of the updates.
         checkpoint: The last good one, which was read just now.
         patience: How many bad updates in a row are skipped.
         automatic: Whether the callback came with the environment.
     """
     lines = [f"NaNEarlyStop ended the run: {incident.why}.", f"  where: {incident.place}"]
+    if origin is not None:
+        lines.append(f"  origin: {origin}")
     lines.append(f"  updates: {counts.updates} applied, {counts.skipped} skipped")
     if checkpoint is not None:
         lines += [f"  last good checkpoint: {checkpoint}", f"  resume: {resume_command(checkpoint)}"]

@@ -9,7 +9,6 @@ from lightning_fabric.utilities.data import sized_len
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stability import internals
-from lightning_stability.checkpointing.random_state import RandomState
 from lightning_stability.checkpointing.samplers import (
     FixedOrder,
     OrderState,
@@ -21,6 +20,7 @@ from lightning_stability.checkpointing.samplers import (
     restore_own,
     unknown_orders,
 )
+from lightning_stability.recovery.random_state import RandomState
 
 _FINISHED = "_iterator_finished"  # torchdata's key in the state of a StatefulDataLoader
 

@@ -30,8 +30,8 @@ from lightning_stability.checkpointing.buffers import HiddenBuffers
 from lightning_stability.checkpointing.finite import FiniteCheck
 from lightning_stability.checkpointing.loaders import TrainingData
 from lightning_stability.checkpointing.metrics import capture_metrics
-from lightning_stability.checkpointing.random_state import RandomState
 from lightning_stability.checkpointing.resume import SECTION, Resume, epochs_are_through, steps_are_through
+from lightning_stability.recovery.random_state import RandomState
 
 
 @dataclass(frozen=True)

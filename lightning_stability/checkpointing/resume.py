@@ -14,7 +14,7 @@ from lightning_stability import internals
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.checkpointing.loaders import TrainingData
 from lightning_stability.checkpointing.metrics import restore_metrics
-from lightning_stability.checkpointing.random_state import RandomState
+from lightning_stability.recovery.random_state import RandomState
 
 SECTION = "lightning_stability"
 """The key of what an exact resume needs, beside Lightning's own, in a checkpoint."""

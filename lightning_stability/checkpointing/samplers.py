@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from lightning_stability._compat import is_instance_by_name
-from lightning_stability.checkpointing.random_state import (
+from lightning_stability.recovery.random_state import (
     GENERATORS,
     RandomState,
     generator_state,

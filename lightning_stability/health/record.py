@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ class StepRecord:
             was flagged, whatever the step came to; `"held"`, skipped because of an earlier step; `"no_loss"`.
         bad_option: An option of the optimizer that was not finite, such as `lr=nan`.
         exception: What `training_step` raised on a batch that was skipped for it.
+        batch_losses: The loss of each batch, 0-dimensional tensors where they were made.
         restored: Parameters and buffers that were found non-finite after a bad step, and restored from a copy.
         not_restored: Those that are non-finite, and of which there is no copy.
         batch_idx: The batch, counted in its epoch: the first whose loss is not finite, else the step's last.
@@ -82,6 +83,7 @@ class StepRecord:
     buffer_index: int | None = None
     bad_option: str | None = None
     exception: str | None = None
+    batch_losses: tuple[Any, ...] = ()
     restored: list[str] = field(default_factory=list)
     not_restored: list[str] = field(default_factory=list)
     largest_norm: float = FP32_LARGEST_NORM

@@ -168,6 +168,7 @@ class Step:
             update_norms=measured.update_norms,
             bad_option=self.bad_option,
             exception=self.losses.exception,
+            batch_losses=tuple(self.losses.of_batches),
         )
 
     def _skipped_by(self, scalars: Mapping[str, float]) -> str | None:

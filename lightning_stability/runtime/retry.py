@@ -199,7 +199,8 @@ class Retries:
         """The step's verdict is final."""
         window = self.windows.closed[0] if self.windows is not None and self.windows.closed else None
         if record.outcome == Outcome.BAD:
-            self._show(BadStep(record, window))
+            optimizer = None if self._newest is None else self._newest[0]
+            self._show(BadStep(record, window, optimizer, self._trainer))
         if window is not None:
             assert self.windows is not None
             self.windows.release()

@@ -8,6 +8,7 @@ policies hear of it.
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import weakref
 from collections import deque
@@ -93,9 +94,15 @@ class Session(Callback):
         elif self.has_begun:
             self.watch.arrange()
 
-    def subscribe(self, listener: Callable[[BadStep], None]) -> None:
-        """Have a listener shown every bad step whole, before any policy hears of it. In `setup`, once."""
+    def subscribe(self, listener: Callable[[BadStep], None], most_batches: float = math.inf) -> None:
+        """Have a listener shown every bad step whole, before any policy hears of it. In `setup`, once.
+
+        Args:
+            listener: Called with each.
+            most_batches: Batches of an accumulation window above which they need not be kept.
+        """
         self.watch.subscribers.append(listener)
+        self.watch.most_batches = max(self.watch.most_batches, most_batches)
 
     def between_steps(self, action: Callable[[], None]) -> None:
         """Run an action as soon as no optimizer step is under way, for example to restore an earlier state.

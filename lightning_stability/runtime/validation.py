@@ -53,7 +53,7 @@ class ValidationRetries:
             return original(*args, **kwargs)
         metrics = MetricUndo(trainer.lightning_module, lambda: active_results(trainer))
         metrics.remember()
-        random = RandomState.taken(trainer.strategy.root_device)
+        random = RandomState.capture(trainer.strategy.root_device)
         output, why, error = self._try(original, args, kwargs, metrics)
         if why is None:
             return output

@@ -54,6 +54,8 @@ class Watch:
         self.ending = False
         """Set by a policy that ends the run: a held update stays held."""
         self.subscribers: list[Callable[[BadStep], None]] = []
+        self.most_batches = 0.0
+        """Batches of a window above which no subscriber needs it whole."""
         self.uncast: Any = None
         self.retries: Retries | None = None
         self.pipeline = Pipeline(
@@ -350,9 +352,12 @@ class Watch:
         if guard is None or (retrier is None and not self.subscribers):
             return
         module, windows = trainer.lightning_module, None
-        self.pipeline.read_lag = lag = self._lag()
+        self.pipeline.read_lag = lag = self._lag(retries=retrier is not None)
         if module.automatic_optimization:
-            windows = Windows(module, self._results, trainer.strategy.root_device, lag + 1)
+            most = math.inf if retrier is not None else self.most_batches
+            windows = Windows(
+                module, self._results, trainer.strategy.root_device, lag + 1, copies=retrier is not None, most=most
+            )
             internals.on_closure(self._overrides, trainer, self._on_closure)
         self.retries = Retries(
             trainer,
@@ -368,11 +373,14 @@ class Watch:
             is_ending=lambda: self.ending,
         )
 
-    def _lag(self) -> int:
+    def _lag(self, retries: bool) -> int:
         """How many steps the host may be behind: where the device decides alone, it need not wait for it."""
         trainer = self._trainer
-        on_device = trainer.strategy.root_device.type != "cpu" and trainer.world_size == 1
-        return int(on_device and all(decides_on_device(optimizer) for optimizer in trainer.optimizers))
+        if trainer.strategy.root_device.type == "cpu":
+            return 0
+        if trainer.world_size > 1:  # all ranks have to hear of a step after the same number of steps
+            return int(not retries and getattr(trainer.precision_plugin, "scaler", None) is None)
+        return int(not retries or all(decides_on_device(optimizer) for optimizer in trainer.optimizers))
 
     def _set_hold(self) -> None:
         """After how many bad updates in a row the device holds those that follow, until the host has answered."""
@@ -389,7 +397,7 @@ class Watch:
 
     def _on_closure(self, closure: Any, kwargs: dict[str, Any]) -> None:
         if self._is_ours() and self.retries is not None and self.retries.windows is not None:
-            self.retries.windows.open.add(closure, kwargs, self._uncast_for_retry)
+            self.retries.windows.add(closure, kwargs, self._uncast_for_retry)
             self._uncast_for_retry = None
 
     def _show(self, bad_step: BadStep) -> None:

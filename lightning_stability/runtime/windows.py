@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class UncastBatch:
 
     def __init__(self, batch: Any, device: torch.device) -> None:
         self._batch = batch
-        self._random = RandomState.taken(device)
+        self._random = RandomState.capture(device)
 
     def converted(self, convert: Convert) -> Any:
         """Cast and transferred for another precision, with the same augmentation."""
@@ -56,11 +57,11 @@ class WindowBatch:
 
 
 class Window:
-    """The batches of one optimizer step; buffers and metric states from before the first of them."""
+    """The batches of one optimizer step; if it is to be trained again, buffers and metric states from before it too."""
 
-    def __init__(self, module: nn.Module, results: Callable[[], Any], device: torch.device) -> None:
-        self._buffers = BufferUndo(module)
-        self._metrics = MetricUndo(module, results)
+    def __init__(self, module: nn.Module, results: Callable[[], Any], device: torch.device, copies: bool) -> None:
+        self.module = module
+        self._copies = (BufferUndo(module), MetricUndo(module, results)) if copies else ()
         self._device = device
         self.batches: list[WindowBatch] = []
         self.scaler: list[torch.Tensor] = []
@@ -70,15 +71,15 @@ class Window:
 
     def rescan(self) -> None:
         """An epoch begins: modules, buffers and metrics may be others."""
-        self._buffers.rescan()
-        self._metrics.rescan()
+        for copy in self._copies:
+            copy.rescan()
 
     def add(self, closure: Callable[[], Any], kwargs: dict[str, Any], uncast: UncastBatch | None) -> None:
         """A batch is about to be trained."""
         if not self.batches:
-            self._buffers.remember()
-            self._metrics.remember()
-        random = RandomState.taken(self._device)
+            for copy in self._copies:
+                copy.remember()
+        random = RandomState.capture(self._device)
         self.batches.append(WindowBatch(closure, kwargs, uncast, random, _versions(kwargs)))
 
     def clear(self) -> None:
@@ -91,10 +92,8 @@ class Window:
 
     def restore(self) -> None:
         """Restore buffers and metric states to before the first batch."""
-        always = torch.tensor(True)
-        self._buffers.nonfinite()
-        self._buffers.restore(always)
-        self._metrics.restore(always)
+        for copy in self._copies:
+            copy.restore(torch.tensor(True))
 
     def again(self, convert: Convert) -> Iterator[Callable[[], Any]]:
         """What runs the batches again, in order; to be run as it is asked for, since random states are restored then.
@@ -117,12 +116,16 @@ class BadStep:
 
     Attributes:
         record: Its numbers.
-        window: Its batches with the random state before each, and the module's buffers and metric states from before
-            the first (`window.restore()`); None in manual optimization.
+        window: Its batches with the random state before each; None in manual optimization. They are let go of when
+            the listener returns.
+        optimizer: The bare torch optimizer.
+        trainer: The Trainer.
     """
 
     record: StepRecord
     window: Window | None
+    optimizer: Optimizer | None
+    trainer: Any
 
 
 class Windows:
@@ -136,10 +139,21 @@ class Windows:
         results: Returns what `self.log` accumulates.
         device: Where the module is trained.
         lag: How many closed windows are kept until their verdict is known.
+        copies: Whether they may be trained again: then buffers and metric states are copied before each.
+        most: Batches of a window above which none of them is kept.
     """
 
-    def __init__(self, module: nn.Module, results: Callable[[], Any], device: torch.device, lag: int) -> None:
-        self._free = [Window(module, results, device) for _ in range(lag + 1)]
+    def __init__(
+        self,
+        module: nn.Module,
+        results: Callable[[], Any],
+        device: torch.device,
+        lag: int,
+        copies: bool = True,
+        most: float = math.inf,
+    ) -> None:
+        self._free = [Window(module, results, device, copies) for _ in range(lag + 1)]
+        self._most = most
         self.open = self._free.pop()
         self.closed: deque[Window] = deque()
 
@@ -147,6 +161,11 @@ class Windows:
         """An epoch begins."""
         for window in (self.open, *self.closed, *self._free):
             window.rescan()
+
+    def add(self, closure: Callable[[], Any], kwargs: dict[str, Any], uncast: UncastBatch | None) -> None:
+        """A batch is about to be trained."""
+        if len(self.open.batches) < self._most:
+            self.open.add(closure, kwargs, uncast)
 
     def note_scaler(self, plugin: Any) -> None:
         """The open window's step is about to be made."""

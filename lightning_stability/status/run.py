@@ -59,6 +59,8 @@ class Run:
         self.newest_flagged: dict[str, Any] | None = None
         self.far_layers: list[dict[str, Any]] = []
         """What InputCheck's check of the layers warned of."""
+        self.lost = 0
+        """Events that could not be written."""
         self.incidents = 0
         self.newest_incidents: deque[dict[str, Any]] = deque(maxlen=3)
         self.saved: deque[Saved] = deque(maxlen=100)
@@ -93,6 +95,7 @@ class Run:
 
     def _add(self, event: dict[str, Any]) -> None:
         self.last_event = event
+        self.lost += event.get("lost", 0)
         name = event["event"]
         if name == "training_started":
             if self.ended is not None and not _is_end_of(self.ended, event):

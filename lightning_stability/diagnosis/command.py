@@ -1,0 +1,40 @@
+"""`lightning-stability diagnose`: what went wrong in a recorded step."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lightning_stability.diagnosis.errors import DiagnosisError
+from lightning_stability.diagnosis.offline import diagnose
+from lightning_stability.diagnosis.report import as_text
+
+
+def show_diagnosis(words: list[str]) -> int:
+    """Diagnose an incident; the status is 2 if that is not possible.
+
+    Args:
+        words: Those of the command line, `diagnose` first.
+    """
+    parser = argparse.ArgumentParser(
+        "lightning-stability diagnose",
+        description="Run a recorded step again and say where its first non-finite value was made. No code from the"
+        " folder is executed; the module is imported from where the run had it.",
+    )
+    parser.add_argument("incident", type=Path, help="a folder such as lightning_logs/version_0/incidents/1-step87")
+    parser.add_argument("--module", help="package.module:function, which makes the LightningModule")
+    given = parser.parse_args(words[1:])
+
+    def show(message: str) -> None:
+        print(f"... {message}", file=sys.stderr, flush=True)
+
+    try:
+        report = diagnose(given.incident, given.module, show)
+    except DiagnosisError as error:
+        print(f"lightning-stability: error: {error}", file=sys.stderr)
+        return 2
+    print(as_text(report))
+    if (given.incident / "report.json").is_file():
+        print(f"report   {given.incident / 'report.json'}")
+    return 0

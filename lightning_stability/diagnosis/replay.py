@@ -1,0 +1,293 @@
+"""Running a recorded step again, on a copy of its module, as Lightning's loop ran it.
+
+The module that was recorded, its gradients and metrics, and the process's random state are afterwards as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_stability._compat import is_instance_by_name
+from lightning_stability.diagnosis.errors import DiagnosisError, OutOfTimeError
+from lightning_stability.diagnosis.replayed_module import ReplayedOptimizer, attach
+from lightning_stability.diagnosis.step import RecordedStep, restore_state
+from lightning_stability.diagnosis.trace import Trace
+from lightning_stability.health.values import nonfinite_names
+from lightning_stability.recovery.random_state import RandomState
+
+_NOBODY = object()
+
+
+@dataclass(eq=False)
+class Failure(Exception):
+    """What became non-finite first in a replay; ends it."""
+
+    what: str
+    """`"loss"`, `"gradient"`, `"buffer"` or `"weight"`."""
+    tensors: list[tuple[str, Tensor]]
+    batch: int
+    """Which of the window's."""
+
+
+@dataclass
+class Outcome:
+    """What a replay came to."""
+
+    losses: list[float] = field(default_factory=list)
+    failure: Failure | None = None
+
+
+class Replay:
+    """A copy of a recorded module, in the state before the step.
+
+    Args:
+        step: The step.
+
+    Raises:
+        DiagnosisError: If the module cannot be copied or its precision not be set up.
+    """
+
+    def __init__(self, step: RecordedStep) -> None:
+        self.step = step
+        refuse(step.module)
+        self.module, self.optimizers = _copy(step)
+        self._batches = [copy.deepcopy(batch) for batch in step.batches]  # a training_step may change them in place
+        self._device = next(self.module.parameters(), torch.empty(0)).device
+        self.plugin = make_precision(step.precision, self._device.type)
+        self._nonfinite_buffers: set[str] = set()
+        self._outcome = Outcome()
+        self._trace: Trace | None = None
+        self._batch = 0
+
+    def run(self, trace: Trace | None = None) -> Outcome:
+        """Run the step once; a replay is used once.
+
+        Args:
+            trace: Told of each batch.
+
+        Raises:
+            DiagnosisError: If the module's code raises an error.
+        """
+        self._trace = trace
+        self._nonfinite_buffers = set(nonfinite_names(self.module.named_buffers()))
+        with _same_process_afterwards(), trace or contextlib.nullcontext(), torch.enable_grad():
+            try:
+                self._run_window()
+            except Failure as failure:
+                self._outcome.failure = failure
+            except OutOfTimeError:
+                raise
+            except torch.OutOfMemoryError as error:
+                raise DiagnosisError("there was not enough memory to run the step again") from error
+            except Exception as error:
+                raise DiagnosisError(
+                    f"the step could not be run again: {type(error).__name__} in training_step: {error}"
+                ) from error
+        return self._outcome
+
+    def _run_window(self) -> None:
+        step, module = self.step, cast(Any, self.module)
+        automatic = getattr(module, "automatic_optimization", True)
+        attach(self)
+        for number, batch in enumerate(self._batches):
+            self._batch = number
+            step.random_states[self._batch].restore()
+            if self._trace is not None:
+                self._trace.name_batch(batch)
+            index = step.batch_indices[self._batch]
+            module.on_train_batch_start(batch, index)
+            with self.plugin.train_step_context():
+                output = module.training_step(batch, index) if _takes_index(module) else module.training_step(batch)
+            loss = output if isinstance(output, Tensor) or output is None else output.get("loss")
+            if automatic and loss is not None:
+                self._backward(loss / step.loss_divisor)
+            self._check("buffer", self._new_buffers())
+        if automatic:
+            self.update(self.optimizers[step.optimizer] if self.optimizers else None)
+
+    def _backward(self, loss: Tensor) -> None:
+        module = cast(Any, self.module)
+        self._outcome.losses.append(float(loss.detach()))
+        self.backward(loss, module.backward)
+        module.on_after_backward()
+
+    def backward(self, loss: Tensor, run: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Check a loss, run the backward pass from it, and check the gradients.
+
+        Args:
+            loss: Divided, not yet scaled.
+            run: Runs the pass.
+            args: Passed on.
+            kwargs: Passed on.
+        """
+        self._check("loss", [("loss", loss.detach())])
+        scale = self.step.loss_scale
+        run(loss if scale is None else loss * scale, *args, **kwargs)
+        self._check("gradient", self._gradients())
+
+    def update(self, optimizer: Optimizer | None) -> None:
+        """What Lightning does between the backward pass and the next batch.
+
+        Args:
+            optimizer: The module's; None if there is none.
+        """
+        step, module = self.step, cast(Any, self.module)
+        if optimizer is None:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if step.loss_scale is not None:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.mul_(1.0 / step.loss_scale)
+        module.on_before_optimizer_step(optimizer)
+        self._check("gradient", self._gradients())
+        if step.clip_value and step.clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, step.clip_value)
+        elif step.clip_value:
+            nn.utils.clip_grad_norm_(parameters, step.clip_value)
+        if self._trace is not None:
+            self._trace.in_optimizer = True
+        with torch.no_grad():
+            optimizer.step()
+        if self._trace is not None:
+            self._trace.in_optimizer = False
+        self._check("weight", list(self.module.named_parameters()))
+
+    def _gradients(self) -> list[tuple[str, Tensor]]:
+        return [(name, p.grad) for name, p in self.module.named_parameters() if p.grad is not None]
+
+    def _new_buffers(self) -> list[tuple[str, Tensor]]:
+        return [(name, b) for name, b in self.module.named_buffers() if name not in self._nonfinite_buffers]
+
+    def _check(self, what: str, tensors: list[tuple[str, Tensor]]) -> None:
+        names = set(nonfinite_names(tensors))
+        if names:
+            raise Failure(what, [(name, tensor) for name, tensor in tensors if name in names], self._batch)
+
+
+def refuse(module: nn.Module) -> None:
+    """Refuse what a replay in one process cannot do.
+
+    Args:
+        module: The recorded one.
+
+    Raises:
+        DiagnosisError: If its parameters are sharded, or it synchronises batch norms over ranks.
+    """
+    if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+        raise DiagnosisError("the parameters are sharded over several ranks; a replay needs all of them on one")
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
+        raise DiagnosisError("the module has SyncBatchNorm layers, which wait for the other ranks")
+
+
+def make_precision(precision: str, device: str) -> Precision:
+    """Lightning's plugin of a precision; `16-mixed` is fp16 on a CPU too.
+
+    Args:
+        precision: Lightning's word.
+        device: Such as `"cpu"`.
+
+    Raises:
+        DiagnosisError: If it is none of torch's own number formats.
+    """
+    if precision == "16-mixed" or precision == "bf16-mixed":
+        scaler = torch.amp.GradScaler(device) if precision == "16-mixed" else None
+        return MixedPrecision(cast(Any, precision), device, scaler)
+    if precision == "16-true" or precision == "bf16-true":
+        return HalfPrecision(cast(Any, precision))
+    if precision == "64-true":
+        return DoublePrecision()
+    if precision == "32-true":
+        return Precision()
+    raise DiagnosisError(f"a step in the precision {precision!r} cannot be run again; expected 16, bf16, 32 or 64 bits")
+
+
+def same_losses(recorded: list[float], replayed: list[float]) -> bool:
+    """Whether two lists of losses are the same bits, up to the first that is not finite.
+
+    Args:
+        recorded: Those of the run.
+        replayed: Those of a replay, which ends at its first failure.
+    """
+    for a, b in zip(recorded, replayed, strict=False):
+        if not math.isfinite(a):
+            return math.isnan(a) == math.isnan(b) and (math.isnan(a) or a == b)
+        if a != b:
+            return False
+    return len(replayed) > 0
+
+
+def _takes_index(module: Any) -> bool:
+    parameters = list(inspect.signature(module.training_step).parameters.values())
+    several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return len(parameters) >= 2 or several
+
+
+def _copy(step: RecordedStep) -> tuple[nn.Module, list[Optimizer]]:
+    """The module and its optimizers in the recorded state, apart from the run's own."""
+    memo = _memo(step.module)
+    try:
+        module, optimizers = copy.deepcopy((step.module, step.optimizers), memo)
+        if step.state is not None:
+            restore_state(step.state, module, optimizers)
+    except torch.OutOfMemoryError as error:
+        raise DiagnosisError("there was not enough memory for a second copy of the module") from error
+    except ValueError as error:  # restore_state's
+        raise DiagnosisError(str(error)) from error
+    except Exception as error:
+        raise DiagnosisError(f"the module cannot be copied: {type(error).__name__}: {error}") from error
+    for part in module.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is _NOBODY]:
+                del hooks[key]
+    return module, optimizers
+
+
+def _memo(module: nn.Module) -> dict[int, Any]:
+    """What `copy.deepcopy` shall make of things that are no part of the module's state."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # such as attention weights kept for a plot
+                memo[id(value)] = value.detach().clone()
+            elif isinstance(value, (Dataset, DataLoader)) or is_instance_by_name(value, "LightningDataModule"):
+                memo[id(value)] = value  # shared: it may be large
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            for hook in hooks.values():
+                owner = getattr(hook, "__self__", None)
+                if owner is not None and not isinstance(owner, nn.Module):  # a callback's: it shall not see the replay
+                    memo[id(owner)] = _NOBODY
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            memo[id(parameter.grad)] = None
+    return memo
+
+
+@contextlib.contextmanager
+def _same_process_afterwards() -> Iterator[None]:
+    """The random state is restored, warnings are not shown again, compiled code runs eagerly."""
+    random_state = RandomState.capture()
+    eagerly = getattr(torch.compiler, "set_stance", None)
+    try:
+        with warnings.catch_warnings(), eagerly("force_eager") if eagerly else contextlib.nullcontext():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random_state.restore()
+
+
+__all__ = ["Failure", "Outcome", "Replay", "ReplayedOptimizer", "make_precision", "refuse", "same_losses"]

@@ -1,0 +1,134 @@
+"""One recorded training step: all that is needed to run it again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from lightning_stability.recovery.random_state import RandomState
+
+State = dict[str, Any]
+
+
+@dataclass
+class RecordedStep:
+    """One optimizer step: the batches of its window, and everything as it was before the first of them.
+
+    Attributes:
+        module: The LightningModule. It is never changed: a replay runs a copy.
+        batches: What `training_step` got, in order; one unless gradients are accumulated.
+        random_states: What `RandomState.capture()` gave before each batch.
+        batch_indices: The `batch_idx` of each; counted from 0 if none are given.
+        precision: Lightning's word, such as `"16-mixed"`.
+        losses: The loss of each batch as Lightning has it in `outputs["loss"]`: unscaled, divided by
+            `loss_divisor`. Empty if unknown: then a replay cannot be compared with the recording.
+        failed: What was non-finite: `"loss"`, `"gradient"`, `"buffer"`, `"weight"`, `"input"`, ...
+        state: What `capture_state` gave before the first batch; None if the module is in that state now.
+        optimizers: The module's.
+        optimizer: Which of them made the step.
+        loss_divisor: `accumulate_grad_batches`.
+        loss_scale: The GradScaler's; None without one.
+        clip_value: The Trainer's `gradient_clip_val`.
+        clip_algorithm: `"norm"` or `"value"`.
+        trainer: What `training_step` may read of its Trainer, by name: `current_epoch`, `global_step`, ...
+        environment: What `capture_environment` gave; empty for the process of now.
+        notes: What makes a replay inexact, such as a batch that `training_step` changed in place.
+    """
+
+    module: nn.Module
+    batches: list[Any]
+    random_states: list[RandomState]
+    batch_indices: list[int] = field(default_factory=list)
+    precision: str = "32-true"
+    losses: list[float] = field(default_factory=list)
+    failed: str = "loss"
+    state: State | None = None
+    optimizers: list[Optimizer] = field(default_factory=list)
+    optimizer: int = 0
+    loss_divisor: int = 1
+    loss_scale: float | None = None
+    clip_value: float | None = None
+    clip_algorithm: str = "norm"
+    trainer: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.batch_indices:
+            self.batch_indices = list(range(len(self.batches)))
+
+
+def capture_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> State:
+    """A copy of all that a step changes, which loads with `weights_only=True`.
+
+    Args:
+        module: The LightningModule.
+        optimizers: Its optimizers.
+
+    Example:
+        >>> module = torch.nn.Linear(1, 1)
+        >>> state = capture_state(module)
+        >>> _ = module.weight.data.fill_(float("nan"))
+        >>> restore_state(state, module)
+        >>> module.weight.isfinite().item()
+        True
+    """
+    metrics = {path: m.metric_state for path, m in module.named_modules() if isinstance(m, Metric)}
+    return {
+        "parameters": {name: tensor.detach().clone() for name, tensor in module.named_parameters()},
+        "requires_grad": {name: tensor.requires_grad for name, tensor in module.named_parameters()},
+        "buffers": {name: tensor.detach().clone() for name, tensor in module.named_buffers()},
+        "metrics": copy.deepcopy(metrics),
+        "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers],
+    }
+
+
+@torch.no_grad()
+def restore_state(state: State, module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
+    """Make a module and its optimizers what they were.
+
+    Args:
+        state: What `capture_state` gave.
+        module: Of the same class, built in the same way.
+        optimizers: Its optimizers; may be fewer than those recorded.
+
+    Raises:
+        ValueError: If the module has other parameters or other shapes.
+    """
+    parameters = dict(module.named_parameters())
+    if set(parameters) != set(state["parameters"]):
+        odd = sorted(set(parameters) ^ set(state["parameters"]))
+        raise ValueError(f"the recorded parameters are not those of the module: {', '.join(odd[:3])}")
+    for name, value in state["parameters"].items():
+        if parameters[name].shape != value.shape:
+            shapes = f"{list(value.shape)} recorded, {list(parameters[name].shape)} in the module"
+            raise ValueError(f"the parameter {name} has another shape: {shapes}")
+        parameters[name].data = parameters[name].data.to(value.dtype)
+        parameters[name].copy_(value)
+        parameters[name].requires_grad_(state["requires_grad"][name])  # manual optimization may have been interrupted
+    for name, value in state["buffers"].items():
+        _set_buffer(module, name, value)
+    for path, values in state["metrics"].items():
+        metric = module.get_submodule(path)
+        for name, value in values.items():
+            setattr(metric, name, copy.deepcopy(value))
+    for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=False):
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+
+
+def _set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+    path, _, own = name.rpartition(".")
+    owner = module.get_submodule(path)
+    now = owner._buffers.get(own)
+    if now is not None and now.shape == value.shape:
+        now.data = now.data.to(value.dtype)
+        now.copy_(value)
+    else:
+        setattr(owner, own, value.clone() if now is None else value.to(now.device, copy=True))

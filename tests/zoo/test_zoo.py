@@ -1,0 +1,59 @@
+"""Every program of the zoo is trained, and the origin of its failure found: phase, module and line."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_stability.diagnosis.search import find_origin
+from tests.zoo.recording import record
+
+HELPERS = {"__init__", "program", "recording", "test_zoo"}
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in HELPERS)
+FAILURES = [name for name in NAMES if not name.startswith("healthy_")]
+HEALTHY = [name for name in NAMES if name.startswith("healthy_")]
+
+
+def train(name: str, seed: int) -> tuple[Any, Any]:
+    torch.manual_seed(seed)
+    program = importlib.import_module(f"tests.zoo.{name}").program(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return program, record(program)[0]
+
+
+def check(name: str, seed: int) -> None:
+    program, step = train(name, seed)
+    assert step is not None, "nothing went wrong"
+    expected = program.expected
+    origin = find_origin(step)
+    assert origin is not None
+    found = (origin.phase, origin.module, Path(origin.file or "").name, origin.line)
+    assert found == (expected.phase, expected.module, Path(expected.file).name, expected.line), origin
+    assert origin.code.endswith(expected.mark)
+    if expected.tensor is not None:
+        assert origin.tensor == expected.tensor
+    if expected.samples is not None:
+        assert origin.samples == expected.samples
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_the_origin_of_a_failure_is_found(name):
+    check(name, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", FAILURES)
+def test_it_is_found_wherever_the_seed_puts_it(name, seed):
+    check(name, seed)
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_run_gives_no_incident(name):
+    assert train(name, seed=0)[1] is None
