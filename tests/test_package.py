@@ -52,6 +52,7 @@ MAY_IMPORT = {
     # the rooms, from the ground up: each may import itself and what stands here
     "_compat": set(),
     "events": set(),
+    "internals": set(),
     "flagged_inputs": set(),
     "processes": set(),
     "health": {"_compat"},
@@ -59,11 +60,12 @@ MAY_IMPORT = {
     "checkpointing": {"_compat", "health", "processes"},
     "runtime": {"_compat", "events", "health", "recovery"},
     "status": {"_compat", "events", "processes"},
-    "callbacks": {"_compat", "checkpointing", "events", "flagged_inputs", "health", "recovery", "runtime"},
+    "diagnosis": {"_compat", "checkpointing", "health", "internals"},
+    "callbacks": {"_compat", "checkpointing", "diagnosis", "events", "flagged_inputs", "health", "recovery", "runtime"},
     "plugin": {"_compat", "callbacks"},
     "tuab": {""},
     "commands": {"_compat", "checkpointing", "tuab"},
-    "cli": {"callbacks", "checkpointing", "commands", "plugin", "status", "tuab"},
+    "cli": {"callbacks", "checkpointing", "commands", "diagnosis", "plugin", "status", "tuab"},
     "": {"callbacks"},  # `__init__.py`: the public names
     "__main__": {"cli", "status"},
 }
