@@ -19,12 +19,12 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import lightning_stability
 from lightning_stability.checkpointing.writing import WriteJob, run
 from lightning_stability.diagnosis.environment import capture_environment
 from lightning_stability.diagnosis.errors import DiagnosisError
@@ -178,7 +178,7 @@ def _fill(
     about = {
         "format": FORMAT,
         "schema": SCHEMA,
-        "package": lightning_stability.__version__,
+        "package": metadata.version("lightning-stability"),
         **{name: getattr(step, name) for name in _FROM_STEP},
         "losses": [loss.hex() for loss in step.losses],
         "batch_indices": step.batch_indices,
