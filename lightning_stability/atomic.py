@@ -39,6 +39,8 @@ class DiskFullError(OSError):
     def __str__(self) -> str:
         return f"the disk is full: {self.needed / 1e6:,.1f} MB needed, {self.free / 1e6:,.1f} MB free"
 
+    __repr__ = __str__
+
 
 def replace_file(
     path: str | os.PathLike[str], write: Callable[[IO[bytes]], object], check: Callable[[Path], object] | None = None

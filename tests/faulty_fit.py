@@ -102,15 +102,20 @@ def stop(folder: Path, step: int, point: int, kind: int, options: dict[str, Any]
 def main(root: Path, words: dict[str, Any]) -> None:
     """Print a line of JSON for each fit."""
     runs.load_namespace("pytorch_lightning")
+    run = stop if words.get("stop") else fit
     for step in words["steps"]:
+        calls: dict[int, str] = {}  # which call each point is, known after the first kind
         for kind in words["kinds"]:
             point, points = 1, 1
             while point <= points:
-                run = stop if words.get("stop") else fit
-                result = in_a_child(run, root / f"{step}-{kind}-{point}", step, point, kind, words["options"])
-                points = result.get("points", 0)
-                print(json.dumps({"step": step, "kind": KINDS[kind], "point": point, **result}), flush=True)
+                writes = {2: True, 3: True, 4: False}.get(kind)  # the kind is for writes only, or for all the others
+                if writes is None or point not in calls or (calls[point] == "write") == writes:
+                    result = in_a_child(run, root / f"{step}-{kind}-{point}", step, point, kind, words["options"])
+                    points = result.get("points", 0)
+                    calls.setdefault(point, result.get("hit", ""))
+                    print(json.dumps({"step": step, "kind": KINDS[kind], "point": point, **result}), flush=True)
                 point += 1
+                points = max(points, len(calls))
 
 
 def in_a_child(run: Callable[..., dict[str, Any]], folder: Path, *arguments: Any) -> dict[str, Any]:

@@ -60,13 +60,13 @@ def chain(folder: Path, processes: fits.Fits, rng: random.Random) -> int:
     guard = (lambda patience: {"patience": patience}) if bad is not None else (lambda patience: {})
     reference, killed, kills = folder / "reference", folder / "killed", 0
     assert processes.run(reference, **options, **guard(1)) == 0, log(reference)
-    what = f"{options}\n"
+    what, patience = f"{options}\n", 0
     for attempt in range(20):
         path = last_good_checkpoint(killed / "checkpoints")
         resume = {"ckpt_path": str(path), "seed": 50 + attempt} if path else {}
         where = kill(rng) if attempt < 8 else {}
         what += f"{path and path.name} {where}\n"
-        status = processes.run(killed, **options, **guard(0), **resume, **where)
+        status = processes.run(killed, **options, **guard(patience), **resume, **where)
         assert status in (0, -9), what + log(killed)
         kills += status == -9
         infos = list_checkpoints(killed / "checkpoints", verify=True)
@@ -75,6 +75,8 @@ def chain(folder: Path, processes: fits.Fits, rng: random.Random) -> int:
             ends = [result(run)[key] for run in (killed, reference) for key in ("global_step", "epoch")]
             if ends[:2] == ends[2:]:
                 break
+            # it was stopped; where nothing was trained since the last checkpoint there is no other to resume from
+            patience = int(last_good_checkpoint(killed / "checkpoints") == path)
     try:
         assert_same(result(killed), result(reference))
         if bad is None:

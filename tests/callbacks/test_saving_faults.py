@@ -225,9 +225,10 @@ def test_what_the_user_allows_may_become_non_finite(tmp_path: Path, names: Any) 
 # A stop
 
 
+@pytest.mark.parametrize(("bad", "steps"), [(3, {3}), (4, {3, 5})])
 @pytest.mark.parametrize("end", ["stop", "raise", "another callback"])
 def test_a_stop_waits_for_the_write_that_is_under_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, bad: int, steps: set[int]
 ) -> None:
     import time
 
@@ -248,7 +249,7 @@ def test_a_stop_waits_for_the_write_that_is_under_way(
     guard = NaNEarlyStop(action="raise" if end == "raise" else "stop")
     options = {
         "logger": logger,
-        "module": {"bad": 3},
+        "module": {"bad": bad},
         "validate": False,
         "callbacks": lambda pl: [guard, Fails()],
         "checkpoint": {"every_n_epochs": 3 / 7, "async_save": True, "dirpath": tmp_path / "c"},
@@ -262,7 +263,7 @@ def test_a_stop_waits_for_the_write_that_is_under_way(
         assert end != "stop"
     events = [event["event"] for event in runs.incidents(logger.log_dir)]
     assert events.count("checkpoint_saved") == 1
-    assert {info.step for info in list_checkpoints(tmp_path / "c", verify=True) if info.is_good} == {3}
+    assert {info.step for info in list_checkpoints(tmp_path / "c", verify=True) if info.is_good} == steps
 
 
 def test_a_write_that_fails_while_the_run_is_stopped_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
