@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from lightning_stability.checkpointing.writing import WriteJob, run
 from lightning_stability.diagnosis.environment import capture_environment
 from lightning_stability.diagnosis.errors import DiagnosisError
 from lightning_stability.diagnosis.fields import check_fields, digest
@@ -91,10 +90,9 @@ def write_incident(
     """
     left_out: dict[str, str] = {}
 
-    def fill(part: str) -> None:
-        _fill(Path(part), step, list(history), details or {}, save_state, left_out)
-
-    run(WriteJob(str(folder), fill))
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    put_in_place(folder, lambda part: _fill(part, step, list(history), details or {}, save_state, left_out))
     return left_out
 
 
