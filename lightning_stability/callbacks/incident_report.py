@@ -78,30 +78,25 @@ class IncidentReport(StabilityCallback):
         self._history.append(record)
 
     def on_bad_step(self, bad: BadStep) -> None:
-        """Write an incident.
+        """Write an incident. Whatever fails in it, the run continues."""
+        try:
+            self._write(bad)
+        except Exception as error:
+            step = bad.record.step
+            warn_always(f"IncidentReport: the step at global step {step} was not recorded: {_reason(error)}", True)
 
-        Args:
-            bad: The step, whole.
-        """
+    def _write(self, bad: BadStep) -> None:
         folder = self._folder()
         if self._written >= self.max_incidents or folder is None:
             return
         self._written += 1
         rank = f"-rank{bad.trainer.global_rank}" if bad.trainer.world_size > 1 else ""
         path = folder / f"{self._written}-step{bad.record.step}{rank}"
-        try:
-            step = to_recorded_step(bad)
-        except DiagnosisError as error:
-            warn_always(f"IncidentReport: the step at global step {bad.record.step} was not recorded: {error}")
-            return
+        step = to_recorded_step(bad)
         report = self._diagnose(step)
-        try:
-            history = [history_row(record) for record in self._history]
-            left_out = write_incident(path, step, history, _details(bad.record), self.save_state)
-            write_report(path, report)
-        except OSError as error:
-            warn_always(f"The incident at global step {bad.record.step} could not be written to {path}: {error}", True)
-            return
+        history = [history_row(record) for record in self._history]
+        left_out = write_incident(path, step, history, _details(bad.record), self.save_state)
+        write_report(path, report)
         if self.session is not None:
             self.session.events.write(
                 "incident_recorded", bad.record.step, bad.record.epoch, path=str(path), origin=report["origin"]

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from lightning_stability.atomic import put_in_place
 from lightning_stability.diagnosis.environment import capture_environment
 from lightning_stability.diagnosis.errors import DiagnosisError
 from lightning_stability.diagnosis.fields import check_fields, digest
@@ -192,12 +193,6 @@ def _fill(
     }
     about["digest"] = digest(about)
     (part / "incident.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    for path in part.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _try_to_save(path: Path, make: Callable[[], Any], left_out: dict[str, str]) -> list[str]:
