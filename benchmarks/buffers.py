@@ -92,8 +92,6 @@ class PerKind:
             torch.where(bad, kind.old, kind.new, out=kind.new)
             torch._foreach_copy_(kind.data, kind.new_views)
 
-    give_back = restore
-
     def __getattr__(self, name: str) -> Any:
         return lambda *args: None  # what else the guard asks of a BufferUndo
 
@@ -165,8 +163,6 @@ class OneStorage(BufferUndo):
     def restore(self, bad: Tensor) -> None:
         for flat, old in self.flats:
             torch.where(bad, old, flat, out=flat)
-
-    give_back = restore
 
 
 @contextlib.contextmanager

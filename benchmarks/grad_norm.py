@@ -46,7 +46,7 @@ os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"  # a bare Trainer shall be 
 from common import machine, quiet, save, spread  # noqa: E402
 
 from lightning_stability import GradNormMonitor  # noqa: E402
-from lightning_stability.runtime import runtime_of  # noqa: E402
+from lightning_stability.runtime import session_of  # noqa: E402
 
 Gradients = list[Tensor]
 
@@ -334,19 +334,18 @@ class TimeHooks(pl.Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if trainer.global_step != 3 or self.result:
             return
-        runtime = runtime_of(trainer)
-        assert runtime is not None
+        pipeline = session_of(trainer).pipeline
         held = gradients(pl_module)
         parameters = [p for p in pl_module.parameters() if p.grad is not None]
         loss = torch.ones((), device=self.device)
 
         def ours(clip: bool) -> None:
-            runtime.note_loss(loss)
-            runtime.steps.begin_step(optimizer)
-            runtime.steps.measure(optimizer, pl_module)
+            pipeline.on_loss(loss)
+            pipeline.on_step_begin(optimizer)
+            pipeline.measure(optimizer)
             if clip:
-                assert runtime.steps.clip_by_norm(optimizer, 1e6)
-            runtime.steps.finish_step()
+                assert pipeline.clips(optimizer, 1e6)
+            pipeline.on_step_end()
 
         clips = bool(trainer.gradient_clip_val)
         ours(clips)  # makes the meter
@@ -361,7 +360,7 @@ class TimeHooks(pl.Callback):
                 "GradNormMonitor with clipping": lambda: ours(clip=True),
             }
         self.result = interleaved(timed, self.device, self.repeats)
-        runtime.steps.begin_step(optimizer)  # leave the real step as it was found
+        pipeline.on_step_begin(optimizer)  # leave the real step as it was found
 
 
 def hook_times(workload: Workload, device: torch.device, bandwidth: float) -> dict[str, Any]:
