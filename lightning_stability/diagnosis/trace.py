@@ -226,7 +226,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     entry.range = range_of(tensor.double())
             operation.scalars = tuple(_nonfinite_numbers([*args, *kwargs.values()]))
             operation.rows, operation.length = _nonfinite_rows(results[worst])
-            _mark_what_reaches(results[worst], inputs)
+            _mark_what_reaches(results[worst], inputs, name.rpartition(".")[2])
         self.operations.append(operation)
         for tensor, values in zip(results, ranges, strict=True):
             self._write(tensor, operation.index, values)
@@ -300,10 +300,14 @@ def range_of(tensor: Tensor) -> Range:
     return Range(low, high, nan, posinf, neginf)
 
 
-def _mark_what_reaches(result: Tensor, inputs: list[tuple[Tensor, Input, Tensor | None]]) -> None:
+def _mark_what_reaches(result: Tensor, inputs: list[tuple[Tensor, Input, Tensor | None]], name: str) -> None:
     """An input reaches the result if both are non-finite at one place; if none does so, or that is unknown, all do."""
     bad = ~torch.isfinite(_dense(result))
     nonfinite = [(entry, mask) for _, entry, mask in inputs if mask is not None]
+    if name == "where":  # only what was chosen
+        (chosen, *_), *branches = inputs
+        sides = zip(branches, (chosen, ~chosen), strict=False)
+        nonfinite = [(entry, mask & side) for (_, entry, mask), side in sides if mask is not None]
     for entry, mask in nonfinite:
         try:
             entry.reaches = bool((mask.expand_as(bad) & bad).any())

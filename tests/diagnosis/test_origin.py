@@ -151,8 +151,15 @@ def a_mean_over_nothing(net, x):
 def a_branch_that_is_chosen(net, x):
     hidden = net.linear(x) * 0
     discarded = hidden / hidden
-    chosen = hidden.log()  # here
+    chosen = (hidden - 1).log()  # here
     return torch.where(hidden == 0, chosen, discarded).mean()
+
+
+@case("forward", "log")
+def a_tensor_that_is_written_over(net, x):
+    out = torch.full((3, 4), math.nan)
+    out.copy_((net.linear(x) * 0 - 1).log())  # here
+    return out.mean()
 
 
 @case("backward", "sqrt", failed="loss")
@@ -212,6 +219,26 @@ def test_a_weight_that_was_not_finite_before():
     module.embedding.weight.data[2] = math.nan
     origin = find_origin(RecordedStep(module, [torch.rand(3, 4)], [RandomState.capture()]))
     assert (origin.phase, origin.tensor, origin.module) == ("weights", "embedding.weight", "embedding")
+
+
+def test_a_value_that_the_forward_pass_discarded_is_told_from_a_derivative():
+    def discarded(net, x):
+        return torch.where(x < 2, net.linear(x), 1 / (net.linear(x) * 0)).mean()
+
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad / 0
+
+    by_where = origin_of(discarded)
+    by_hand = origin_of(lambda net, x: Derivative.apply(net.linear(x)).mean())
+    assert (by_where.phase, by_where.op, by_where.discarded) == ("backward", "reciprocal", True)
+    assert (by_hand.phase, by_hand.op, by_hand.code) == ("backward", "derivative", "return grad / 0")
+    assert not by_hand.discarded
 
 
 def test_the_range_of_what_went_in_is_told():
