@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-
 from lightning_stability.checkpointing.random_state import capture_random_state
+
 from lightning_stability.diagnosis import RecordedStep, find_origin
 from lightning_stability.diagnosis.report import one_sentence
 from lightning_stability.tuab import EEGPTProbe
