@@ -174,9 +174,10 @@ class NaNEarlyStop(StabilityCallback):
         if self._watches_loss_alone:
             self._incident = self._incident or loss_incident(trainer, outputs)
         never_finite = self._newest is not None and not self._counts.updates and not self._saw_finite_loss
-        if never_finite and validation_is_due(trainer):  # of a net that was never finite, on weights as they were made
+        before_validation = never_finite and validation_is_due(trainer)
+        if before_validation:  # of a net that was never finite, on weights as they were made
             self._incident = self._incident or self._newest
-        if self._incident is not None and not window_is_open(trainer):
+        if self._incident is not None and (before_validation or not window_is_open(trainer)):
             self._silence_checkpoints()
             self._end_loops(trainer)
 
