@@ -64,7 +64,7 @@ def story() -> Any:
     none = "--trainer.callbacks=null"  # instead of the recipe's
     ways = {
         "without callbacks": [none],
-        "NaNEarlyStop": [none, "--trainer.callbacks+=NaNEarlyStop"],
+        "NaNEarlyStop": [none, "--trainer.callbacks+=NaNEarlyStop", "--trainer.callbacks.patience=0"],
         "PrecisionFallback": [none, "--trainer.callbacks+=PrecisionFallback"],
     }
     figure, rows = plt.subplots(3, 1, figsize=(8.6, 4.4), sharex=True, sharey=True, layout="constrained")
@@ -239,8 +239,8 @@ def nan_early_stop() -> Any:
 
     runs = {
         "without callbacks": fit(Model(spoil)),
-        "NaNEarlyStop(): the first bad update ends the run": fit(Model(spoil), NaNEarlyStop()),
-        "NaNEarlyStop(patience=2): up to two in a row are skipped": fit(Model(spoil), NaNEarlyStop(patience=2)),
+        "NaNEarlyStop(): up to two bad updates in a row are skipped": fit(Model(spoil), NaNEarlyStop()),
+        "NaNEarlyStop(patience=0): the first one ends the run": fit(Model(spoil), NaNEarlyStop(patience=0)),
     }
     figure, rows = plt.subplots(3, 1, figsize=(8.6, 4.4), sharex=True, sharey=True, layout="constrained")
     for axis, (name, model) in zip(rows, runs.items(), strict=True):

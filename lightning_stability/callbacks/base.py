@@ -49,8 +49,8 @@ def warn_of_forgotten_precision(callback: Any, trainer: Any, checkpoint: dict[st
     if callback is ours[0] and not any(is_instance_by_name(other, "PrecisionFallback") for other in ours):
         warn_always(
             f"This run had fallen back from {state['fallen_from']} to {state['to']} at global step {state['step']}"
-            f" ({state['why']}). Without PrecisionFallback it goes on in {trainer.precision}: add the callback, or give"
-            f" precision={state['to']!r}."
+            f" ({state['why']}). Without PrecisionFallback it continues in {trainer.precision}: add the callback, or"
+            f" give precision={state['to']!r}."
         )
 
 
