@@ -181,5 +181,6 @@ class Dispatch:
             return False
         reason = error if isinstance(error, MisconfigurationException) else repr(error)
         for policy in failing:
-            policy.disable(self._trainer(), reason)
+            if policy in self.policies:  # else it has failed within what it calls, and is disabled already
+                policy.disable(self._trainer(), reason)
         return True

@@ -338,19 +338,21 @@ class Watch:
     def _make_retries(self) -> None:
         """Keep the batches of the open window where somebody may need them again."""
         trainer, guard = self._trainer, self.guard
+        # (one that is open goes on: its batches so far are nowhere else)
+        windows, lag = (None if self.retries is None else self.retries.windows), self.pipeline.read_lag or 0
         self._overrides.restore()
         self.retries = self.pipeline.read_lag = None
         candidates: list[Any] = [policy for policy in self._dispatch.policies if hasattr(policy, "wants_retry")]
         retrier = next((policy for policy in candidates if policy.wants_retry()), None)
         if guard is None or (retrier is None and not self.subscribers):
             return
-        module, windows = trainer.lightning_module, None
-        self.pipeline.read_lag = lag = self._lag(retries=retrier is not None)
+        module = trainer.lightning_module
+        self.pipeline.read_lag = lag = self._lag(retries=retrier is not None) if windows is None else lag
         if module.automatic_optimization:
-            most = math.inf if retrier is not None else self.most_batches
-            windows = Windows(
-                module, self._results, trainer.strategy.root_device, lag + 1, copies=retrier is not None, most=most
-            )
+            if windows is None:
+                most = math.inf if retrier is not None else self.most_batches
+                device = trainer.strategy.root_device
+                windows = Windows(module, self._results, device, lag + 1, copies=retrier is not None, most=most)
             internals.on_closure(self._overrides, trainer, self._on_closure)
         self.retries = Retries(
             trainer,
