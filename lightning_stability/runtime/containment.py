@@ -82,3 +82,7 @@ class ContainedListener(Contained):
     def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The user's own exceptions are not ours to contain."""
         return self._target.training_step(original, args, kwargs)
+
+    def backward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Nor those of what the module computes its gradients with."""
+        return self._target.backward(original, args, kwargs)

@@ -1,7 +1,7 @@
-"""A short training of somebody else's project; `python -m tests.field.fit PROJECT FORM FOLDER [bad]` prints what came.
+"""A short training of somebody else's project: `python -m tests.field.fit PROJECT FORM FOLDER [bad]`.
 
-FORM is `none` (as if this package were not installed), `installed` (the automatic callbacks) or `code` (all callbacks in
-`Trainer(callbacks=[...])`). With `bad`, one value of one training batch is NaN.
+FORM is `none` (as if this package were not installed), `installed` (the automatic callbacks) or `code` (all callbacks
+in `Trainer(callbacks=[...])`). With `bad`, one value of one training batch is NaN. Prints what came of it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(project: str, form: str, folder: str, *bad: str) -> None:
     outcome = {
         "weights": digest(module.state_dict()),
         "optimizers": digest([optimizer.state_dict()["state"] for optimizer in trainer.strategy._optimizers]),
-        "random": digest([torch.get_rng_state(), hash(random.getstate()), int(np.random.get_state()[1].sum())]),
+        "random": digest([torch.get_rng_state(), str(random.getstate()), int(np.random.get_state()[1].sum())]),
         "step": trainer.global_step,
         "epoch": trainer.current_epoch,
         "metrics": digest(metrics),

@@ -29,7 +29,9 @@ def fit(folder: str, callbacks: list[Any], bad: bool) -> tuple[Any, Any]:
     trainer = pl.Trainer(**trainer_options(folder, callbacks), **options)
     train = dataset.to_dataloader(train=True, batch_size=16, num_workers=0)
     trainer.fit(
-        module, spoiled(train, _spoil if bad else None), dataset.to_dataloader(train=False, batch_size=16, num_workers=0)
+        module,
+        spoiled(train, _spoil if bad else None),
+        dataset.to_dataloader(train=False, batch_size=16, num_workers=0),
     )
     return trainer, module
 

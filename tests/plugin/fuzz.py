@@ -407,6 +407,8 @@ def _quiet(filters: str) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    # a scripted module keeps the dtype that an earlier case's autocast has compiled into it
+    compiles_autocast = torch._C._jit_set_autocast_mode(False)
     with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
         if filters == "error":
@@ -416,6 +418,7 @@ def _quiet(filters: str) -> Iterator[None]:
         try:
             yield
         finally:
+            torch._C._jit_set_autocast_mode(compiles_autocast)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 
