@@ -84,7 +84,7 @@ class AutomaticCallbacks:
             except Exception as error:  # whatever it is: the run would go through without the package
                 with contextlib.suppress(Exception):
                     callback.teardown(trainer, module, "fit")
-                _disable(callback, trainer, error)
+                take_out(callback, trainer, error)
 
     def introduce(self, trainer: Any, module: Any) -> None:
         """One line that says what is active."""
@@ -208,13 +208,6 @@ def _has_a_place(callback: Any, trainer: Any) -> bool:
 
 def _is_checkpoint(callback: Any) -> bool:
     return is_instance_by_name(callback, "Checkpoint")
-
-
-def _disable(callback: Any, trainer: Any, reason: Exception) -> None:
-    try:
-        take_out(callback, trainer, reason)
-    except Warning as message:  # the user's filters make errors of warnings
-        rank_zero_info(str(message))
 
 
 def _listed(names: list[str]) -> str:

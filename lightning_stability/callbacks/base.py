@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-import warnings
 from typing import Any
-
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stability._compat import Callback, MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.incident import Incident
 from lightning_stability.health import StepRecord
+from lightning_stability.notices import warn as warn
+from lightning_stability.notices import warn_always as warn_always
 from lightning_stability.runtime import Order, Session, session_of
 from lightning_stability.runtime.containment import HOOKS
-
-
-def warn_always(message: str, on_this_rank: bool = False) -> None:
-    """Warn, also where the same was said before or warnings are switched off or made errors: this is no advice.
-
-    Args:
-        message: What has happened to the run.
-        on_this_rank: Whether other ranks than the first shall say it too.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        if on_this_rank:
-            warnings.warn(message, stacklevel=2)
-        else:
-            rank_zero_warn(message)
 
 
 def warn_of_forgotten_precision(callback: Any, trainer: Any, checkpoint: dict[str, Any]) -> None:
@@ -145,8 +130,17 @@ class SessionMember:
     def on_session_end(self, exception: BaseException | None) -> None:
         """The fit ends; the session is gone next."""
 
+    def on_failure(self, trainer: Any, error: Exception) -> bool:
+        """Something that it needs has failed: disable it if it is automatic. Whether the run can continue."""
+        if self.automatic:
+            self.disable(trainer, repr(error))
+        return self.automatic
+
     def disable(self, trainer: Any, reason: object) -> None:
         """Leave a run that an automatic callback cannot serve."""
+        if self.session is not None:
+            with contextlib.suppress(Exception):  # this may be what has failed
+                self.on_session_end(None)
         self._leave_session()
         take_out(self, trainer, reason)
 
@@ -205,4 +199,4 @@ def take_out(callback: Any, trainer: Any, reason: object) -> None:
     """
     # Another list: Lightning may be on its way through this one.
     trainer.callbacks = [other for other in trainer.callbacks if other is not callback]
-    rank_zero_warn(f"lightning-stability: {type(callback).__name__} disables itself in this run: {reason}")
+    warn_always(f"lightning-stability: {type(callback).__name__} disables itself in this run: {reason}")

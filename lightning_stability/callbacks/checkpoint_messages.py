@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_stability.checkpointing.loops import SavePoints
+from lightning_stability.notices import warn
 
 
 def warn_of_inexact_data(points: SavePoints) -> None:
@@ -12,13 +13,13 @@ def warn_of_inexact_data(points: SavePoints) -> None:
     data = points.data
     if data.without_position:
         kinds = ", ".join(sorted({type(loader).__name__ for loader in data.without_position}))
-        rank_zero_warn(
+        warn(
             f"FractionalCheckpoint: the position of a {kinds} within an epoch cannot be saved; a run resumed"
             " inside an epoch sees that epoch's data from the beginning. Use"
             " torchdata.stateful_dataloader.StatefulDataLoader, which takes the same arguments."
         )
     for phrase in data.unknown_orders:
-        rank_zero_warn(
+        warn(
             f"FractionalCheckpoint: the order of the training data cannot be saved: {phrase}. A resumed run may see"
             " another order, also when it is resumed between two epochs. Give it state_dict and load_state_dict."
         )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_stability import internals
 from lightning_stability._compat import MisconfigurationException
-from lightning_stability.callbacks.base import SessionMember, warn_always, warn_of_forgotten_precision
+from lightning_stability.callbacks.base import SessionMember, warn, warn_always, warn_of_forgotten_precision
 from lightning_stability.callbacks.checkpoint_messages import warn_of_inexact_data, why_refused
 from lightning_stability.callbacks.ranked_checkpoint import RankedCheckpoint, refuse_other_triggers
 from lightning_stability.checkpointing import writing
@@ -199,6 +200,12 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
     def on_validation_end(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the batch that a validation follows is not over here."""
 
+    def disable(self, trainer: Any, reason: object) -> None:
+        """Leave the Trainer as it was, and the run."""
+        with contextlib.suppress(Exception):  # this may be what has failed
+            self._leave(trainer)
+        super().disable(trainer, reason)
+
     def finish_writing(self, trainer: Any) -> None:
         """Wait for what is being written, with all ranks; a failure is warned of and raises nothing."""
         self._finish_pending(trainer, may_raise=False)
@@ -266,7 +273,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         """Say it once if what ranks checkpoints has not been logged in a whole epoch."""
         if self.monitor is not None and self.monitor not in candidates and not self._missed_monitor:
             self._missed_monitor = True
-            rank_zero_warn(
+            warn(
                 f"FractionalCheckpoint(monitor={self.monitor!r}): nothing of that name has been logged, so that no"
                 f" checkpoint is ranked and only the newest is kept. Logged: {', '.join(sorted(candidates))}."
             )
@@ -316,7 +323,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         if trainer.is_global_zero:
             details = {"path": pending.job.path, "error": pending.failure, "in_a_row": self._failures}
             self._events.write("checkpoint_failed", pending.step, pending.epoch, **details)
-        rank_zero_warn(
+        warn(
             f"FractionalCheckpoint: {pending.job.path} could not be written ({pending.failure}). Training"
             f" continues; the checkpoints before it are as they were. {self.max_failures - self._failures} more"
             " failures in a row end it."

@@ -7,13 +7,12 @@ import re
 from functools import partial
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import StabilityCallback
 from lightning_stability.callbacks.loggers import call_logger, log_metrics, loggers_for_extra_keys
 from lightning_stability.health import ParameterGroups, StepRecord
 from lightning_stability.health.trend import NormTrend, Rise
+from lightning_stability.notices import warn
 
 
 class GradNormMonitor(StabilityCallback):
@@ -146,7 +145,7 @@ class GradNormMonitor(StabilityCallback):
         }
         if self.session.trainer.is_global_zero:
             self.session.events.write("gradient_norm_rising", record.step, record.epoch, **details)
-        rank_zero_warn(
+        warn(
             f"GradNormMonitor: the gradient norm is rising: {record.total_norm:.3g} at step {record.step},"
             f" {rise.ratio:.3g} times its usual value; group `{rise.group}` grew most, to"
             f" {rise.group_ratio:.3g} times its own. A lower learning rate or gradient_clip_val holds it."

@@ -117,7 +117,7 @@ def _explain(record: StepRecord, batch: Any) -> tuple[str, str]:
     if record.exception is not None:
         where = where_nonfinite(batch)
         holds = f"; non-finite values are in {where}" if where else ""
-        return "input", f"`training_step` raised {record.exception}{holds}"
+        return "input", f"{record.exception}{holds}"
     if record.bad_loss_ranks or not record.loss_finite:
         where = where_nonfinite(batch)
         value = "not finite" if record.loss is None or record.loss_finite else f"{record.loss:g}"

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
@@ -18,6 +17,7 @@ from lightning_stability.health import StepRecord
 from lightning_stability.health.layer_scales import LayerScales
 from lightning_stability.health.values import named_tensors, nonfinite_names
 from lightning_stability.internals import input_dtype, logger_step, window_is_open
+from lightning_stability.notices import warn
 from lightning_stability.recovery.precision import (
     BITS,
     Higher,
@@ -124,7 +124,7 @@ class PrecisionFallback(StabilityCallback):
             return
         objection = self.objection(trainer)
         if objection is not None:
-            rank_zero_warn(f"PrecisionFallback: {change.describe()}, but continues in {trainer.precision}: {objection}")
+            warn(f"PrecisionFallback: {change.describe()}, but continues in {trainer.precision}: {objection}")
             return
         rank_zero_info(f"PrecisionFallback: resuming in {change.to}: {change.describe()}.")
         go_on_in(change.fallen_from, trainer, checkpoint)
@@ -283,7 +283,7 @@ class PrecisionFallback(StabilityCallback):
         self._not_the_cause += 1
         why = f"{what}: {low} was not the cause"
         self._write("precision_kept", record, precision=low, why=why)
-        rank_zero_warn(f"PrecisionFallback: epoch {record.epoch}, batch {record.batch_idx} is {why}.")
+        warn(f"PrecisionFallback: epoch {record.epoch}, batch {record.batch_idx} is {why}.")
 
     def _reason(self, record: StepRecord) -> str:
         if not record.loss_finite:
@@ -341,7 +341,7 @@ class PrecisionFallback(StabilityCallback):
             f"{change.fallen_from} cannot continue at {change.place}: {change.why}."
             f" {what_next.format(to=change.to)}{self._about_compilation()}"
         )
-        rank_zero_warn(f"PrecisionFallback: {what}")
+        warn(f"PrecisionFallback: {what}")
         trainer = self.session.trainer
         notify_loggers(trainer, "Precision changed", what, "lightning_stability/precision", logger_step(trainer))
 
@@ -373,7 +373,7 @@ class PrecisionFallback(StabilityCallback):
         self._need = extra_memory(trainer, self.to)
         free = free_memory(trainer.strategy.root_device)
         if self._need > free:
-            rank_zero_warn(
+            warn(
                 f"PrecisionFallback: {self.to} would need about {self._need / 2**30:.1f} GiB more than"
                 f" {trainer.precision}, and {free / 2**30:.1f} GiB are free: a fallback would run out of memory."
                 " A smaller batch with more accumulation leaves room for it."

@@ -18,10 +18,14 @@ class RunEnd:
     Args:
         trainer: The Trainer, in `on_train_start`.
         after_a_stop: Whether the run resumes from the checkpoint of a stop.
+        fails: The callback's `on_failure`.
     """
 
-    def __init__(self, trainer: Any, after_a_stop: bool) -> None:
+    def __init__(
+        self, trainer: Any, after_a_stop: bool, fails: Callable[[Any, Exception], bool] = lambda *_: False
+    ) -> None:
         self._trainer = trainer
+        self.on_failure = fails
         if after_a_stop:
             SavePoints.of(trainer).listen(self, saves=False)
         self._checkpoint = StopCheckpoint(trainer)

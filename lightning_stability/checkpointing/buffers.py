@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_stability import internals
 
@@ -54,7 +55,7 @@ class HiddenBuffers:
                 continue
             self._restored.add(name)
             now = own.get(name)
-            if now is not None and now.shape == value.shape and now.dtype == value.dtype:
+            if now is not None and not is_lazy(now) and now.shape == value.shape and now.dtype == value.dtype:
                 now.data.copy_(value)
                 continue
             device = now.device if now is not None else _device(self._module)
@@ -70,7 +71,7 @@ def _non_persistent(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fingerprint(buffer: Tensor) -> Any:
-    if buffer.layout != torch.strided or buffer.is_quantized or buffer.device.type == "meta":
+    if is_lazy(buffer) or buffer.layout != torch.strided or buffer.is_quantized or buffer.device.type == "meta":
         return None
     data = buffer.detach().cpu().contiguous().flatten().view(torch.uint8)
     return buffer.shape, buffer.dtype, zlib.crc32(data.numpy().tobytes())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_stability.checkpointing.verification import checked_tensors, own_name
@@ -46,7 +47,7 @@ class FiniteCheck:
         self._module = module
         self._allowed: dict[str, Tensor] = {}
         self._patterns: set[str] = set()
-        self._shapes = {name: buffer.shape for name, buffer in module.named_buffers()}
+        self._shapes = {name: _shape(buffer) for name, buffer in module.named_buffers()}
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         for name, codes in _codes_of({**frozen, **self._buffers()}).items():
             self._allow(name, codes)
@@ -117,8 +118,8 @@ class FiniteCheck:
     def _note_new_buffers(self) -> None:
         """A buffer is new once: what it becomes after this is training's work."""
         buffers = self._buffers()
-        new = {name: buffer for name, buffer in buffers.items() if self._shapes.get(name) != buffer.shape}
-        self._shapes.update((name, buffer.shape) for name, buffer in new.items())
+        new = {name: buffer for name, buffer in buffers.items() if self._shapes.get(name) != _shape(buffer)}
+        self._shapes.update((name, _shape(buffer)) for name, buffer in new.items())
         for name, codes in _codes_of(new).items():
             if not bool((codes & _NAN).any()):
                 self._allow(name, codes)
@@ -153,6 +154,11 @@ class FiniteCheck:
             for name in ("running_mean", "running_var")
         }
         return {name: buffer for name, buffer in self._module.named_buffers() if name not in norms}
+
+
+def _shape(buffer: Tensor) -> torch.Size | None:
+    """None until a lazy module has made its buffer."""
+    return None if is_lazy(buffer) else buffer.shape
 
 
 def _covers(allowed: Tensor, codes: Tensor) -> bool:

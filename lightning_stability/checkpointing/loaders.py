@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 from lightning_fabric.utilities.data import sized_len
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stability import internals
 from lightning_stability.checkpointing.samplers import (
@@ -20,6 +19,7 @@ from lightning_stability.checkpointing.samplers import (
     restore_own,
     unknown_orders,
 )
+from lightning_stability.notices import warn
 from lightning_stability.recovery.random_state import RandomState
 
 _FINISHED = "_iterator_finished"  # torchdata's key in the state of a StatefulDataLoader
@@ -145,7 +145,7 @@ class TrainingData:
 
     def _begin_again(self, error: Exception | None, inside_epoch: bool) -> None:
         why = "on another rank" if error is None else f"{type(error).__name__}: {error}"
-        rank_zero_warn(
+        warn(
             "The position in the training data could not be restored, because the data is not that of the checkpoint"
             f" ({why}). It starts from the beginning"
             + (", and the epoch under way begins again with its first batch." if inside_epoch else ".")

@@ -63,6 +63,9 @@ class Listener(Protocol):
     def on_resumed(self, trainer: Any) -> None:
         """Called when a resumed run is where it was."""
 
+    def on_failure(self, trainer: Any, error: Exception) -> bool:
+        """The save points have failed. Whether the run can continue without them."""
+
 
 class SavePoints:
     """Tells listeners of one Trainer the points where a save is right, and puts a resumed run there.
@@ -108,7 +111,6 @@ class SavePoints:
         """Note what a fit begins with, in `on_train_start`; enough for `capture`, and overrides nothing."""
         if self._noted:
             return
-        self._noted = True
         self._begun = self._order_is_wanted = False
         self.starts += 1
         module = self.trainer.lightning_module
@@ -117,6 +119,7 @@ class SavePoints:
         self.finite = FiniteCheck(module)
         self._global_step, self._optimizer_steps, self._batches = self.trainer.global_step, 0, 0
         self._trained_at_start = self._trained()
+        self._noted = True
 
     def listen(self, listener: Listener, saves: bool = True) -> None:
         """Begin to tell a listener; from `on_train_start` on.
@@ -271,11 +274,11 @@ class SavePoints:
         if resume is not None:
             self._continue(resume)
         elif not self._begun and self.trainer.current_epoch == 0 and not self.trainer.fit_loop.restarting:
-            self._data.begin_first_epoch()
+            self._try(self._data.begin_first_epoch)
         self._begun = True
-        before = self.finite.before_hooks()
+        before = self._try(self.finite.before_hooks)
         original()
-        self.finite.after_hooks(before)
+        self._try(self.finite.after_hooks, before or {})
 
     def _on_epoch_loop_reset(self, original: Callable[..., None]) -> None:
         # Lightning's own would count the last batch, and validate, a second time.
@@ -287,21 +290,21 @@ class SavePoints:
         fit = self.trainer.fit_loop
         wanted = self._order_is_wanted or self._data.has_fixed_order
         if wanted and self.trainer.current_epoch > 0 and not fit.is_resuming and not fit.epoch_loop.restarting:
-            self._data.before_epoch()
+            self._try(self._data.before_epoch)
         original(fetcher)
         ends, self._batch_is_to_end = self._batch_is_to_end, False
         if ends:
             fit.epoch_loop.on_advance_end(fetcher)
 
     def _on_before_fetch(self, original: Callable[..., None]) -> None:
-        self._data.before_fetch()
+        self._try(self._data.before_fetch)
         original()
 
     def _on_batch_over(self, original: Callable[..., None], fetcher: Any) -> None:
         original(fetcher)
         self._batches += 1
         if self._batches == 1:
-            self.finite.after_first_batch()
+            self._try(self.finite.after_first_batch)
         epoch_loop = self.trainer.fit_loop.epoch_loop
         stepped = self._has_stepped()
         if internals.epoch_is_over(self.trainer):
@@ -317,9 +320,9 @@ class SavePoints:
 
     def _on_epoch_over(self, original: Callable[..., None]) -> None:
         whole = internals.epoch_is_over(self.trainer)
-        before = self.finite.before_hooks()
+        before = self._try(self.finite.before_hooks)
         original()
-        self.finite.after_hooks(before, filled=True)
+        self._try(self.finite.after_hooks, before or {}, True)
         if whole:
             self._global_step = self.trainer.global_step
             self._tell(SavePoint(epoch=self.trainer.current_epoch, batches=0, stepped=True, ending=self._fit_ends()))
@@ -328,6 +331,16 @@ class SavePoints:
         for listener in list(self._listeners):
             if listener in self.trainer.callbacks:  # not while a tuner trains with callbacks of its own
                 listener.on_place(self.trainer, point)
+
+    def _try(self, action: Callable[..., Any], *args: Any) -> Any:
+        """Call it; if it fails, the run continues where no listener needs the points."""
+        try:
+            return action(*args)
+        except Exception as error:
+            answers = [listener.on_failure(self.trainer, error) for listener in list(self._listeners)]
+            if not all(answers):
+                raise
+            return None
 
     def _has_stepped(self) -> bool:
         """Whether the optimizer has stepped in the batch that is over.

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_stability import internals
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.checkpointing.loaders import TrainingData
 from lightning_stability.checkpointing.metrics import restore_metrics
+from lightning_stability.notices import warn
 from lightning_stability.recovery.random_state import RandomState
 
 SECTION = "lightning_stability"
@@ -49,13 +49,13 @@ class Resume:
     ) -> Resume | None:
         """Read a checkpoint's section; None, with a warning, where Lightning's own resume is all there can be."""
         if section.get("format") != FORMAT:
-            rank_zero_warn(
+            warn(
                 "The checkpoint was written by another version of lightning-stability: Lightning's own resume continues"
                 " from it, and batches and random numbers will not be those of the run that was interrupted."
             )
             return None
         if len(section["ranks"]) != world_size:
-            rank_zero_warn(
+            warn(
                 f"The checkpoint was written by {len(section['ranks'])} processes and is loaded by {world_size}:"
                 " batches and random numbers will not be those of the run that was interrupted."
             )

@@ -212,7 +212,7 @@ def _parts(owners: list[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
             pending.append((getattr(owner, "dataset", None), depth + 1, False))
         elif isinstance(owner, FixedOrder):
             pending.append((owner.inner, depth, True))
-        elif hasattr(owner, "__dict__") and not _is_foreign(owner):
+        elif _has(owner, "__dict__") and not _is_foreign(owner):
             attributes = vars(owner)
             if orders and not type(owner).__module__.startswith(_LIBRARIES):
                 plain = {name: value for name, value in attributes.items() if _is_plain(value)}
@@ -222,7 +222,7 @@ def _parts(owners: list[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
                     (_Unrestorable(owner, n), depth, True) for n, v in attributes.items() if isinstance(v, _RUNNING)
                 )
             for name, value in attributes.items():
-                is_data = name in ("dataset", "data_source") and not hasattr(value, "_sampler")
+                is_data = name in ("dataset", "data_source") and not _has(value, "_sampler")
                 pending.append((value, depth + 1, orders and not is_data))
             pending.extend((generator, depth + 1, orders) for generator in _generators_by_name(owner))
 
@@ -264,7 +264,15 @@ def _copied(value: Any) -> Any:
 
 
 def _is_loader(owner: Any) -> bool:
-    return hasattr(owner, "dataset") and hasattr(owner, "batch_sampler") and hasattr(owner, "collate_fn")
+    return _has(owner, "dataset", "batch_sampler", "collate_fn")
+
+
+def _has(owner: Any, *names: str) -> bool:
+    """Whether it has these attributes; an object of the user's may raise whatever it likes when it is asked."""
+    try:
+        return all(hasattr(owner, name) for name in names)
+    except Exception:
+        return False
 
 
 def _is_foreign(owner: Any) -> bool:

@@ -97,12 +97,13 @@ class Bucket:
                 return norms
         self.gradients = [None if p.grad is None else self._dense(p) for p in self.parameters]
         present = [gradient for gradient in self.gradients if gradient is not None]
-        self.regular = len(present) == len(self.parameters) and not self._any_sparse()
+        self.regular = len(present) == len(self.parameters) and not self.any_sparse()
         found = iter(self.norms(present) if present else ())
         zero = torch.zeros((), dtype=self.norm_dtype or torch.float32, device=self.device)
         return [zero if gradient is None else next(found) for gradient in self.gradients]
 
-    def _any_sparse(self) -> bool:
+    def any_sparse(self) -> bool:
+        """Whether a gradient is sparse; looks at each."""
         return any(p.grad is not None and p.grad.is_sparse for p in self.parameters)
 
     def _dense(self, parameter: Tensor) -> Tensor:

@@ -138,6 +138,11 @@ class GradientMeter:
         if self._sharded:
             self._add_up_shards(self.norms)
 
+    @property
+    def has_sparse(self) -> bool:
+        """Whether any of the gradients that were measured is sparse."""
+        return self._absent and any(bucket.any_sparse() for bucket in self._buckets)
+
     @torch.no_grad()
     def total_norm(self) -> Tensor:
         """Norm of all gradients as measured, 0-dimensional, on the device."""

@@ -43,7 +43,7 @@ class StepRecord:
         outcome: `"applied"`; `"ordinary_skip"`, which GradScaler answers by halving; `"bad"`; `"rejected"`, whose input
             was flagged, whatever the step came to; `"held"`, skipped because of an earlier step; `"no_loss"`.
         bad_option: An option of the optimizer that was not finite, such as `lr=nan`.
-        exception: What `training_step` raised on a batch that was skipped for it.
+        exception: What raised what on a batch that was skipped for it.
         batch_losses: The loss of each batch, 0-dimensional tensors where they were made.
         restored: Parameters and buffers that were found non-finite after a bad step, and restored from a copy.
         not_restored: Those that are non-finite, and of which there is no copy.

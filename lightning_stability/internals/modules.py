@@ -62,8 +62,8 @@ def children_of(module: nn.Module) -> dict[str, Any]:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written in place; writes through `.data` are not counted."""
-    return tensor._version
+    """How often a tensor was written in place; writes through `.data` are not counted. Inference tensors count none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def has_own_dispatch(tensor: Tensor) -> bool:

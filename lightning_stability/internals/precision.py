@@ -11,6 +11,7 @@ from torch import Tensor
 PLUGIN_METHODS = (
     "convert_input",
     "pre_backward",
+    "backward",
     "post_backward",
     "_clip_gradients",
     "clip_gradients",

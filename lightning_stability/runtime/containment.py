@@ -16,8 +16,9 @@ HOOKS = (
     *("on_validation_start", "on_validation_end", "on_validation_epoch_start", "on_validation_epoch_end"),
     *("on_validation_batch_start", "on_validation_batch_end", "on_exception", "teardown"),
     *("state_dict", "load_state_dict", "on_save_checkpoint", "on_load_checkpoint"),
+    *("on_place", "on_resumed"),
 )
-"""Hooks of a callback that Lightning calls."""
+"""Hooks of a callback that Lightning calls, or the points at which a run can be saved."""
 
 _EMPTY: dict[str, Callable[[], Any]] = {"state_dict": dict}
 
@@ -81,3 +82,7 @@ class ContainedListener(Contained):
     def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The user's own exceptions are not ours to contain."""
         return self._target.training_step(original, args, kwargs)
+
+    def backward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Nor those of what the module computes its gradients with."""
+        return self._target.backward(original, args, kwargs)

@@ -179,6 +179,8 @@ class Dispatch:
         failing = list(self.policies) if policy is None else [policy]
         if not failing or not all(policy.automatic for policy in failing):
             return False
+        reason = error if isinstance(error, MisconfigurationException) else repr(error)
         for policy in failing:
-            policy.disable(self._trainer(), repr(error))
+            if policy in self.policies:  # else it has failed within what it calls, and is disabled already
+                policy.disable(self._trainer(), reason)
         return True

@@ -4,6 +4,7 @@ They are set on the instances, so that the precision plugin keeps its class, whi
 
     convert_input       the batch, before a 16-true precision casts it
     pre_backward        the loss, before GradScaler multiplies it
+    backward            an exception that leaves it is explained
     post_backward       the forward pass is judged: what it wrote stays or is restored
     _clip_gradients     the last point before clipping: after `unscale_`, after every `on_before_optimizer_step`
     clip_gradients      a module clips by itself, in manual optimization
@@ -47,6 +48,8 @@ class StepListener(Protocol):
 
     def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any: ...
 
+    def backward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any: ...
+
 
 class PluginHooks:
     """Stands in for methods of one precision plugin and of the strategy until `remove`."""
@@ -80,6 +83,9 @@ class PluginHooks:
     def pre_backward(self, tensor: Tensor, module: Any) -> Any:
         self._listener.on_loss(tensor)
         return self._originals["pre_backward"](tensor, module)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._listener.backward(self._originals["backward"], args, kwargs)
 
     def post_backward(self, tensor: Tensor, module: Any) -> Any:
         self._listener.on_backward_end()

@@ -189,6 +189,8 @@ class Pipeline:
         step = self._step
         if step is None or step.meter is None or step.optimizer is not optimizer or not step.meter.drives_clipping:
             return False
+        if self._is_automatic() and step.meter.has_sparse:  # Lightning refuses to clip those
+            return False
         step.meter.clip_(float(max_norm))
         return True
 

@@ -70,7 +70,7 @@ class Losses:
     indices: list[int] = field(default_factory=list)
     of_batches: list[Tensor] = field(default_factory=list)
     exception: str | None = None
-    """What `training_step` raised on one of the batches, which was skipped for it."""
+    """What raised what on one of the batches, which was skipped for it."""
 
     @property
     def batches(self) -> int:

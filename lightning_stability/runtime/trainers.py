@@ -11,6 +11,7 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name, is_overridden
 from lightning_stability.health.buckets import CPU_PIECE
+from lightning_stability.recovery.guard import decides_on_device
 
 # Strategies whose gradients are not to be had where we look, and what to use in their place.
 _HIDDEN = {
@@ -98,6 +99,20 @@ def say_what_it_costs(trainer: Any, optimizer: Optimizer) -> None:
     clips = trainer.gradient_clip_val and getattr(trainer.strategy.precision_plugin, "scaler", None) is not None
     removed = "; fused=True removes it" if has_fused and not clips else ""
     rank_zero_info(f"Guarding {name} takes one read of the device per step{removed}.")
+
+
+def read_lag(trainer: Any, retries: bool) -> int:
+    """How many steps the host may be behind: where the device decides alone, it need not wait for it.
+
+    Args:
+        trainer: The Trainer.
+        retries: Whether bad steps are trained again.
+    """
+    if trainer.strategy.root_device.type == "cpu":
+        return 0
+    if trainer.world_size > 1:  # all ranks have to hear of a step after the same number of steps
+        return int(not retries and getattr(trainer.precision_plugin, "scaler", None) is None)
+    return int(not retries or all(decides_on_device(optimizer) for optimizer in trainer.optimizers))
 
 
 def clips_by_norm(trainer: Any) -> bool:

@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.internals import Overrides
+from lightning_stability.notices import warn
 
 _UPDATES_TO_WATCH = 2
 """Updates of a custom optimizer before which to look whether it moves the weights ahead of its closure. The second may
@@ -202,7 +202,7 @@ _ASKS_AGAIN: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 def _say_that_it_asks_again(optimizer: Optimizer) -> None:
     if optimizer not in _ASKS_AGAIN:
         _ASKS_AGAIN.add(optimizer)
-        rank_zero_warn(
+        warn(
             f"{type(optimizer).__name__} evaluates its closure more than once a step: only the first"
             " gradients of each step are checked, later ones can still be non-finite."
         )

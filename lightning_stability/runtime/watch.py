@@ -17,7 +17,6 @@ from lightning_stability.health import StepRecord
 from lightning_stability.internals import Overrides
 from lightning_stability.recovery import Guard, MetricUndo
 from lightning_stability.recovery.content import Contents
-from lightning_stability.recovery.guard import decides_on_device
 from lightning_stability.runtime.containment import Contained, ContainedListener
 from lightning_stability.runtime.dispatch import Dispatch
 from lightning_stability.runtime.hooks import PluginHooks
@@ -25,7 +24,7 @@ from lightning_stability.runtime.optimizers import UnknownOptimizers
 from lightning_stability.runtime.pipeline import Pipeline
 from lightning_stability.runtime.record import Limits, Outcome
 from lightning_stability.runtime.retry import Retries
-from lightning_stability.runtime.trainers import refuse_optimizer, say_what_it_costs
+from lightning_stability.runtime.trainers import read_lag, refuse_optimizer, say_what_it_costs
 from lightning_stability.runtime.windows import BadStep, UncastBatch, Windows
 
 
@@ -51,6 +50,7 @@ class Watch:
         self._contents: Contents | None = None
         self._hooks: PluginHooks | None = None
         self._unknown: UnknownOptimizers | None = None
+        self._explained = 0  # the id of an exception on its way from the backward pass through `training_step`
         self.ending = False
         """Set by a policy that ends the run: a held update stays held."""
         self.subscribers: list[Callable[[BadStep], None]] = []
@@ -164,6 +164,7 @@ class Watch:
     def begin_batch(self, batch: Any) -> None:
         """A batch is about to enter `training_step`."""
         if self.guard is not None:
+            self._explained = 0
             self._recent.append((internals.batch_number(self._trainer), batch))
             self.guard.begin_batch()
 
@@ -280,16 +281,12 @@ class Watch:
 
     def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call it; an exception that a non-finite batch has caused may be answered by skipping the batch."""
-        try:
-            return original(*args, **kwargs)
-        except Exception as error:
-            if self.guard is None or not self._is_ours() or not self._skips_exception(error, args, kwargs):
-                raise
-            loss = torch.full((), math.nan, device=self._trainer.strategy.root_device)
-            self.guard.fail_batch(loss.device)
-            self.pipeline.add_loss(loss)
-            self.pipeline.losses.exception = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-            return None
+        batch = args[0] if args else next(iter(kwargs.values()), None)
+        return self._call(original, args, kwargs, "`training_step`", batch)
+
+    def backward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The same for the backward pass: of a non-finite loss some modules make one without a graph."""
+        return self._call(original, args, kwargs, "the backward pass", self._recent[-1][1] if self._recent else None)
 
     # Parts of the above.
 
@@ -298,8 +295,21 @@ class Watch:
         """Whether a batch on which `training_step` has raised can be left out."""
         return self._trainer.world_size == 1 and bool(self._trainer.lightning_module.automatic_optimization)
 
-    def _skips_exception(self, error: Exception, args: Any, kwargs: Any) -> bool:
-        batch = args[0] if args else next(iter(kwargs.values()), None)
+    def _call(self, original: Callable[..., Any], args: Any, kwargs: Any, what: str, batch: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except Exception as error:
+            known, self._explained = id(error) == self._explained, id(error)
+            if known or self.guard is None or not self._is_ours() or not self._skips_exception(error, batch):
+                raise
+            loss = torch.full((), math.nan, device=self._trainer.strategy.root_device)
+            self.guard.fail_batch(loss.device)
+            self.pipeline.add_loss(loss)
+            said = (str(error).splitlines() or [""])[0][:200]
+            self.pipeline.losses.exception = f"{what} raised {type(error).__name__}: {said}"
+            return None
+
+    def _skips_exception(self, error: Exception, batch: Any) -> bool:
         policies = list(self._dispatch.policies)
         answers = [self._dispatch.contain(p.skips_exception, error, batch, policy=p) for p in policies]
         return self.can_skip_a_batch and any(answers)
@@ -338,19 +348,22 @@ class Watch:
     def _make_retries(self) -> None:
         """Keep the batches of the open window where somebody may need them again."""
         trainer, guard = self._trainer, self.guard
+        # (one that is open goes on: its batches so far are nowhere else)
+        windows, lag = (None if self.retries is None else self.retries.windows), self.pipeline.read_lag or 0
         self._overrides.restore()
         self.retries = self.pipeline.read_lag = None
         candidates: list[Any] = [policy for policy in self._dispatch.policies if hasattr(policy, "wants_retry")]
         retrier = next((policy for policy in candidates if policy.wants_retry()), None)
         if guard is None or (retrier is None and not self.subscribers):
             return
-        module, windows = trainer.lightning_module, None
-        self.pipeline.read_lag = lag = self._lag(retries=retrier is not None)
+        module = trainer.lightning_module
+        self.pipeline.read_lag = lag = read_lag(trainer, retries=retrier is not None) if windows is None else lag
         if module.automatic_optimization:
-            most = math.inf if retrier is not None else self.most_batches
-            windows = Windows(
-                module, self._results, trainer.strategy.root_device, lag + 1, copies=retrier is not None, most=most
-            )
+            if windows is None:
+                most = math.inf if retrier is not None else self.most_batches
+                windows = Windows(
+                    module, self._results, trainer.strategy.root_device, lag + 1, retrier is not None, most
+                )
             internals.on_closure(self._overrides, trainer, self._on_closure)
         self.retries = Retries(
             trainer,
@@ -365,15 +378,6 @@ class Watch:
             show=self._show,
             is_ending=lambda: self.ending,
         )
-
-    def _lag(self, retries: bool) -> int:
-        """How many steps the host may be behind: where the device decides alone, it need not wait for it."""
-        trainer = self._trainer
-        if trainer.strategy.root_device.type == "cpu":
-            return 0
-        if trainer.world_size > 1:  # all ranks have to hear of a step after the same number of steps
-            return int(not retries and getattr(trainer.precision_plugin, "scaler", None) is None)
-        return int(not retries or all(decides_on_device(optimizer) for optimizer in trainer.optimizers))
 
     def _set_hold(self) -> None:
         """After how many bad updates in a row the device holds those that follow, until the host has answered."""

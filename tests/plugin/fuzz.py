@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import logging
 import os
 import random
@@ -195,6 +196,14 @@ HOOK = re.compile(r"setup|teardown|state_dict|is_needed|wants_\w+|on_(?!predict|
 """Where a fault is injected: what is called during `fit`."""
 
 
+DISABLED = re.compile(r"(\w+ disables itself in this run: \w+(?:Error|Exception)\(.*\)|lightning-stability disables.*)")
+"""Of a refusal in words it is said why; of an error of ours its `repr`."""
+
+
+EXPECTED = re.compile(r"Injected\(|uninitialized parameter in <method 'detach'")
+"""What is no error of ours: the injected one, and that no state_dict can be made, of which Lightning's saves fail."""
+
+
 class Stream(IterableDataset):
     """Batches without a length."""
 
@@ -314,16 +323,19 @@ def train(case: Case, automatic: str, folder: str) -> dict[str, Any]:
     )  # fmt: skip
     loader = case.data(case.loop == "iterable")
     torch.manual_seed(2)
-    try:
-        trainer.fit(module, loader, case.data(False) if case.validates else None)
-    except BaseException as raised:
-        error = raised
+    with contextlib.redirect_stderr(io.StringIO()) as heard:
+        try:
+            trainer.fit(module, loader, case.data(False) if case.validates else None)
+        except BaseException as raised:
+            error = raised
     plugin = trainer.strategy.precision_plugin
     scaler = getattr(plugin, "scaler", None)
+    said = heard.getvalue()
     state = [p for p in module.parameters() if p.is_floating_point() and not isinstance(p, UninitializedTensorMixin)]
     return {
         "went_bad": not all(p.isfinite().all() for p in state) or (scaler is not None and scaler.get_scale() != SCALE),
         "error": error,
+        "disabled": [line for line in DISABLED.findall(said) if not EXPECTED.search(line)],
         "exception": None if error is None else f"{type(error).__name__}: {error}",
         "weights": digest({**dict(module.named_parameters()), **dict(module.named_buffers())}),  # lazy ones too
         "optimizers": digest([optimizer.state_dict().get("state") for optimizer in trainer.strategy._optimizers]),
@@ -377,11 +389,13 @@ def differences(case: Case) -> list[str]:
     ours_error, _ = ours.pop("error"), bare.pop("error")
     went_bad = bare.pop("went_bad") or case.bad_batch is not None
     ours.pop("went_bad")
+    bare.pop("disabled")
+    found = [f"failed: {line}" for line in ours.pop("disabled")]
     # where something went bad, the package is there to change the rest
     parts = ["callbacks", "plugin"] if went_bad else list(bare)
     if went_bad and ours["exception"] not in (None, bare["exception"]):
         parts.append("exception")
-    found = [f"{part}: {bare[part]!s:.300} became {ours[part]!s:.300}" for part in parts if bare[part] != ours[part]]
+    found += [f"{part}: {bare[part]!s:.300} became {ours[part]!s:.300}" for part in parts if bare[part] != ours[part]]
     if ours["exception"] != bare["exception"] and ours_error is not None:
         found.append("".join(traceback.format_exception(ours_error)))
     return found
@@ -393,6 +407,8 @@ def _quiet(filters: str) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    # a scripted module keeps the dtype that an earlier case's autocast has compiled into it
+    compiles_autocast = torch._C._jit_set_autocast_mode(False)
     with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
         if filters == "error":
@@ -402,6 +418,7 @@ def _quiet(filters: str) -> Iterator[None]:
         try:
             yield
         finally:
+            torch._C._jit_set_autocast_mode(compiles_autocast)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 

@@ -8,6 +8,7 @@ import torch
 
 from lightning_stability import GradNormMonitor
 from lightning_stability._compat import MisconfigurationException
+from lightning_stability.notices import warn
 from lightning_stability.plugin import AutomaticCallbacks
 from tests import runs
 
@@ -92,11 +93,26 @@ def test_warnings_that_are_errors_do_not_make_ours_one(train, monkeypatch, caplo
     bare = train("none")
     monkeypatch.setattr(GradNormMonitor, "setup", fails_after(GradNormMonitor.setup))
     monkeypatch.setattr(AutomaticCallbacks, "leave", fails_after(AutomaticCallbacks.leave))
-    with warnings.catch_warnings(), caplog.at_level("INFO"):
+    with warnings.catch_warnings(record=True) as recorded, caplog.at_level("INFO"):
         warnings.filterwarnings("error", message="lightning-stability")
         assert torch.equal(train(), bare)
-    assert "in this run: on purpose" in caplog.text
+    assert said(recorded) == ["lightning-stability: GradNormMonitor disables itself in this run: on purpose"]
     assert "in this run: RuntimeError: on purpose" in caplog.text
+
+
+def test_advice_that_is_made_an_error_disables_nothing(train, monkeypatch, caplog):
+    bare, original = train("none"), GradNormMonitor.on_record
+
+    def advise(self, record):
+        original(self, record)
+        warn("GradNormMonitor: the gradient norm is rising.")
+
+    monkeypatch.setattr(GradNormMonitor, "on_record", advise)
+    with warnings.catch_warnings(record=True) as recorded, caplog.at_level("INFO"):
+        warnings.filterwarnings("error", message="GradNormMonitor")
+        assert torch.equal(train("GradNormMonitor"), bare)
+    assert said(recorded) == []
+    assert caplog.text.count("is rising") == 3
 
 
 @pytest.mark.parametrize("value", ["Nonsense", "NaNEarlyStop(", "NaNEarlyStop(patience=-1)"])

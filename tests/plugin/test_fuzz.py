@@ -10,27 +10,13 @@ from tests.plugin.strange import BATCHES, PARTS
 
 FAST, SLOW, CHUNK = 40, 2000, 100
 
-KNOWN: dict[int, str] = {
-    **dict.fromkeys((1, 7, 11, 31), "an exception in a hook of an automatic callback reaches the run"),
-    **dict.fromkeys((17, 21, 29, 30), "uninitialised parameters and buffers are not left out"),
-    **dict.fromkeys((4, 38), "CSR tensors in the batch or among the buffers are not left out"),
-    **dict.fromkeys((25, 32), "the layout of a sparse buffer is asked for its strides"),
-    28: "float8 buffers have no isposinf",
-}
-"""Seeds that fail today, and why."""
 
-
-def param(seed: int) -> object:
-    return pytest.param(seed, marks=pytest.mark.xfail(reason=KNOWN[seed], strict=False) if seed in KNOWN else ())
-
-
-@pytest.mark.parametrize("seed", [param(seed) for seed in range(FAST)])
+@pytest.mark.parametrize("seed", range(FAST))
 def test_a_strange_run_ends_as_it_does_without_the_package(seed: int) -> None:
     assert differences(Case.of(seed)) == []
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="failures of the runtime that are being mended", strict=False)
 @pytest.mark.parametrize("first", range(FAST, FAST + SLOW, CHUNK))
 def test_many_strange_runs_end_as_they_do_without_the_package(first: int) -> None:
     found = {seed: differences(Case.of(seed)) for seed in range(first, first + CHUNK)}
