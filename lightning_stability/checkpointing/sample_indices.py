@@ -67,7 +67,6 @@ class SampleIndices:
             return list(batch)
         return None  # an IterableDataset's has none, and a loader without batches of its own one for the whole batch
 
-
     def note(self, iterator: Any, index: Any) -> None:
         """An iterator has asked its sampler."""
         asked = self._asked.setdefault(iterator, _Asked())

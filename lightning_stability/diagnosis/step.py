@@ -16,6 +16,9 @@ from lightning_stability.recovery.random_state import RandomState
 
 State = dict[str, Any]
 
+REJECTED = "rejected"
+"""What has failed in a step whose batch InputCheck has rejected: nothing yet."""
+
 
 @dataclass
 class RecordedStep:
@@ -29,7 +32,7 @@ class RecordedStep:
         precision: Lightning's word, such as `"16-mixed"`.
         losses: The loss of each batch as Lightning has it in `outputs["loss"]`: unscaled, divided by
             `loss_divisor`. Empty if unknown: then a replay cannot be compared with the recording.
-        failed: What was non-finite: `"loss"`, `"gradient"`, `"buffer"`, `"weight"`, `"input"`, ...
+        failed: What was non-finite: `"loss"`, `"gradient"`, `"buffer"`, `"weight"`, `"rejected"`, ...
         state: What `capture_state` gave before the first batch; None if the module is in that state now.
         optimizers: The module's.
         optimizer: Which of them made the step.

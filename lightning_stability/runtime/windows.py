@@ -153,9 +153,19 @@ class BadStep:
     trainer: Any
     is_late: bool = False
 
-    def before(self) -> contextlib.AbstractContextManager[None]:
-        """Around what needs the buffers and metric states from before the window."""
-        return contextlib.nullcontext() if self.window is None else self.window.as_before()
+    @contextlib.contextmanager
+    def before(self) -> Iterator[None]:
+        """Around what needs buffers, metric states and the optimizer's options as they were for this step."""
+        if self.window is None or self.optimizer is None:
+            yield
+            return
+        options = options_of(self.optimizer)
+        with self.window.as_before():
+            set_options(self.optimizer, self.window.options)
+            try:
+                yield
+            finally:
+                set_options(self.optimizer, options)
 
 
 class Windows:
