@@ -34,7 +34,15 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             names.add(node.module or "")
+            if node.module == "lightning_stability":  # a room, or a public name
+                names |= {f"{node.module}.{alias.name}" for alias in node.names if is_room(alias.name)}
+                names -= {node.module} if all(is_room(alias.name) for alias in node.names) else set()
     return names
+
+
+def is_room(name: str) -> bool:
+    package = ROOT / "lightning_stability"
+    return (package / name).is_dir() or (package / f"{name}.py").is_file()
 
 
 def test_nothing_but_the_command_line_imports_the_trainer():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_stability.health.record import StepRecord
 from lightning_stability.health.values import named_tensors, nonfinite_names, nonfinite_rows
+from lightning_stability.internals import batch_index
 from lightning_stability.runtime.policies import DeliberateError
 
 SHOWN_NAMES = 3
@@ -62,6 +65,32 @@ class Incident:
         batch = f", batch {self.batch_idx}" if self.batch_idx >= 0 else ""
         rank = f", rank {self.rank}" if self.rank is not None else ""
         return f"epoch {self.epoch}{batch}, global step {self.step}{rank}"
+
+
+def loss_incident(trainer: Any, outputs: Any) -> Incident | None:
+    """A loss that was not finite on some rank, where nothing else can be looked at; its update has been made.
+
+    All ranks have to ask. `outputs` is what `on_train_batch_end` gets.
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    bad = isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all())
+    if not trainer.strategy.reduce_boolean_decision(bad, all=False):
+        return None
+    what = "the loss was not finite" if bad else "the loss was not finite on another rank"
+    engine = type(trainer.strategy).__name__
+    why = f"{what}; its update has been made, since under {engine} the engine alone can skip updates"
+    return Incident("loss", why, trainer.global_step, trainer.current_epoch, batch_index(trainer), None)
+
+
+def metric_incident(trainer: Any, names: Sequence[str]) -> Incident | None:
+    """The first of the logged metrics of these names that is not finite."""
+    metrics = trainer.callback_metrics
+    values = ((name, float(metrics[name])) for name in names if name in metrics)
+    bad = next(((name, value) for name, value in values if not math.isfinite(value)), None)
+    if bad is None:
+        return None
+    why = f"the metric `{bad[0]}` was {bad[1]:g}"
+    return Incident("metric", why, trainer.global_step, trainer.current_epoch, -1, None)
 
 
 def listed(names: list[str]) -> str:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NoReturn
 
-import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import StabilityCallback, warn_always
@@ -18,6 +15,8 @@ from lightning_stability.callbacks.incident import (
     Incident,
     NonFiniteError,
     listed,
+    loss_incident,
+    metric_incident,
     poisoned_attributes,
     where_nonfinite,
 )
@@ -31,7 +30,7 @@ from lightning_stability.checkpointing.stopping import (
 )
 from lightning_stability.health import StepRecord
 from lightning_stability.health.values import named_tensors, nonfinite_names
-from lightning_stability.internals import batch_index, window_is_open
+from lightning_stability.internals import batch_index, validation_is_due, window_is_open
 from lightning_stability.runtime import BadStep, Order, Outcome
 from lightning_stability.runtime.counts import Counts
 from lightning_stability.runtime.trainers import why_gradients_are_hidden
@@ -114,6 +113,7 @@ class NaNEarlyStop(StabilityCallback):
         self._goes_on_after_a_stop = False
         self._message = ""
         self._metrics_seen: set[str] = set()
+        self._newest: Incident | None = None
         self._origin: str | None = None
         self._first_incident: str | None = None
         self._last_incident: str | None = None
@@ -171,17 +171,6 @@ class NaNEarlyStop(StabilityCallback):
         self.guards = self.reads_steps = not hidden
         super()._join(trainer, stage)
 
-    def _look_at_loss(self, trainer: Any, outputs: Any) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        bad = isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all())
-        if self._incident is None and trainer.strategy.reduce_boolean_decision(bad, all=False):
-            engine = type(trainer.strategy).__name__
-            what = "the loss was not finite" if bad else "the loss was not finite on another rank"
-            why = f"{what}; its update has been made, since under {engine} the engine alone can skip updates"
-            self._incident = Incident(
-                "loss", why, trainer.global_step, trainer.current_epoch, batch_index(trainer), None
-            )
-
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Stop here if the validation in between said so."""
         self._stop_if_due(trainer)
@@ -189,7 +178,10 @@ class NaNEarlyStop(StabilityCallback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop when the batch's hooks are through, before a validation or a checkpoint."""
         if self._watches_loss_alone:
-            self._look_at_loss(trainer, outputs)
+            self._incident = self._incident or loss_incident(trainer, outputs)
+        if self._newest is not None and not self._counts.updates and validation_is_due(trainer):
+            # (it would run a net that is not finite, on weights that nothing has trained)
+            self._incident = self._incident or self._newest
         if self._incident is not None and not window_is_open(trainer):
             self._silence_checkpoints()
             self._end_loops(trainer)
@@ -263,6 +255,7 @@ class NaNEarlyStop(StabilityCallback):
                 f"; the attribute {listed(attributes)} of the module holds non-finite values, which no skip restores:"
                 " register it as a buffer, or reset it"
             )
+        self._newest = incident
         self._first_incident = self._first_incident or incident.place
         self._last_incident = incident.place
         if record.not_restored:
@@ -279,7 +272,8 @@ class NaNEarlyStop(StabilityCallback):
     def on_bad_step(self, bad: BadStep) -> None:
         """Before the run ends: run the step again in memory, and find where its first non-finite value was made."""
         in_a_row = self._counts.bad_in_a_row[bad.record.optimizer] + 1
-        if in_a_row > self.patience and self._origin is None:
+        may_end = in_a_row > self.patience or not self._counts.updates
+        if may_end and self._origin is None:
             from lightning_stability.callbacks.incident_report import explain  # (it loads what few runs need)
 
             self._origin = explain(bad)
@@ -307,18 +301,10 @@ class NaNEarlyStop(StabilityCallback):
     def _look_at_metrics(self, trainer: Any) -> None:
         if self._incident is not None or not self.monitor:
             return
-        metrics = trainer.callback_metrics
-        for name in self.monitor:
-            if name not in metrics:
-                continue
-            self._metrics_seen.add(name)
-            value = float(metrics[name])
-            if not math.isfinite(value):
-                why = f"the metric `{name}` was {value:g}"
-                self._incident = Incident("metric", why, trainer.global_step, trainer.current_epoch, -1, None)
-                # this very moment's save would rank it as best
-                self._silence_checkpoints()
-                return
+        self._metrics_seen |= set(self.monitor) & set(trainer.callback_metrics)
+        self._incident = metric_incident(trainer, self.monitor)
+        if self._incident is not None:
+            self._silence_checkpoints()  # this very moment's save would rank it as best
 
     # The stop.
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lightning_stability._compat import MisconfigurationException
 from lightning_stability.events import EventLog
 from lightning_stability.health import StepRecord
 from lightning_stability.runtime.containment import contain_hooks
@@ -155,6 +156,14 @@ class Dispatch:
         )
 
     # Errors.
+
+    def refuse_to_guard(self, refusal: MisconfigurationException) -> None:
+        """Updates cannot be guarded: raise it; if only automatic policies wanted that, they disable themselves."""
+        guarding = self.those_that_guard()
+        if not all(policy.automatic for policy in guarding):
+            raise refusal
+        for policy in guarding:
+            policy.disable(self._trainer(), refusal)
 
     def contain(self, action: Callable[..., Any], *args: Any, policy: Policy | None = None) -> Any:
         """Call ours; an error of a policy that came with the environment, or of all, disables it and ends nothing."""

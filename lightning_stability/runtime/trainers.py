@@ -44,7 +44,9 @@ def why_gradients_are_hidden(trainer: Any) -> str | None:
     for name, reason in _HIDDEN.items():
         if is_instance_by_name(strategy, name):
             return f"gradients cannot be measured under {type(strategy).__name__}: {reason}."
-    if is_instance_by_name(strategy, "FSDPStrategy") and getattr(strategy.cpu_offload, "offload_params", False):
+    if is_instance_by_name(strategy, "FSDPStrategy") and getattr(
+        getattr(strategy, "cpu_offload", None), "offload_params", False
+    ):
         return "gradients cannot be measured under FSDPStrategy(cpu_offload=True): they are on the CPU; leave it out."
     return None
 

@@ -66,7 +66,7 @@ class Watch:
             is_active=lambda: is_ours() and dispatch.read_steps,
             wants_update=dispatch.wants_update,
             is_automatic=dispatch.is_automatic,
-            refuse=self._refuse_to_guard,
+            refuse=dispatch.refuse_to_guard,
         )
         self.pipeline.gate = Contained(self.pipeline, dispatch.on_error)
 
@@ -332,16 +332,9 @@ class Watch:
             for optimizer in self._trainer.optimizers if guarding else ():
                 refuse_optimizer(optimizer)
         except MisconfigurationException as refusal:
-            self._refuse_to_guard(refusal)
+            self._dispatch.refuse_to_guard(refusal)
             return False
         return bool(guarding)
-
-    def _refuse_to_guard(self, refusal: MisconfigurationException) -> None:
-        guarding = self._dispatch.those_that_guard()
-        if not all(policy.automatic for policy in guarding):
-            raise refusal
-        for policy in guarding:
-            policy.disable(self._trainer, refusal)
 
     def _make_retries(self) -> None:
         """Keep the batches of the open window where somebody may need them again."""

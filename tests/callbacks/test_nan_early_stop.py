@@ -306,7 +306,7 @@ class TestWhatItSays:
         x = poison.data().dataset.tensors[0].clone()
         x[9, 3] = torch.inf
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4)
-        with pytest.warns(UserWarning, match=r"so was the input: `batch\[0\]` holds non-finite values"):
+        with pytest.warns(UserWarning, match=r"the input held non-finite values: `batch\[0\]`"):
             runs.trainer(one, callbacks=[NaNEarlyStop(patience=0)]).fit(module, loader)
 
     def test_a_buffer_that_the_loss_does_not_show(self, one: Any) -> None:

@@ -246,7 +246,7 @@ def test_a_stop_waits_for_the_write_that_is_under_way(
                 raise ArithmeticError("on purpose")
 
     logger = pl.loggers.CSVLogger(tmp_path / "logs")
-    guard = NaNEarlyStop(action="raise" if end == "raise" else "stop")
+    guard = NaNEarlyStop(patience=0, action="raise" if end == "raise" else "stop")
     options = {
         "logger": logger,
         "module": {"bad": bad},
@@ -315,9 +315,11 @@ def test_a_second_stop_on_a_full_disk_leaves_the_first_ones_file(small_disk: Pat
         options["checkpoint"] = {"every_n_epochs": 10, "dirpath": small_disk / "run" / "checkpoints"}
         where = small_disk.parent / "run"
     kept = small_disk / "run" / "checkpoints" / FILE_NAME
-    loudly(where, callbacks=lambda pl: [NaNEarlyStop(), Bad(2, False)], **options)
+    loudly(where, callbacks=lambda pl: [NaNEarlyStop(patience=0), Bad(2, False)], **options)
     before = kept.read_bytes()
-    _, said = loudly(where, callbacks=lambda pl: [NaNEarlyStop(), Bad(5, True)], ckpt_path=str(kept), **options)
+    _, said = loudly(
+        where, callbacks=lambda pl: [NaNEarlyStop(patience=0), Bad(5, True)], ckpt_path=str(kept), **options
+    )
     [message] = [message for message in said if "ended the run" in message]
     assert kept.read_bytes() == before
     assert str(kept) in message
@@ -338,7 +340,7 @@ def test_a_stop_recommends_no_file_that_it_cannot_read(tmp_path: Path, damage: s
                 newest.write_bytes(raw if damage == "flipped" else raw[:-100])
 
     monitor = {"module": {"bad": 4}, "checkpoint": {"every_n_epochs": 2 / 7}, "validate": False, "max_epochs": 1}
-    callbacks = lambda pl: [NaNEarlyStop(), Harm()]  # noqa: E731
+    callbacks = lambda pl: [NaNEarlyStop(patience=0), Harm()]  # noqa: E731
     _, said = loudly(tmp_path, callbacks=callbacks, **monitor)
     [message] = [message for message in said if "ended the run" in message]
     good = newest_good(list_checkpoints(tmp_path / "checkpoints"))

@@ -391,6 +391,7 @@ class TestWhatElseHappens:
         for late in (False, True):
             module = poison.make_module(one, {3: "nan_input"}, OPTIMIZERS["AdamW fused"], by_hand=False)
             callbacks: list[Any] = [NaNEarlyStop(patience=0)]
+            callbacks[0].automatic = True  # one that was asked for reads each step: it may have to explain it
             if late:
                 callbacks.append(_ReadLate(one))
             with pytest.warns(UserWarning, match="NaNEarlyStop ended the run"):

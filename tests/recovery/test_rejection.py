@@ -135,6 +135,7 @@ def test_the_count_on_the_device_passes_over_it_too(first: int | None, how: str,
     kinds = dict.fromkeys({3} if first is None else {first, 3}, "inf_loss")
     module = poison.make_module(pl, kinds, OPTIMIZERS["AdamW fused"], by_hand=False)
     stop = NaNEarlyStop(patience=1)
+    stop.automatic = True  # one that was asked for reads each step: it may have to explain it
     callbacks = [InputCheck(action="skip"), stop, _ReadLate(pl)]
     with pytest.warns(UserWarning, match="InputCheck"):
         poison.fit(pl, module, callbacks, data({2}, how, batches=9), max_epochs=1)

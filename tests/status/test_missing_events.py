@@ -7,10 +7,7 @@ from lightning_stability.status import Run, look
 
 
 def lines(folder: Path) -> dict[str, str]:
-    run = Run(folder)
-    run.update()
-    run.close()
-    return dict(look(run).lines)
+    return dict(look(Run(folder)).lines)
 
 
 def test_lines_that_cannot_be_read_and_events_that_were_lost_are_counted(tmp_path: Path) -> None:
