@@ -1,4 +1,4 @@
-"""One of two ranks, of which rank 1 alone has bad batches, with IncidentReport; started by test_incident_report_ranks.py.
+"""One of two ranks, of which rank 1 alone has bad batches, started by tests/callbacks/test_incident_report_ranks.py.
 
 usage: distributed_incident.py ddp NAMESPACE FOLDER
 """
