@@ -334,7 +334,7 @@ def incident_report() -> Any:
         model = fit(Model(spoil), IncidentReport(folder), plugins=[plugin])
         report = (Path(folder) / "incidents/1-step20/report.txt").read_text()
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10.5, 3.0), layout="constrained", gridspec_kw={"width_ratios": [1, 1.7]}
+        1, 2, figsize=(9.2, 3.0), layout="constrained", gridspec_kw={"width_ratios": [1, 1.35]}
     )
     draw_losses(left, model.losses)
     left.axvline(20, color=GREEN)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_stability.atomic import remove_parts
 from lightning_stability.callbacks.base import warn_always
 from lightning_stability.diagnosis.errors import DiagnosisError
 from lightning_stability.diagnosis.incident import write_incident
@@ -73,7 +72,6 @@ class IncidentWriter:
             diagnosed = self._diagnose(step)
             if diagnosed[0]["reproduced"] is False:
                 return
-        remove_parts(self.folder)
         details = _details(record) | {"dataset_indices": dataset_indices}
         path, left_out = self._save(bad, step, records, details)
         report, sentence = diagnosed or self._diagnose(step)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from lightning_stability.atomic import put_in_place
+from lightning_stability.atomic import put_in_place, remove_parts
 from lightning_stability.diagnosis.environment import capture_environment
 from lightning_stability.diagnosis.errors import DiagnosisError
 from lightning_stability.diagnosis.fields import check_fields, digest
@@ -75,7 +75,7 @@ def write_incident(
     details: dict[str, Any] | None = None,
     save_state: bool = True,
 ) -> dict[str, str]:
-    """Write a recorded step.
+    """Write a recorded step. What a killed process has left half written beside it is deleted.
 
     Args:
         folder: The incident's folder, which is not there yet.
@@ -94,6 +94,7 @@ def write_incident(
 
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_parts(folder.parent)
 
     def fill(part: Path) -> None:
         _fill(part, step, list(history), details or {}, save_state, left_out)
