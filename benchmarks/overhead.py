@@ -1,7 +1,8 @@
-"""What a healthy step costs with each callback, with the automatic two, and with all that have something to do in a step (FractionalCheckpoint has not).
+"""What a healthy step costs with each callback, with the automatic two, and with all that work in a step.
 
-Each way trains blocks of steps that are interleaved with bare blocks in one process. Printed is the median of the
-ratios of a block to the bare blocks beside it, with their range; and the bare step again, for the noise.
+FractionalCheckpoint is left out: it does nothing between two saves. Each way trains blocks of steps that are
+interleaved with bare blocks in one process. Printed is the median of the ratios of a block to the bare blocks beside
+it, with their range; and the bare step again, for the noise.
 
 usage: python benchmarks/overhead.py [--quick] [--rounds N] [--minutes M] [--device cuda] [--workloads a,b]
                                      [--json FILE]

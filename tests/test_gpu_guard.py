@@ -160,7 +160,9 @@ class TestPrecisionFallback:
             scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
             plugin = pl.plugins.precision.MixedPrecision("16-mixed", "cuda", scaler)
             results.append(fit(module, [callback], plugins=[plugin], accumulate_grad_batches=accumulate))
-            if accumulate > 1:
+            if accumulate > 1 or optimizer == "AdamW fused":
+                # With a fused optimizer the host hears of the overflow one step late: a callback that averages the
+                # weights after the batch has seen them before the batch was trained again.
                 del results[-1]["average"]
         assert results[0]["trainer"].precision == "32-true"
         assert poison.differences(*results) == []

@@ -23,7 +23,7 @@ from lightning_stability.callbacks.incident import (
 from lightning_stability.callbacks.loggers import call_logger, notify_loggers
 from lightning_stability.callbacks.run_end import RunEnd
 from lightning_stability.callbacks.stop_message import stop_message, summary
-from lightning_stability.checkpointing.loops import SavePoint, SavePoints
+from lightning_stability.checkpointing.loops import SavePoints
 from lightning_stability.checkpointing.section import is_of_a_stop
 from lightning_stability.checkpointing.stopping import (
     newest_checkpoint,
@@ -114,6 +114,7 @@ class NaNEarlyStop(StabilityCallback):
         self._message = ""
         self._metrics_seen: set[str] = set()
         self._newest: Incident | None = None
+        self._saw_finite_loss = False
         self._origin: str | None = None
         self._first_incident: str | None = None
         self._last_incident: str | None = None
@@ -141,15 +142,7 @@ class NaNEarlyStop(StabilityCallback):
                 " values; check how they are initialised or which checkpoint they were loaded from.",
             )
             return
-        self._run_end = RunEnd(trainer)
-        if self._goes_on_after_a_stop:
-            SavePoints.of(trainer).listen(self, saves=False)
-
-    def on_place(self, trainer: Any, place: SavePoint) -> None:
-        """Nothing: what is listened for is where a resumed run begins."""
-
-    def on_resumed(self, trainer: Any) -> None:
-        """Nothing."""
+        self._run_end = RunEnd(trainer, self._goes_on_after_a_stop)
 
     def on_record(self, record: StepRecord) -> None:
         """One bad step too many ends the run; each one is said."""
@@ -179,8 +172,8 @@ class NaNEarlyStop(StabilityCallback):
         """Stop when the batch's hooks are through, before a validation or a checkpoint."""
         if self._watches_loss_alone:
             self._incident = self._incident or loss_incident(trainer, outputs)
-        if self._newest is not None and not self._counts.updates and validation_is_due(trainer):
-            # (it would run a net that is not finite, on weights that nothing has trained)
+        never_finite = self._newest is not None and not self._counts.updates and not self._saw_finite_loss
+        if never_finite and validation_is_due(trainer):  # of a net that was never finite, on weights as they were made
             self._incident = self._incident or self._newest
         if self._incident is not None and not window_is_open(trainer):
             self._silence_checkpoints()
@@ -205,7 +198,6 @@ class NaNEarlyStop(StabilityCallback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what became of all updates."""
         self._summarise()
-        SavePoints.of(trainer).leave(self)
 
     def on_session_end(self, exception: BaseException | None) -> None:
         """Say what became of all updates; another callback may have failed over the bad batch."""
@@ -220,7 +212,6 @@ class NaNEarlyStop(StabilityCallback):
         if self._run_end is not None:
             self._run_end.restore()
             self._run_end = None
-        SavePoints.of(trainer).leave(self)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on right after the batch that a run was ended with."""
@@ -256,6 +247,7 @@ class NaNEarlyStop(StabilityCallback):
                 " register it as a buffer, or reset it"
             )
         self._newest = incident
+        self._saw_finite_loss |= any(math.isfinite(loss) for loss in record.batch_losses)
         self._first_incident = self._first_incident or incident.place
         self._last_incident = incident.place
         if record.not_restored:
@@ -328,7 +320,9 @@ class NaNEarlyStop(StabilityCallback):
         kept = self._run_end.keep_good_weights(stop_was_due) if self._run_end is not None and keeps else None
         checkpoint = kept or newest_checkpoint(trainer)
         self._silence_checkpoints()
-        self._add_contents(incident)
+        _, lost = self.session.restore_contents()  # (a message claims only what was looked at)
+        if lost and incident.what != "weight":
+            self._add_lost(incident, lost)
         if trainer.is_global_zero:
             self.session.events.write(
                 "training_stopped",
@@ -361,13 +355,6 @@ class NaNEarlyStop(StabilityCallback):
 
     def _raise(self, incident: Incident) -> NoReturn:
         raise NonFiniteError(self._message, incident.what, incident.step, incident.epoch, incident.batch_idx)
-
-    def _add_contents(self, incident: Incident) -> None:
-        """A message claims only what was looked at: are parameters and buffers finite now?"""
-        assert self.session is not None
-        _, lost = self.session.restore_contents()
-        if lost and incident.what != "weight":
-            self._add_lost(incident, lost)
 
     def _add_lost(self, incident: Incident, lost: list[str]) -> None:
         """A skipped step makes no weight non-finite; if one is, an earlier update or other code has made it so."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_stability.callbacks.base import warn_always
 from lightning_stability.callbacks.incident import listed
+from lightning_stability.checkpointing.loops import SavePoint, SavePoints
 from lightning_stability.checkpointing.section import StopCheckpoint
 from lightning_stability.checkpointing.stopping import FILE_NAME, EndOfLoop, SilencedCheckpoints, checkpoint_folder
 
@@ -16,10 +17,13 @@ class RunEnd:
 
     Args:
         trainer: The Trainer, in `on_train_start`.
+        after_a_stop: Whether the run resumes from the checkpoint of a stop.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, after_a_stop: bool) -> None:
         self._trainer = trainer
+        if after_a_stop:
+            SavePoints.of(trainer).listen(self, saves=False)
         self._checkpoint = StopCheckpoint(trainer)
         self._silenced: SilencedCheckpoints | None = None
         self._loop_ends: list[EndOfLoop] = []
@@ -55,8 +59,15 @@ class RunEnd:
             return None
         return path
 
+    def on_place(self, trainer: Any, place: SavePoint) -> None:
+        """Nothing is saved here: what is listened for is where a resumed run begins."""
+
+    def on_resumed(self, trainer: Any) -> None:
+        """It is where it was."""
+
     def restore(self) -> None:
         """Let the loops end by themselves, and checkpoint callbacks save again."""
+        SavePoints.of(self._trainer).leave(self)
         for end in self._loop_ends:
             end.restore()
         self._loop_ends = []

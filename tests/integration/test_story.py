@@ -93,13 +93,14 @@ def test_artefacts_in_fp16_crash_in_another_way_finite_steps_first_then_nan_in_t
     assert all(map(math.isfinite, scalars(tmp_path / "fp32", "train_loss_step")))
 
 
-def test_the_crash_recipe_with_nan_early_stop_ends_at_its_first_step_and_says_why(corpus, tmp_path):
+def test_the_crash_recipe_with_nan_early_stop_ends_before_its_validation(corpus, tmp_path):
     words = ["--config=tuab_crash", f"--data.root={corpus}", "--data.batch_size=4", "--trainer.callbacks+=NaNEarlyStop"]
     done = run("fit", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "NaNEarlyStop ended the run: the loss was nan." in done.stderr
-    assert "no update was ever good" in done.stderr
+    assert "no update was ever applied" in done.stderr
+    assert "cast to float16 in module `adapter`" in done.stderr, "where the first non-finite value was made"
     assert not list(tmp_path.rglob("*.ckpt"))
     raised = run("fit", *words, "--trainer.callbacks.action=raise", cwd=tmp_path)
     assert raised.returncode == 1

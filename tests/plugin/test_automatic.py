@@ -188,7 +188,8 @@ assert trainer.global_step == 4
     assert "NaNEarlyStop ended the run: the loss was nan" in done.stderr
     assert [path.parent.name for path in tmp_path.rglob("nan_early_stop.ckpt")] == ["checkpoints"]
     [events] = tmp_path.rglob("events.jsonl")
-    assert [json.loads(line)["event"] for line in events.read_text().splitlines()] == [
+    names = [json.loads(line)["event"] for line in events.read_text().splitlines()]
+    assert [name for name in names if name in ("update_skipped", "training_stopped")] == [
         "update_skipped",
         "training_stopped",
     ]

@@ -59,7 +59,10 @@ def test_options_are_spelled_as_in_python_and_their_types_are_checked():
         ("NaNEarlyStop(patience=-1)", "expected a whole number of at least 0"),
         ("GradNormMonitor(every_n_steps=0)", "expected a whole number of at least 1"),
         ("NaNEarlyStop(patience=2) GradNormMonitor(group_depth=1)", "is not of the form"),
-        ("FractionalCheckpoint(every_n_train_steps=2)", "auto_insert_metric_name, enable_version_counter."),
+        (
+            "FractionalCheckpoint(every_n_train_steps=2)",
+            "enable_version_counter, allow_nonfinite.",
+        ),
         (",", "',' is not of the form Name(option=value)"),
         ("NaNEarlyStop,NaNEarlyStop(patience=2)", "names NaNEarlyStop twice"),
     ],

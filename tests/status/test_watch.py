@@ -112,7 +112,7 @@ def test_the_watch_follows_a_run_on_a_terminal_until_ctrl_c_and_elsewhere_in_pla
     assert "\033" not in out
     reports = out.strip().split("\n\n")
     assert len(reports) > 1
-    assert [report.count("progress ") for report in reports] == [1] * len(reports)
+    assert [("\n" + report).count("\nprogress ") for report in reports] == [1] * len(reports)
     assert "state                 running: process" in reports[0]
     assert "state                 finished: max_epochs=2 reached" in reports[-1]
 
