@@ -1,4 +1,4 @@
-"""On a GPU, where the host hears of a step one step late: the same incidents, and runs that continue as without them."""
+"""On a GPU, where the host hears of a step one step late: the same incidents, and runs that continue as without."""
 
 from __future__ import annotations
 
