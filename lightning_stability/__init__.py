@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FractionalCheckpoint",
     "GradNormMonitor",
+    "IncidentReport",
     "InputCheck",
     "InputError",
     "NaNEarlyStop",
@@ -42,6 +43,7 @@ if TYPE_CHECKING or not _is_status_command():
     from lightning_stability.callbacks import (
         FractionalCheckpoint,
         GradNormMonitor,
+        IncidentReport,
         InputCheck,
         InputError,
         NaNEarlyStop,

@@ -18,6 +18,7 @@ from lightning_stability._compat import MisconfigurationException, is_instance_b
 from lightning_stability.callbacks import (
     FractionalCheckpoint,
     GradNormMonitor,
+    IncidentReport,
     InputCheck,
     NaNEarlyStop,
     PrecisionFallback,
@@ -30,6 +31,7 @@ CALLBACKS: tuple[type[Any], ...] = (
     FractionalCheckpoint,
     PrecisionFallback,
     InputCheck,
+    IncidentReport,
 )
 """Every callback of the package: what `LIGHTNING_STABILITY_CALLBACKS` knows, and what `all` stands for."""
 

@@ -89,19 +89,28 @@ class Session(Callback):
         if policy not in self.dispatch.policies:
             return
         self.dispatch.policies.remove(policy)
+        others = [
+            (call, copies) for call, copies in self.watch.subscribers if getattr(call, "__self__", None) is not policy
+        ]
+        self.watch.subscribers[:] = others
         if not self.dispatch.need_hooks:
             self.watch.stop()
         elif self.has_begun:
             self.watch.arrange()
 
-    def subscribe(self, listener: Callable[[BadStep], None], most_batches: float = math.inf) -> None:
+    def subscribe(
+        self, listener: Callable[[BadStep], None], most_batches: float = math.inf, copies: bool = False
+    ) -> None:
         """Have a listener shown every bad step whole, before any policy hears of it. In `setup`, once.
 
         Args:
             listener: Called with each.
             most_batches: Batches of an accumulation window above which they need not be kept.
+            copies: Whether it needs the state from before the window. Buffers and metric states are then copied
+                before each. It is shown a step as it failed first, also one that training it again has cured, and
+                one that was rejected for its input; without copies, a step that is skipped in the end.
         """
-        self.watch.subscribers.append(listener)
+        self.watch.subscribers.append((listener, copies))
         self.watch.most_batches = max(self.watch.most_batches, most_batches)
 
     def between_steps(self, action: Callable[[], None]) -> None:

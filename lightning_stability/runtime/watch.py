@@ -53,7 +53,8 @@ class Watch:
         self._explained = 0  # the id of an exception on its way from the backward pass through `training_step`
         self.ending = False
         """Set by a policy that ends the run: a held update stays held."""
-        self.subscribers: list[Callable[[BadStep], None]] = []
+        self.subscribers: list[tuple[Callable[[BadStep], None], bool]] = []
+        """Those who are shown bad steps whole, and whether they need the state from before each."""
         self.most_batches = 0.0
         """Batches of a window above which no subscriber needs it whole."""
         self.uncast: Any = None
@@ -357,13 +358,14 @@ class Watch:
         if guard is None or (retrier is None and not self.subscribers):
             return
         module = trainer.lightning_module
-        self.pipeline.read_lag = lag = read_lag(trainer, retries=retrier is not None) if windows is None else lag
+        copies = retrier is not None or any(copies for _, copies in self.subscribers)
+        if windows is None:
+            lag = read_lag(trainer, retries=retrier is not None or (copies and trainer.world_size > 1))
+        self.pipeline.read_lag = lag
         if module.automatic_optimization:
             if windows is None:
                 most = math.inf if retrier is not None else self.most_batches
-                windows = Windows(
-                    module, self._results, trainer.strategy.root_device, lag + 1, retrier is not None, most
-                )
+                windows = Windows(module, self._results, trainer.strategy.root_device, lag + 1, copies, most)
             internals.on_closure(self._overrides, trainer, self._on_closure)
         self.retries = Retries(
             trainer,
@@ -376,6 +378,7 @@ class Watch:
             forget_losses=self.pipeline.forget_losses,
             deliver=self._deliver,
             show=self._show,
+            keeps_state=copies and windows is not None,
             is_ending=lambda: self.ending,
         )
 
@@ -383,9 +386,9 @@ class Watch:
         """After how many bad updates in a row the device holds those that follow, until the host has answered."""
         if self.guard is None:
             return
-        if self.retries is None or self.retries.retrier is None:
+        if self.retries is None or not self.retries.holds:
             self.guard.patience = self._dispatch.patience
-        else:  # a step that is going to be trained again: at once, or after the one that is under way
+        else:  # the host answers to a bad step first: at once, or after the one that is under way
             self.guard.patience = 0 if self.pipeline.read_lag else math.inf
 
     def _try_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
@@ -397,6 +400,7 @@ class Watch:
             self.retries.windows.add(closure, kwargs, self._uncast_for_retry)
             self._uncast_for_retry = None
 
-    def _show(self, bad_step: BadStep) -> None:
-        for listener in self.subscribers:
-            self._dispatch.contain(listener, bad_step)
+    def _show(self, bad_step: BadStep, as_it_failed: bool) -> None:
+        for listener, copies in self.subscribers:
+            if copies == as_it_failed:
+                self._dispatch.contain(listener, bad_step)

@@ -299,6 +299,7 @@ def _incident(event: dict[str, Any]) -> str:
         "update_skipped": "update skipped by {by}: {why}",
         "gradient_norm_rising": "gradient norm {norm:.3g}, {ratio:.3g} times its usual value, most in {group}",
         "precision_changed": "precision {precision_from} -> {precision_to}: {why}",
+        "incident_recorded": "recorded in {path}: {origin}",
         "many_skips": "{skipped} of the last {of} updates were skipped",
         "precision_kept": "precision {precision} kept: {why}",
         "checkpoint_failed": "checkpoint {path} could not be written: {error}",
