@@ -17,6 +17,7 @@ __all__ = [
     "NaNEarlyStop",
     "NonFiniteError",
     "PrecisionFallback",
+    "SpikeRecovery",
     "__version__",
 ]
 
@@ -47,4 +48,5 @@ if TYPE_CHECKING or not _is_status_command():
         NaNEarlyStop,
         NonFiniteError,
         PrecisionFallback,
+        SpikeRecovery,
     )

@@ -21,6 +21,7 @@ from lightning_stability.callbacks import (
     InputCheck,
     NaNEarlyStop,
     PrecisionFallback,
+    SpikeRecovery,
 )
 from lightning_stability.callbacks.base import take_out
 
@@ -30,6 +31,7 @@ CALLBACKS: tuple[type[Any], ...] = (
     FractionalCheckpoint,
     PrecisionFallback,
     InputCheck,
+    SpikeRecovery,
 )
 """Every callback of the package: what `LIGHTNING_STABILITY_CALLBACKS` knows, and what `all` stands for."""
 

@@ -6,6 +6,7 @@ from lightning_stability.callbacks.incident import NonFiniteError
 from lightning_stability.callbacks.input_check import InputCheck, InputError
 from lightning_stability.callbacks.nan_early_stop import NaNEarlyStop
 from lightning_stability.callbacks.precision_fallback import PrecisionFallback
+from lightning_stability.callbacks.spike_recovery import SpikeRecovery
 
 __all__ = [
     "FractionalCheckpoint",
@@ -15,4 +16,5 @@ __all__ = [
     "NaNEarlyStop",
     "NonFiniteError",
     "PrecisionFallback",
+    "SpikeRecovery",
 ]

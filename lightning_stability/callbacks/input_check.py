@@ -22,7 +22,7 @@ from lightning_stability.checkpointing.sample_indices import SampleIndices
 from lightning_stability.health import LateReads, StepRecord
 from lightning_stability.health.inputs import InputMeter
 from lightning_stability.health.values import small_members
-from lightning_stability.internals import logger_step
+from lightning_stability.internals import batch_number, logger_step
 
 Action = Literal["warn", "skip", "raise"]
 _ACTIONS = ("warn", "skip", "raise")
@@ -272,7 +272,7 @@ class InputCheck(StabilityCallback):
         """The dataset's indices of this batch; unknown in what is left of an epoch that the run was resumed in."""
         if self._epoch_begins:
             self._epoch_begins, self._indices_known = False, batch_idx == 0
-        indices = self._indices.take(training_iterator(trainer))
+        indices = self._indices.take(training_iterator(trainer), batch_number(trainer))
         return indices if self._indices_known else None
 
     def _check(self, trainer: Any, batch: Any, batch_idx: int, indices: list[int] | None) -> None:

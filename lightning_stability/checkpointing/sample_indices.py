@@ -48,13 +48,24 @@ class SampleIndices:
         if not _LISTENERS:
             _OVERRIDES.restore()
 
-    def take(self, iterator: Any) -> list[int] | None:
-        """Positions in the dataset of the next batch that this iterator delivered; to be called once for each.
+    def take(self, iterator: Any, number: int | None = None) -> list[int] | None:
+        """Positions in the dataset of the next batch that this iterator delivered; to be asked for each batch.
 
         None if they are not known, and where a `collate_fn` of the user's makes the batch of them: it may sort it.
+
+        Args:
+            iterator: The loader's.
+            number: The batch's, so that several may ask for the same one.
         """
         asked = _ASKED.get(iterator) if iterator is not None else None
-        if asked is None or not asked.indices:
+        if asked is None:
+            return None
+        if number is None or asked.newest is None or asked.newest[0] != number:
+            asked.newest = number, self._next(asked, iterator)
+        return asked.newest[1]
+
+    def _next(self, asked: _Asked, iterator: Any) -> list[int] | None:
+        if not asked.indices:
             return None
         batch = asked.indices.popleft()
         ordered = delivers_in_order(iterator) and collates_by(iterator) is default_collate
@@ -72,6 +83,7 @@ class _Asked:
         self.sampler: Any = None
         self.indices: deque[Any] = deque(maxlen=4096)  # nobody takes those of a validation
         self.lost = False
+        self.newest: tuple[int | None, list[int] | None] | None = None  # what was taken last, and for which batch
 
 
 _ORIGINAL = getattr(LoaderIterator, NEXT_INDEX)
