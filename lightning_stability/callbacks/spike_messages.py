@@ -25,15 +25,16 @@ def how_far_out(record: StepRecord, loss: UsualRange, norm: UsualRange) -> str:
 
 def made_nonfinite(names: list[str], trainer: Any) -> str:
     """Weights that are non-finite, and the optimizer that trains the first of them."""
-    of_module = dict(trainer.lightning_module.named_parameters())
-    first, optimizer = of_module.get(names[0]), ""
+    first = dict(trainer.lightning_module.named_parameters()).get(names[0])
+    optimizer = ""
     for candidate in trainer.optimizers:
         for group in candidate.param_groups:
             if first is not None and any(parameter is first for parameter in group["params"]):
-                options = ", ".join(f"{n}={group[n]:g}" for n in ("lr", "eps") if isinstance(group.get(n), (int, float)))
-                optimizer = f", trained by {type(candidate).__name__}({options}),"
-    verb = "is" if len(names) == 1 else "are"
-    return f"{listed(names)}{optimizer} {verb} not finite: an update made {'it' if verb == 'is' else 'them'} so, or code outside of the optimizer"
+                shown = [f"{n}={group[n]:g}" for n in ("lr", "eps") if isinstance(group.get(n), (int, float))]
+                optimizer = f", trained by {type(candidate).__name__}({', '.join(shown)}),"
+    is_one = len(names) == 1
+    made = f"an update made {'it' if is_one else 'them'} so, or code outside of the optimizer"
+    return f"{listed(names)}{optimizer} {'is' if is_one else 'are'} not finite: {made}"
 
 
 def end_message(

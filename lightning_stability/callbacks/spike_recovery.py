@@ -1,30 +1,26 @@
-"""SpikeRecovery: a step that spikes is skipped, and a run that a spike has ruined goes back to a state from before it."""
+"""SpikeRecovery: a step that spikes is skipped, and a run that is ruined goes back to a state from before."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from lightning_stability import internals
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
 from lightning_stability.callbacks.base import SessionMember, StabilityCallback, warn_always
-from lightning_stability.callbacks.incident import Incident, NonFiniteError, listed
+from lightning_stability.callbacks.incident import Incident
 from lightning_stability.callbacks.loggers import notify_loggers
-from lightning_stability.callbacks.run_end import RunEnd
-from lightning_stability.callbacks.spike_messages import end_message, how_far_out, made_nonfinite, memory_message
-from lightning_stability.checkpointing.loaders import training_iterator
+from lightning_stability.callbacks.spike_end import SpikeEnd, Trouble
+from lightning_stability.callbacks.spike_messages import how_far_out, made_nonfinite, memory_message
+from lightning_stability.callbacks.spike_state import RECENT_STEPS, SpikeFit, StepRange
 from lightning_stability.checkpointing.loops import SavePoint, SavePoints
-from lightning_stability.checkpointing.sample_indices import SampleIndices
 from lightning_stability.checkpointing.section import is_of_a_stop
 from lightning_stability.checkpointing.snapshot import HostSnapshot
-from lightning_stability.checkpointing.stopping import newest_checkpoint
 from lightning_stability.health import StepRecord
 from lightning_stability.health.usual_range import UsualRange
 from lightning_stability.processes import free_host_memory
@@ -32,14 +28,9 @@ from lightning_stability.recovery.snapshots import CONFIRMED_BY, RunState, Snaps
 from lightning_stability.runtime import Order, Outcome
 
 STAYS_UP = 10
-"""The loss is out of its range for so many steps in a row: skipping has not helped."""
+"""The loss is out of its range in so many of `RECENT_STEPS` steps: skipping has not helped."""
 PATIENCE = 2
 """So many bad updates in a row are skipped; the next one makes the run go back."""
-RATE_JUMP = 1.5
-"""A learning rate that grows by more from one update to the next begins another range."""
-FIRST_SNAPSHOT, MOST_STEPS, SHARE = 25, 2000, 0.01
-"""Steps before the first snapshot and at most between two of them; what share of the run they may cost."""
-NAMED_SAMPLES = 10_000
 
 _NO_TRAINED_STATE = ("Checkpoint", "EarlyStopping", "ProgressBar", "Session")
 
@@ -51,12 +42,12 @@ class SpikeRecovery(StabilityCallback):
     where the step is compared with them: nothing waits. The update of such a step is not applied, as if it were
     non-finite; `skipped_updates` and the events count it.
 
-    The run goes back when the loss stays out of its range for 10 steps, when weights have become non-finite, or when
+    The run goes back when the loss is out of its range in 10 of 16 steps, when weights have become non-finite, or when
     more than 2 updates in a row were non-finite (or `NaNEarlyStop(patience=...)`, if that is less). Weights, buffers,
-    optimizers, schedulers, loss scaler, metrics of the epoch and tensors of other callbacks become what they were at the
-    newest trusted snapshot: one that 10 healthy steps have followed. Data, `global_step`, loggers and random numbers
-    continue: the batches since are left out, and the event `rewound` names them. After `max_rewinds` times at the same
-    place the run is ended, with the weights of the snapshot.
+    optimizers, schedulers, loss scaler, metrics of the epoch and tensors of other callbacks become what they were at
+    the newest trusted snapshot: one that 10 healthy steps have followed. Data, `global_step`, loggers and random
+    numbers continue: the batches since are left out, and the event `rewound` names them. After `max_rewinds` times at
+    the same place the run is ended, with the weights of the snapshot.
 
     Two snapshots are kept in host memory: each is the size of the weights and the optimizer's state.
 
@@ -120,12 +111,13 @@ class SpikeRecovery(StabilityCallback):
         """How often the run has gone back."""
         self.left_out = 0
         """Batches that were left out with it."""
-        self._ranges: dict[int, _Range] = {}
+        self._ranges: dict[int, StepRange] = {}
         self._position = 0  # updates that have made the state what it is
         self._place = -1  # the position at which trouble came
         self._attempts = 0  # rewinds since that place was passed
+        self._restored_at = -1  # the position that the last one went back to
         self._resumes_after_a_stop = False
-        self._fit: _Fit | None = None
+        self._fit: SpikeFit | None = None
 
     # A fit.
 
@@ -133,7 +125,7 @@ class SpikeRecovery(StabilityCallback):
         """What an earlier fit saw was that fit's."""
         if stage == "fit":
             self._clear()
-            self._fit = _Fit()
+            self._fit = SpikeFit()
             self._fit.indices.start()  # before the data loaders' iterators are made
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -145,7 +137,7 @@ class SpikeRecovery(StabilityCallback):
             limits = fit.limits[index] = [torch.full((), math.inf, device=device) for _ in range(2)]
             session.set_limits(index, *limits)
             self._set_limits(index, self._range(index))
-        fit.run_end = RunEnd(trainer)
+        fit.end = SpikeEnd(trainer)
         if self._resumes_after_a_stop:
             SavePoints.of(trainer).listen(self, saves=False)
         if self.action == "rewind":
@@ -154,7 +146,8 @@ class SpikeRecovery(StabilityCallback):
             if trainer.strategy.reduce_boolean_decision(free is not None and need > free, all=False):
                 self._refuse_run(trainer, memory_message(need, free))
                 return
-            fit.snapshots = Snapshots(state, device, HostSnapshot)
+            agree = partial(trainer.strategy.reduce_boolean_decision, all=True)
+            fit.snapshots = Snapshots(state, device, HostSnapshot, agree)
 
     def on_place(self, trainer: Any, place: SavePoint) -> None:
         """Nothing: what is listened for is where a resumed run begins."""
@@ -165,15 +158,20 @@ class SpikeRecovery(StabilityCallback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note which batch it is; have a snapshot taken after it if one is due."""
         fit, session = self._fit, self.session
-        if self._stop_if_due(trainer) or fit is None or session is None or fit.snapshots is None:
+        if fit is None or session is None:
+            return
+        if self._ending is not None:
+            self._ending.stop(session)
+        if fit.snapshots is None:
             return
         number, snapshots = internals.batch_number(trainer), fit.snapshots
         if snapshots.trusted is None:  # (now everything is restored that a checkpoint may hold)
             self._take(number - 1, trusted=True)
         fit.note_batch(number, trainer, batch_idx)
         is_due = trainer.global_step + 1 - fit.taken_at >= (self.every_n_steps or fit.interval)
-        if is_due and not (snapshots.is_waiting or session.restores_next or fit.is_out):
-            session.between_steps(lambda: self._take(number), restores=False)
+        if is_due and not (fit.takes_next or snapshots.is_waiting or session.restores_next or fit.is_out):
+            fit.takes_next = True
+            session.between_steps(self._take_next, restores=False)
         if not trainer.lightning_module.automatic_optimization:
             snapshots.before_update()
         fit.started_at = fit.started_at or (trainer.global_step, time.monotonic())
@@ -185,25 +183,27 @@ class SpikeRecovery(StabilityCallback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End the run when the batch's hooks are through, if it is to end."""
-        if self._fit is not None and self._fit.ended is not None:
-            self._end_loops(trainer)
+        if self._ending is not None and self.session is not None:
+            self._ending.end_loops(self.session)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the loop if the run has ended."""
-        self._stop_if_due(trainer)
+        if self._ending is not None and self.session is not None:
+            self._ending.stop(self.session)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Non-finite weights are found before they are saved: go back, and save what was restored."""
         session, fit = self.session, self._fit
-        if session is None or fit is None or fit.announced:
+        if session is None or fit is None:
             return
         if session.restores_next and fit.found_in_contents and trainer.world_size == 1:
             session.act_between_steps()
-            if fit.ended is None:
+            if self._ending is None:
                 fresh = internals.dump_checkpoint(trainer, weights_only="optimizer_states" not in checkpoint)
                 checkpoint.clear()
                 checkpoint.update(fresh)
-        self._stop_if_due(trainer, may_save=False)
+        if self._ending is not None and not self._ending.is_saving:
+            self._ending.stop(session, inside_save=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what became of the spikes."""
@@ -218,8 +218,8 @@ class SpikeRecovery(StabilityCallback):
         fit, self._fit = self._fit, None
         if fit is not None:
             fit.indices.stop()
-            if fit.run_end is not None:
-                fit.run_end.restore()
+            if fit.end is not None:
+                fit.end.restore()
         if self.session is not None:
             SavePoints.of(self.session.trainer).leave(self)
 
@@ -252,7 +252,7 @@ class SpikeRecovery(StabilityCallback):
     def on_record(self, record: StepRecord) -> None:
         """Judge the step; learn from it if it was applied."""
         fit, session = self._fit, self.session
-        if fit is None or session is None or session.restores_next or fit.ended is not None:
+        if fit is None or session is None or session.restores_next or self._ending is not None:
             return
         if record.outcome == Outcome.BAD:
             self._judge(record, healthy=False)
@@ -268,7 +268,7 @@ class SpikeRecovery(StabilityCallback):
         details = {"loss_limit": usual.loss.limit, "grad_norm": record.total_norm, "grad_norm_limit": usual.norm.limit}
         return {"what": "spike", "why": how_far_out(record, usual.loss, usual.norm), **details}
 
-    def _on_finite_step(self, record: StepRecord, usual: _Range) -> None:
+    def _on_finite_step(self, record: StepRecord, usual: StepRange) -> None:
         assert self.session is not None
         loss_is_up = record.loss is not None and record.loss > usual.loss.limit
         applied = record.outcome == Outcome.APPLIED
@@ -277,35 +277,38 @@ class SpikeRecovery(StabilityCallback):
         several = self.session.trainer.world_size > 1
         # each rank has a loss of its own: what all have to decide alike is decided by the norm
         self._judge(record, healthy=applied and (several or not loss_is_up))
-        usual.loss_up = usual.loss_up + 1 if loss_is_up else 0
-        usual.skips = 0 if applied else usual.skips + 1
+        usual.recent.append((loss_is_up, not applied))
         if applied:
             self._position += 1
             usual.learn(record, loss_is_up)
             self._set_limits(record.optimizer, usual)
-        stays_up = usual.loss_up >= STAYS_UP
-        if several and usual.skips >= STAYS_UP:
-            stays_up = self.session.trainer.strategy.reduce_boolean_decision(usual.loss_up > STAYS_UP // 2, all=False)
-        elif several:
+        # (the ranks count the same skips)
+        if max(usual.skips, 0 if several else usual.loss_up) < STAYS_UP:
             return
-        if stays_up and self.action == "rewind":
-            self._go_back(record, f"the loss was out of its range for {usual.loss_up} steps: {self._what(record)}")
-        elif stays_up or usual.skips >= STAYS_UP:  # it is no spike but another level
+        is_up = usual.loss_up > STAYS_UP // 2
+        if several:
+            is_up = self.session.trainer.strategy.reduce_boolean_decision(is_up, all=False)
+        # (a state that was healthy and makes no good step since it was restored: the data have changed)
+        is_of_data = self._attempts > 0 and self._position == self._restored_at
+        if is_up and self.action == "rewind" and not is_of_data:
+            up = f"the loss was out of its range in {usual.loss_up} of the last {len(usual.recent)} steps"
+            self._go_back("spike", f"{up}: {self._what(record)}", record)
+        else:  # it is no spike but another level
             usual.forget()
             self._set_limits(record.optimizer, usual)
             warn_always(
-                f"SpikeRecovery: {STAYS_UP} steps in a row were beyond the usual range (epoch {record.epoch}, global"
-                f" step {record.step}). The new level is taken for the usual one from now on."
+                f"SpikeRecovery: {STAYS_UP} steps of at most {RECENT_STEPS} were beyond the usual range (epoch"
+                f" {record.epoch}, global step {record.step}). The new level is taken for the usual one from now on."
             )
 
     def _what(self, record: StepRecord) -> str:
         usual = self._range(record.optimizer)
         return how_far_out(record, usual.loss, usual.norm)
 
-    def _say_spike(self, record: StepRecord, usual: _Range) -> None:
+    def _say_spike(self, record: StepRecord, usual: StepRange) -> None:
         assert self.session is not None
         self.spikes += 1
-        if usual.skips == 0:  # of a row the first
+        if not usual.skips:  # the first of several
             where = f"epoch {record.epoch}, batch {record.batch_idx}, global step {record.step}"
             warn_always(f"SpikeRecovery: an update was skipped: {self._what(record)} ({where}).")
 
@@ -316,18 +319,30 @@ class SpikeRecovery(StabilityCallback):
         if self.action == "skip":
             return
         if record.not_restored:
-            self._go_back(record, made_nonfinite(record.not_restored, session.trainer))
+            self._go_back("weight", made_nonfinite(record.not_restored, session.trainer), record)
         elif in_a_row > session.dispatch.patience:
             incident = Incident.of(record, session.recent_batch(record), session.trainer.world_size > 1)
-            self._go_back(record, f"{in_a_row} updates in a row were skipped: {incident.why}")
+            self._go_back(incident.what, f"{in_a_row} updates in a row were skipped: {incident.why}", record)
 
     def on_nonfinite_contents(self, restored: list[str], lost: list[str], all_ranks: bool) -> None:
         """Weights became non-finite, and no step since has shown it."""
         session, fit = self.session, self._fit
-        if session is None or fit is None or not lost or not all_ranks or self.action == "skip" or fit.ended:
+        if (
+            session is None
+            or fit is None
+            or not lost
+            or not all_ranks
+            or self.action == "skip"
+            or self._ending is not None
+        ):
             return
         fit.found_in_contents = True
-        self._go_back(None, made_nonfinite(lost, session.trainer))
+        self._go_back("weight", made_nonfinite(lost, session.trainer))
+
+    @property
+    def _ending(self) -> SpikeEnd | None:
+        end = None if self._fit is None else self._fit.end
+        return end if end is not None and end.is_due else None
 
     def _judge(self, record: StepRecord, healthy: bool) -> None:
         assert self._fit is not None
@@ -335,13 +350,13 @@ class SpikeRecovery(StabilityCallback):
         if self._fit.snapshots is not None:
             self._fit.snapshots.judge(record.step, healthy)
 
-    def _range(self, optimizer: int) -> _Range:
+    def _range(self, optimizer: int) -> StepRange:
         if optimizer not in self._ranges:
             norm = UsualRange(self.sigma, self.window, of_logs=True)
-            self._ranges[optimizer] = _Range(UsualRange(self.sigma, self.window), norm)
+            self._ranges[optimizer] = StepRange(UsualRange(self.sigma, self.window), norm)
         return self._ranges[optimizer]
 
-    def _set_limits(self, optimizer: int, usual: _Range) -> None:
+    def _set_limits(self, optimizer: int, usual: StepRange) -> None:
         limits = [] if self._fit is None else self._fit.limits.get(optimizer, [])
         wanted = (usual.norm.limit, usual.loss.limit)
         for limit, value in zip(limits, wanted, strict=False):
@@ -350,6 +365,13 @@ class SpikeRecovery(StabilityCallback):
         usual.on_device = wanted if limits else (math.inf, math.inf)
 
     # Going back.
+
+    def _take_next(self) -> None:
+        assert self.session is not None
+        assert self._fit is not None
+        self._fit.takes_next = False
+        if not (self.session.restores_next or self._ending):
+            self._take(internals.batch_number(self.session.trainer))
 
     def _take(self, batch: int, trusted: bool = False) -> None:
         session, fit = self.session, self._fit
@@ -360,7 +382,7 @@ class SpikeRecovery(StabilityCallback):
         if trainer.world_size > 1 and not trusted:
             up = any(usual.loss_up >= STAYS_UP for usual in self._ranges.values())
             if trainer.strategy.reduce_boolean_decision(up, all=False):
-                self._go_back(None, f"the loss was out of its range for {STAYS_UP} steps on one rank or more")
+                self._go_back("spike", f"the loss was out of its range in {STAYS_UP} steps on one rank or more")
                 return
         snapshot = Snapshot(trainer.global_step, trainer.current_epoch, batch, self._position, trusted)
         started = time.monotonic()
@@ -370,12 +392,12 @@ class SpikeRecovery(StabilityCallback):
             snapshot.wait()
             fit.measure(trainer, time.monotonic() - started, started)
 
-    def _go_back(self, record: StepRecord | None, why: str) -> None:
+    def _go_back(self, what: str, why: str, record: StepRecord | None = None) -> None:
         assert self.session is not None
-        rates = () if record is None else record.learning_rates
-        self.session.between_steps(lambda: self._rewind(why, rates))
+        trouble = Trouble(what, why, () if record is None else record.learning_rates)
+        self.session.between_steps(lambda: self._rewind(trouble))
 
-    def _rewind(self, why: str, rates: tuple[float, ...]) -> None:
+    def _rewind(self, trouble: Trouble) -> None:
         session, fit = self.session, self._fit
         assert session is not None
         assert fit is not None
@@ -385,12 +407,15 @@ class SpikeRecovery(StabilityCallback):
             self._attempts = 0
         self._place = max(self._position, self._place)
         kept = fit.snapshots.restore(trainer.current_epoch)
-        self._position, fit.is_out, fit.found_in_contents = kept.position, False, False
+        self._position = self._restored_at = kept.position
+        fit.is_out, fit.found_in_contents = kept.position, False, False
         fit.taken_at = trainer.global_step
         for usual in self._ranges.values():
-            usual.loss_up = usual.skips = 0
+            usual.recent.clear()
         if self._attempts >= self.max_rewinds:
-            fit.ended = _Ended(why, kept.step, rates, fit.place(trainer))
+            assert fit.end is not None
+            keeps = kept.position > 0
+            fit.end.begin(trouble, fit.place(trainer), kept.step, self.rewinds, self._attempts, keeps)
             session.end()
             return
         self._attempts += 1
@@ -399,182 +424,20 @@ class SpikeRecovery(StabilityCallback):
         self.left_out += batches["batches"]
         step, epoch = trainer.global_step, trainer.current_epoch
         if trainer.is_global_zero:
-            details = {"from_step": step, "to_step": kept.step, "why": why, "left_out": batches}
+            details = {"from_step": step, "to_step": kept.step, "why": trouble.why, "left_out": batches}
             session.events.write("rewound", step, epoch, attempt=self._attempts, **details)
         text = (
-            f"rewound to the state of global step {kept.step}, {batches['batches']} batches are left out: {why}"
+            f"rewound to the state of global step {kept.step}, {batches['batches']} batches are left out: {trouble.why}"
             f" ({fit.place(trainer)}). {self._attempts} of at most {self.max_rewinds} rewinds at this place."
         )
         warn_always(f"SpikeRecovery: {text}")
         notify_loggers(trainer, "Rewound", text, "lightning_stability/rewound", internals.logger_step(trainer))
 
-    # The end.
-
-    def _stop_if_due(self, trainer: Any, may_save: bool = True) -> bool:
-        fit = self._fit
-        if fit is None or fit.ended is None:
-            return False
-        if may_save and not fit.announced:
-            fit.announced = True
-            self._announce(trainer, fit.ended)
-        by_exception = any(
-            is_instance_by_name(other, "NaNEarlyStop") and getattr(other, "action", "") == "raise"
-            for other in trainer.callbacks
-        )
-        if fit.announced and by_exception:
-            raise NonFiniteError(fit.message, "spike", trainer.global_step, trainer.current_epoch)
-        self._end_loops(trainer)
-        raise StopIteration
-
-    def _end_loops(self, trainer: Any) -> None:
-        if self._fit is not None and self._fit.run_end is not None:
-            self._fit.run_end.silence_checkpoints()
-            self._fit.run_end.end_loops(lambda: self._stop(trainer))
-
-    def _stop(self, trainer: Any) -> NoReturn:
-        self._stop_if_due(trainer)
-        raise StopIteration
-
-    def _announce(self, trainer: Any, ended: _Ended) -> None:
-        session, fit = self.session, self._fit
-        assert session is not None
-        assert fit is not None
-        assert fit.run_end is not None
-        stop_was_due, trainer.should_stop = trainer.should_stop, True
-        session.end(f"SpikeRecovery: {ended.why}")
-        session.drain()
-        kept = fit.run_end.keep_good_weights(stop_was_due) if self._position else None
-        checkpoint = kept or newest_checkpoint(trainer)
-        fit.run_end.silence_checkpoints()
-        _, lost = session.restore_contents()
-        if trainer.is_global_zero:
-            details = {"what": "spike", "why": ended.why, "rewinds": self.rewinds, "checkpoint": checkpoint}
-            skipped = session.counts.skipped
-            session.events.write(
-                "training_stopped",
-                trainer.global_step,
-                trainer.current_epoch,
-                by="SpikeRecovery",
-                skipped=skipped,
-                **details,
-            )
-        fit.message = end_message(
-            ended.why, ended.where, self._attempts, ended.to_step, ended.rates, listed(lost), session.counts, checkpoint
-        )
-        warn_always(fit.message)
-        notify_loggers(
-            trainer, "Training stopped", fit.message, "lightning_stability/stopped", internals.logger_step(trainer)
-        )
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_fit": None}
 
 
-_COUNTS = ("spikes", "rewinds", "left_out", "_position", "_place", "_attempts")
-
-
-@dataclass
-class _Range:
-    """What is usual for one optimizer's steps."""
-
-    loss: UsualRange
-    norm: UsualRange
-    loss_up: int = 0
-    """Steps in a row whose loss was out of its range."""
-    skips: int = 0
-    """Spikes in a row."""
-    rate: float = 0.0
-    on_device: tuple[float, float] = (math.inf, math.inf)
-
-    def learn(self, record: StepRecord, loss_is_up: bool) -> None:
-        """Take in the numbers of a step that was applied."""
-        rate = max(record.learning_rates, default=0.0)
-        if self.rate and rate > RATE_JUMP * self.rate:
-            self.forget()
-        self.rate = rate
-        if record.loss is not None and not loss_is_up:
-            self.loss.add(record.loss)
-        self.norm.add(record.total_norm)
-
-    def forget(self) -> None:
-        """Another range begins."""
-        self.loss.forget()
-        self.norm.forget()
-        self.loss_up = self.skips = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        own = {"loss_up": self.loss_up, "skips": self.skips, "rate": self.rate}
-        return {"loss": self.loss.state_dict(), "norm": self.norm.state_dict(), **own}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loss.load_state_dict(state["loss"])
-        self.norm.load_state_dict(state["norm"])
-        self.loss_up, self.skips, self.rate = state["loss_up"], state["skips"], state["rate"]
-
-
-@dataclass
-class _Ended:
-    """Why and where the run was ended."""
-
-    why: str
-    to_step: int
-    rates: tuple[float, ...]
-    where: str
-
-
-@dataclass
-class _Fit:
-    """What lasts as long as one fit."""
-
-    indices: SampleIndices = field(default_factory=SampleIndices)
-    limits: dict[int, list[Tensor]] = field(default_factory=dict)
-    """By optimizer: of the norm and of the loss, on the device."""
-    snapshots: Snapshots | None = None
-    run_end: RunEnd | None = None
-    interval: int = FIRST_SNAPSHOT
-    is_measured: bool = False
-    taken_at: int = 0
-    started_at: tuple[int, float] | None = None
-    is_out: bool = False
-    found_in_contents: bool = False
-    ended: _Ended | None = None
-    announced: bool = False
-    message: str = ""
-    batches: deque[tuple[int, int, int, list[int] | None]] = field(default_factory=deque)
-    """Number, epoch, place in it and samples of each batch since the trusted snapshot."""
-
-    def note_batch(self, number: int, trainer: Any, batch_idx: int) -> None:
-        assert self.snapshots is not None
-        samples = self.indices.take(training_iterator(trainer), number)
-        self.batches.append((number, trainer.current_epoch, batch_idx, samples))
-        trusted = self.snapshots.trusted
-        while self.batches and trusted is not None and self.batches[0][0] <= trusted.batch:
-            self.batches.popleft()
-
-    def batches_since(self, number: int) -> dict[str, Any]:
-        left = [batch for batch in self.batches if batch[0] > number]
-        self.batches.clear()
-        known = all(batch[3] is not None for batch in left)
-        samples = [sample for batch in left for sample in batch[3] or ()]
-        return {
-            "batches": len(left),
-            "first": list(left[0][1:3]) if left else None,
-            "last": list(left[-1][1:3]) if left else None,
-            "samples": samples[:NAMED_SAMPLES] if known else None,
-        }
-
-    def place(self, trainer: Any) -> str:
-        index = internals.batch_index(trainer)
-        return f"epoch {trainer.current_epoch}, batch {index}, global step {trainer.global_step}"
-
-    def measure(self, trainer: Any, cost: float, now: float) -> None:
-        """How many steps may lie between two snapshots, so that they cost no more than their share."""
-        self.is_measured = True
-        step, since = self.started_at or (trainer.global_step, now)
-        seconds = (now - since) / max(1, trainer.global_step - step)
-        steps = math.ceil(cost / (SHARE * seconds)) if seconds > 0 else MOST_STEPS
-        wanted = min(max(steps, FIRST_SNAPSHOT), MOST_STEPS)
-        self.interval = int(trainer.strategy.broadcast(wanted))
+_COUNTS = ("spikes", "rewinds", "left_out", "_position", "_place", "_attempts", "_restored_at")
 
 
 def _others(trainer: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -182,9 +183,17 @@ class Snapshots:
         state: Where the state is.
         device: Where it is trained.
         new_copies: Makes what copies to the host.
+        agree: Whether a flag is true on all ranks; each holds its own part of sharded tensors.
     """
 
-    def __init__(self, state: RunState, device: torch.device, new_copies: Callable[[], HostCopies]) -> None:
+    def __init__(
+        self,
+        state: RunState,
+        device: torch.device,
+        new_copies: Callable[[], HostCopies],
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        self._agree = agree
         self.state = state
         self.trusted: Snapshot | None = None
         self._newest: Snapshot | None = None
@@ -233,7 +242,7 @@ class Snapshots:
         newest.healthy = newest.healthy + 1 if healthy else 0
         if newest.healthy >= CONFIRMED_BY:
             newest.wait()  # it was copied steps ago
-            if bool(newest.others["finite"]):
+            if self._agree(bool(newest.others["finite"])):
                 self._trust(newest)
             else:
                 self._newest = self.trusted
@@ -273,16 +282,15 @@ def _attributes_of(
         if name in _NOT_OF_OPTIMIZERS or name.startswith("__"):
             continue
         if _is_plain(value, own):
-            yield (*key, name), lambda kept, name=name: setattr(owner, name, kept), value
+            yield (*key, name), partial(setattr, owner, name), value
         elif containers and isinstance(value, nn.Module) and not _is_lightning_module_of_fit(value, own):
             for path, tensor in (*value.named_parameters(), *value.named_buffers()):
                 if not is_lazy(tensor):
-                    yield (*key, name, path), lambda kept, t=tensor: setattr(t, "data", kept), tensor
+                    yield (*key, name, path), partial(setattr, tensor, "data"), tensor
         elif containers and isinstance(value, (dict, list)):
-            items = list(value.items() if isinstance(value, dict) else enumerate(value))
-            for place, item in items:
+            for place, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
                 if _is_plain(item, own):
-                    yield (*key, name, place), lambda kept, v=value, p=place: v.__setitem__(p, kept), item
+                    yield (*key, name, place), partial(value.__setitem__, place), item
 
 
 def _is_plain(value: Any, own: set[int]) -> bool:

@@ -283,7 +283,7 @@ class Session(Callback):
         """No step is under way now: run what waits for that."""
         while self._between_steps:
             action, restores = self._between_steps.popleft()
-            action()
+            self.dispatch.contain(action)
             if restores:
                 self.watch.forget_steps()
                 self.counts.bad_in_a_row.clear()
