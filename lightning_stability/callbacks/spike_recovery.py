@@ -408,7 +408,7 @@ class SpikeRecovery(StabilityCallback):
         self._place = max(self._position, self._place)
         kept = fit.snapshots.restore(trainer.current_epoch)
         self._position = self._restored_at = kept.position
-        fit.is_out, fit.found_in_contents = kept.position, False, False
+        fit.is_out = fit.found_in_contents = False
         fit.taken_at = trainer.global_step
         for usual in self._ranges.values():
             usual.recent.clear()
