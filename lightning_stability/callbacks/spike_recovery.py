@@ -318,8 +318,10 @@ class SpikeRecovery(StabilityCallback):
         in_a_row = session.counts.bad_in_a_row[record.optimizer]
         if self.action == "skip":
             return
-        if record.not_restored:
-            self._go_back("weight", made_nonfinite(record.not_restored, session.trainer), record)
+        lost = record.not_restored
+        if session.trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
+            lost = lost or ["a parameter or buffer of another rank"]
+            self._go_back("weight", made_nonfinite(lost, session.trainer), record)
         elif in_a_row > session.dispatch.patience:
             incident = Incident.of(record, session.recent_batch(record), session.trainer.world_size > 1)
             self._go_back(incident.what, f"{in_a_row} updates in a row were skipped: {incident.why}", record)

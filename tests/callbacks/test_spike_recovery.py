@@ -15,6 +15,7 @@ from lightning_stability import NaNEarlyStop, NonFiniteError, SpikeRecovery
 from lightning_stability._compat import Callback, MisconfigurationException
 from lightning_stability.events import read_events
 from tests import runs
+from tests.test_distributed import two_ranks
 
 FEATURES = 6
 
@@ -352,3 +353,20 @@ def test_a_bad_option_is_one_clear_error(options: dict[str, Any], found: str) ->
     with pytest.raises(MisconfigurationException, match="expected") as error:
         SpikeRecovery(**options)
     assert found in str(error.value)
+
+
+# Several ranks.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_skip_and_go_back_at_the_same_steps(tmp_path: Path, kind: str) -> None:
+    script = Path(__file__).parents[1] / "distributed_spikes.py"
+    first, second = two_ranks(tmp_path, kind, "pytorch_lightning", launch_both=True, script=script)
+    assert first == second
+    usual, broken = first["usual"], first["broken"]
+    assert (usual["spikes"], usual["rewinds"]) == (1, 0)
+    assert (broken["spikes"], broken["rewinds"]) == (1, 1)
+    # after the rewind the weights are those of an undisturbed run at the snapshot's step
+    back = 81 - broken["left_out"]
+    assert broken["sums"][80] == usual["sums"][back - 1]
