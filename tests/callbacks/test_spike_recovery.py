@@ -1,18 +1,24 @@
 """SpikeRecovery in real runs: what it skips, what it restores, and how a run ends that it cannot save."""
 
 import copy
+import math
+import tempfile
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_stability import NaNEarlyStop, NonFiniteError, SpikeRecovery
 from lightning_stability._compat import Callback, MisconfigurationException
+from lightning_stability.callbacks.base import StabilityCallback
 from lightning_stability.events import read_events
 from tests import runs
 from tests.test_distributed import two_ranks
@@ -370,3 +376,72 @@ def test_two_ranks_skip_and_go_back_at_the_same_steps(tmp_path: Path, kind: str)
     # after the rewind the weights are those of an undisturbed run at the snapshot's step
     back = 81 - broken["left_out"]
     assert broken["sums"][80] == usual["sums"][back - 1]
+
+
+# Whatever comes.
+
+
+class Kill(Exception):
+    """Ends a run in the middle."""
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_whatever_comes_the_state_is_finite_and_every_batch_accounted_for(data: st.DataObject) -> None:
+    one, batches = runs.load_namespace("pytorch_lightning"), 90
+    place = st.integers(0, batches - 1)
+    spikes = data.draw(st.dictionaries(place, st.sampled_from([50.0, 1e6, math.nan, math.inf]), max_size=8))
+    broken = data.draw(st.sets(place, max_size=2))
+    kill_at = data.draw(st.none() | st.integers(5, batches - 1))
+    fused, precision = data.draw(st.booleans()), data.draw(st.sampled_from(["32", "fp16"]))
+    seen: list[int] = []
+
+    def on_train_batch_start(self: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == kill_at and kill_at not in killed:
+            killed.append(kill_at)
+            raise Kill
+        seen.append(batch_idx)
+        if batch_idx in broken:
+            broken.discard(batch_idx)
+            with torch.no_grad():
+                self.net.b.weight.view(-1)[0] = math.nan
+
+    killed: list[int] = []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        while True:
+            recovery = SpikeRecovery(every_n_steps=7)
+            counted = CountOutcomes()
+            seen.clear()
+            saves = one.callbacks.ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=1)
+            module = make_module(
+                one,
+                lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3, fused=fused),
+                on_train_batch_start=on_train_batch_start,
+            )
+            plugins = runs.fp16(one, init_scale=256.0) if precision == "fp16" else None
+            callbacks = [recovery, counted, saves]
+            trainer = runs.trainer(one, callbacks=callbacks, plugins=plugins, enable_checkpointing=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    trainer.fit(module, make_data(batches, spikes), ckpt_path=checkpoint)
+                except Kill:
+                    checkpoint = saves.best_model_path or None
+                    continue
+            break
+    assert all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
+    assert sum(counted.outcomes.values()) == len(seen)
+    assert counted.outcomes["spike"] <= recovery.spikes
+    assert recovery.left_out <= batches + len(seen)
+
+
+class CountOutcomes(StabilityCallback):
+    """Counts what became of each step."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+
+    def on_record(self, record: Any) -> None:
+        self.outcomes[str(record.outcome.value)] += 1
