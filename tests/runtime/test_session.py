@@ -91,7 +91,8 @@ def test_every_callback_counts_the_same_skips(one: Any, tmp_path: Any, name: str
     """GradScaler's, in real fp16 from a scale that is too high: whoever asks, the session writes them."""
     logger = one.loggers.CSVLogger(tmp_path)
     plugins = runs.fp16(one, init_scale=2.0**22)
-    trainer = fit(one, SKIPS[name](), logger=logger, plugins=plugins, enable_checkpointing=name == "all five")
+    options = {"logger": logger, "plugins": plugins, "max_epochs": 2, "enable_checkpointing": name == "all five"}
+    trainer = fit(one, SKIPS[name](), **options)
     skipped = [event for event in read_events(logger.log_dir) if event["event"] == "update_skipped"]
     assert [(event["by"], event["ordinary"]) for event in skipped] == [("GradScaler", True)] * len(skipped)
     assert len(skipped) == scaler_skips(one), name
@@ -100,7 +101,7 @@ def test_every_callback_counts_the_same_skips(one: Any, tmp_path: Any, name: str
 
 def scaler_skips(pl: Any) -> int:
     """What a run without any callback skips."""
-    trainer = fit(pl, [], plugins=runs.fp16(pl, init_scale=2.0**22))
+    trainer = fit(pl, [], plugins=runs.fp16(pl, init_scale=2.0**22), max_epochs=2)
     steps = {int(state["step"]) for state in trainer.optimizers[0].state.values()}
     return 12 - max(steps)
 
