@@ -18,6 +18,7 @@ __all__ = [
     "NaNEarlyStop",
     "NonFiniteError",
     "PrecisionFallback",
+    "SpikeRecovery",
     "__version__",
 ]
 
@@ -49,4 +50,5 @@ if TYPE_CHECKING or not _is_status_command():
         NaNEarlyStop,
         NonFiniteError,
         PrecisionFallback,
+        SpikeRecovery,
     )

@@ -22,6 +22,7 @@ from lightning_stability.callbacks import (
     InputCheck,
     NaNEarlyStop,
     PrecisionFallback,
+    SpikeRecovery,
 )
 from lightning_stability.callbacks.base import take_out
 
@@ -32,6 +33,7 @@ CALLBACKS: tuple[type[Any], ...] = (
     PrecisionFallback,
     InputCheck,
     IncidentReport,
+    SpikeRecovery,
 )
 """Every callback of the package: what `LIGHTNING_STABILITY_CALLBACKS` knows, and what `all` stands for."""
 

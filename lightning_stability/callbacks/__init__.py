@@ -7,6 +7,7 @@ from lightning_stability.callbacks.incident_report import IncidentReport
 from lightning_stability.callbacks.input_check import InputCheck, InputError
 from lightning_stability.callbacks.nan_early_stop import NaNEarlyStop
 from lightning_stability.callbacks.precision_fallback import PrecisionFallback
+from lightning_stability.callbacks.spike_recovery import SpikeRecovery
 
 __all__ = [
     "FractionalCheckpoint",
@@ -17,4 +18,5 @@ __all__ = [
     "NaNEarlyStop",
     "NonFiniteError",
     "PrecisionFallback",
+    "SpikeRecovery",
 ]

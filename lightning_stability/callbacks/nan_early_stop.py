@@ -254,6 +254,8 @@ class NaNEarlyStop(StabilityCallback):
         self._last_incident = incident.place
         if record.not_restored:
             self._add_lost(incident, record.not_restored)
+        if self.session.restores_next:
+            return  # SpikeRecovery answers, and says so
         if in_a_row > self.patience or record.not_restored:  # (no later step can be good either)
             self._incident = self._incident or incident
             self.session.end()
@@ -377,7 +379,7 @@ class NaNEarlyStop(StabilityCallback):
                 " the newest good copy.",
                 on_this_rank=True,
             )
-        if lost and all_ranks and self._incident is None:
+        if lost and all_ranks and self._incident is None and not self.session.restores_next:
             why = f"{listed(lost)} became non-finite outside of a bad step, and no copy of it is kept"
             self._incident = Incident("weight", why, trainer.global_step, trainer.current_epoch, -1, None)
 

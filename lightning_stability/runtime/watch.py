@@ -74,6 +74,10 @@ class Watch:
     def _trainer(self) -> Any:
         return self._trainer_of()
 
+    def results(self) -> Any:
+        """What `self.log` accumulates in the training epoch."""
+        return internals.logged_results(self._trainer)
+
     @property
     def guard(self) -> Guard | None:
         """Keeps bad updates from being made, if a policy asked for that."""
@@ -109,7 +113,7 @@ class Watch:
             self.pipeline.watch(optimizer)
         self._unknown = UnknownOptimizers(module, self.pipeline.watch)
         if self._shall_guard():
-            self.pipeline.guard = Guard(module, self._results, trainer.world_size > 1)
+            self.pipeline.guard = Guard(module, self.results, trainer.world_size > 1)
             self._contents = Contents(module, lambda: trainer.optimizers)
             self._contents.reference()
             if not all(policy.automatic for policy in self._dispatch.those_that_guard()):
@@ -328,12 +332,9 @@ class Watch:
         self._dispatch.deliver(record)
 
     def _unhook(self) -> None:
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
-
-    def _results(self) -> Any:
-        return internals.logged_results(self._trainer)
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.remove()
 
     def _shall_guard(self) -> bool:
         """Whether a policy wants updates guarded. If they cannot be, automatic policies leave; others refuse."""
@@ -365,14 +366,14 @@ class Watch:
         if module.automatic_optimization:
             if windows is None:
                 most = math.inf if retrier is not None else self.most_batches
-                windows = Windows(module, self._results, trainer.strategy.root_device, lag + 1, copies, most)
+                windows = Windows(module, self.results, trainer.strategy.root_device, lag + 1, copies, most)
             internals.on_closure(self._overrides, trainer, self._on_closure)
         self.retries = Retries(
             trainer,
             retrier,
             guard,
             windows,
-            MetricUndo(module, self._results),
+            MetricUndo(module, self.results),
             step=self._try_step,
             drain=self.pipeline.reads.drain,
             forget_losses=self.pipeline.forget_losses,
