@@ -25,7 +25,7 @@ def written() -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("write", "_write") and node.args:
                 name = getattr(node.args[0], "value", None)
-                if isinstance(name, str) and re.fullmatch(r"progress|[a-z]+(_[a-z]+)+", name):
+                if isinstance(name, str) and re.fullmatch(r"progress|rewound|[a-z]+(_[a-z]+)+", name):
                     found.setdefault(name, set()).update(k.arg for k in node.keywords if k.arg is not None)
     return found
 
