@@ -302,11 +302,10 @@ class Watch:
             known, self._explained = id(error) == self._explained, id(error)
             if known or self.guard is None or not self._is_ours() or not self._skips_exception(error, batch):
                 raise
-            loss = torch.full((), math.nan, device=self._trainer.strategy.root_device)
-            self.guard.fail_batch(loss.device)
-            self.pipeline.add_loss(loss)
-            said = (str(error).splitlines() or [""])[0][:200]
-            self.pipeline.losses.exception = f"{what} raised {type(error).__name__}: {said}"
+            device = self._trainer.strategy.root_device
+            self.guard.fail_batch(device)
+            self.pipeline.add_loss(torch.full((), math.nan, device=device))
+            self.pipeline.losses.note_exception(what, error)
             return None
 
     def _skips_exception(self, error: Exception, batch: Any) -> bool:
@@ -315,10 +314,7 @@ class Watch:
         return self.can_skip_a_batch and any(answers)
 
     def _on_record(self, record: StepRecord) -> None:
-        if self.retries is None:
-            self._deliver(record)
-        else:
-            self.retries.add(record)
+        (self._deliver if self.retries is None else self.retries.add)(record)
 
     def _deliver(self, record: StepRecord) -> None:
         if record.outcome == Outcome.BAD:
@@ -357,13 +353,12 @@ class Watch:
         if guard is None or (retrier is None and not self.subscribers):
             return
         module = trainer.lightning_module
-        self.pipeline.read_lag = lag = read_lag(trainer, retries=retrier is not None) if windows is None else lag
+        self.pipeline.read_lag = lag = self._lag(retries=retrier is not None) if windows is None else lag
         if module.automatic_optimization:
             if windows is None:
                 most = math.inf if retrier is not None else self.most_batches
-                windows = Windows(
-                    module, self._results, trainer.strategy.root_device, lag + 1, retrier is not None, most
-                )
+                device = trainer.strategy.root_device
+                windows = Windows(module, self._results, device, lag + 1, retrier is not None, most)
             internals.on_closure(self._overrides, trainer, self._on_closure)
         self.retries = Retries(
             trainer,
@@ -378,6 +373,9 @@ class Watch:
             show=self._show,
             is_ending=lambda: self.ending,
         )
+
+    def _lag(self, retries: bool) -> int:
+        return read_lag(self._trainer, retries)
 
     def _set_hold(self) -> None:
         """After how many bad updates in a row the device holds those that follow, until the host has answered."""
