@@ -32,6 +32,7 @@ from grad_norm import Clock, KeepNothing, Module, SameBatch, Transformer  # noqa
 
 from lightning_stability import (  # noqa: E402
     GradNormMonitor,
+    IncidentReport,
     InputCheck,
     NaNEarlyStop,
     PrecisionFallback,
@@ -46,6 +47,8 @@ WAYS: dict[str, Callable[[], list[Any]]] = {
     "both": lambda: [NaNEarlyStop(patience=2), GradNormMonitor()],
     "InputCheck": lambda: [InputCheck()],
     "PrecisionFallback": lambda: [PrecisionFallback()],
+    "IncidentReport": lambda: [IncidentReport(FOLDER.name)],
+    "NaNEarlyStop and IncidentReport": lambda: [NaNEarlyStop(patience=2), IncidentReport(FOLDER.name)],
     "these four together": lambda: [NaNEarlyStop(patience=2), GradNormMonitor(), InputCheck(), PrecisionFallback()],
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 from torchdata.stateful_dataloader import StatefulDataLoader  # noqa: E402
 
-from lightning_stability import FractionalCheckpoint, NaNEarlyStop, PrecisionFallback  # noqa: E402
+from lightning_stability import FractionalCheckpoint, IncidentReport, NaNEarlyStop, PrecisionFallback  # noqa: E402
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#777777"
 
@@ -46,6 +46,7 @@ def main() -> None:
         "fractional_checkpoint": fractional_checkpoint,
         "precision_fallback": precision_fallback,
         "input_check": input_check,
+        "incident_report": incident_report,
     }
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10})
     warnings.simplefilter("ignore")
@@ -64,7 +65,7 @@ def story() -> Any:
     none = "--trainer.callbacks=null"  # instead of the recipe's
     ways = {
         "without callbacks": [none],
-        "NaNEarlyStop": [none, "--trainer.callbacks+=NaNEarlyStop"],
+        "NaNEarlyStop": [none, "--trainer.callbacks+=NaNEarlyStop", "--trainer.callbacks.patience=0"],
         "PrecisionFallback": [none, "--trainer.callbacks+=PrecisionFallback"],
     }
     figure, rows = plt.subplots(3, 1, figsize=(8.6, 4.4), sharex=True, sharey=True, layout="constrained")
@@ -239,8 +240,8 @@ def nan_early_stop() -> Any:
 
     runs = {
         "without callbacks": fit(Model(spoil)),
-        "NaNEarlyStop(): the first bad update ends the run": fit(Model(spoil), NaNEarlyStop()),
-        "NaNEarlyStop(patience=2): up to two in a row are skipped": fit(Model(spoil), NaNEarlyStop(patience=2)),
+        "NaNEarlyStop(): up to two bad updates in a row are skipped": fit(Model(spoil), NaNEarlyStop()),
+        "NaNEarlyStop(patience=0): the first one ends the run": fit(Model(spoil), NaNEarlyStop(patience=0)),
     }
     figure, rows = plt.subplots(3, 1, figsize=(8.6, 4.4), sharex=True, sharey=True, layout="constrained")
     for axis, (name, model) in zip(rows, runs.items(), strict=True):
@@ -319,6 +320,30 @@ def precision_fallback() -> Any:
     columns[0, 0].set_ylabel("training loss")
     columns[1, 0].set_ylabel("loss scale")
     columns[0, 0].legend(frameon=False)
+    return figure
+
+
+def incident_report() -> Any:
+    """fp16, and at step 20 an input that is too large for it; the run, and what the incident's report says."""
+
+    def spoil(x: Tensor, step: int) -> Tensor:
+        return x * 3e5 if step == 20 else x
+
+    with tempfile.TemporaryDirectory() as folder:
+        plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+        model = fit(Model(spoil), IncidentReport(folder), plugins=[plugin])
+        report = (Path(folder) / "incidents/1-step20/report.txt").read_text()
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9.2, 3.0), layout="constrained", gridspec_kw={"width_ratios": [1, 1.35]}
+    )
+    draw_losses(left, model.losses)
+    left.axvline(20, color=GREEN)
+    left.annotate("recorded:\n1-step20", (20, max(x for x in model.losses if math.isfinite(x)) * 0.8), (6, 0),
+                  textcoords="offset points", color=GREEN)  # fmt: skip
+    left.set(xlabel="batch", ylabel="training loss")
+    right.set_title("incidents/1-step20/report.txt", loc="left", fontweight="bold")
+    right.axis("off")
+    right.text(0, 0.98, report.replace(f"{DOCS.parent}/", ""), family="monospace", fontsize=7.5, va="top")
     return figure
 
 

@@ -12,11 +12,13 @@ __version__ = "0.1.0"
 __all__ = [
     "FractionalCheckpoint",
     "GradNormMonitor",
+    "IncidentReport",
     "InputCheck",
     "InputError",
     "NaNEarlyStop",
     "NonFiniteError",
     "PrecisionFallback",
+    "SpikeRecovery",
     "__version__",
 ]
 
@@ -42,9 +44,11 @@ if TYPE_CHECKING or not _is_status_command():
     from lightning_stability.callbacks import (
         FractionalCheckpoint,
         GradNormMonitor,
+        IncidentReport,
         InputCheck,
         InputError,
         NaNEarlyStop,
         NonFiniteError,
         PrecisionFallback,
+        SpikeRecovery,
     )

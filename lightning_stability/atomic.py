@@ -85,19 +85,25 @@ def replace_file(
         raise cause from error  # torch hides it behind an error of its own
 
 
-def put_in_place(path: Path, make: Callable[[Path], object], check: Callable[[Path], object] | None = None) -> None:
+def put_in_place(
+    path: Path,
+    make: Callable[[Path], object],
+    check: Callable[[Path], object] | None = None,
+    replaces_folder: bool = True,
+) -> None:
     """Make a file, a folder or a link beside its place, flush it, check it, and move it there.
 
     Args:
         path: Its place.
         make: Makes it under the name that it is given, on the same file system.
         check: Looks at it before it is moved; raises if something is wrong.
+        replaces_folder: Whether a folder that is there, with something in it, is replaced; else it is an OSError.
     """
     part = part_path(path)
     try:
         delete(part)
         make(part)
-        move_into_place(part, path, check)
+        move_into_place(part, path, check, replaces_folder)
     except BaseException:
         with contextlib.suppress(OSError):
             delete(part)
@@ -109,7 +115,9 @@ def part_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.part")
 
 
-def move_into_place(part: Path, path: Path, check: Callable[[Path], object] | None = None) -> None:
+def move_into_place(
+    part: Path, path: Path, check: Callable[[Path], object] | None = None, replaces_folder: bool = True
+) -> None:
     """Flush and check what was made under `part_path`, and move it into place.
 
     Use `put_in_place` where this process makes it alone.
@@ -119,7 +127,7 @@ def move_into_place(part: Path, path: Path, check: Callable[[Path], object] | No
             _flush(inner)
     if check is not None:
         check(part)
-    if path.is_dir() and not path.is_symlink():
+    if replaces_folder and path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)  # nothing replaces a folder at once
     try:
         os.replace(part, path)  # noqa: PTH105 - tests watch the calls that change the disk

@@ -18,9 +18,11 @@ from lightning_stability._compat import MisconfigurationException, is_instance_b
 from lightning_stability.callbacks import (
     FractionalCheckpoint,
     GradNormMonitor,
+    IncidentReport,
     InputCheck,
     NaNEarlyStop,
     PrecisionFallback,
+    SpikeRecovery,
 )
 from lightning_stability.callbacks.base import take_out
 
@@ -30,6 +32,8 @@ CALLBACKS: tuple[type[Any], ...] = (
     FractionalCheckpoint,
     PrecisionFallback,
     InputCheck,
+    IncidentReport,
+    SpikeRecovery,
 )
 """Every callback of the package: what `LIGHTNING_STABILITY_CALLBACKS` knows, and what `all` stands for."""
 

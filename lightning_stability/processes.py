@@ -36,3 +36,12 @@ def is_alive(pid: int, started_before: float) -> bool:
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     began = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return fields[0] != "Z" and began < started_before + _CLOCK_CHANGE
+
+
+def free_host_memory() -> int | None:
+    """Bytes of host memory that can be had without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None

@@ -1,6 +1,6 @@
 """What people combine with the callbacks, and what becomes of it: the cases behind docs/compatibility.md.
 
-`python -m tests.compatibility` writes the page; `tests/test_compatibility.py` proves every line of it.
+`python -m tests.compatibility` writes the page; `tests/test_compatibility.py` tests every line of it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ HEAD = """# What works together
 
 Written by `python -m tests.compatibility` from the cases in `tests/compatibility.py`; each line is a run. *Refused*
 means: an error before the first step that gives this reason. Automatic callbacks (see
-[Installed and forgotten](installed.md)) refuse nothing; they stand aside with one line that gives the reason.
+[Installed and forgotten](installed.md)) refuse nothing: they disable themselves, with one line that gives the reason.
 """
 ABOUT = {
     "guards": """## NaNEarlyStop and GradNormMonitor
 
 Both together, `NaNEarlyStop(patience=1)` and `GradNormMonitor()`. *Works* means: a batch with a NaN loss in the middle
-of the run is skipped, the run goes on to its end, every weight and buffer is finite, and gradient norms were logged.
+of the run is skipped, the run continues to its end, every weight and buffer is finite, and gradient norms were logged.
 """,
     "FractionalCheckpoint": """## FractionalCheckpoint
 
@@ -43,8 +43,8 @@ bits in every weight and buffer.
     "PrecisionFallback": """## PrecisionFallback
 
 `PrecisionFallback()` in fp16 with a gradient scaler, unless the line says otherwise. *Works* means: a batch whose loss
-overflows the 16-bit precision, and not fp32, is trained again in fp32; no batch is lost, the run goes on in fp32 to its
-end, and every weight and buffer is finite.
+overflows the 16-bit precision, and not fp32, is trained again in fp32; no batch is lost, the run continues in fp32 to
+its end, and every weight and buffer is finite.
 """,
 }
 """What the lines of each section have in common, by the callback they are about."""
@@ -131,10 +131,6 @@ def _named_in_16_bits(name: str) -> Callable[[Any], dict[str, Any]]:
     return lambda pl: {**_named(name)(pl), "precision": "bf16-mixed"}
 
 
-def _shards() -> str:
-    return "refused at setup: its parameters are this rank's flat shard; use ModelParallelStrategy (FSDP2)"
-
-
 def _carries(strategy: str) -> str:
     return f"refused at setup: cannot change the precision under {strategy}, whose parameters carry it from set-up"
 
@@ -162,14 +158,15 @@ CASES: dict[str, list[Case]] = {
         Case("`ddp_find_unused_parameters_true`", _options(strategy="ddp_find_unused_parameters_true", devices=2),
              where="distributed"),
         Case("FSDP2 (`ModelParallelStrategy`)", _fsdp2, base="fsdp2", where="distributed"),
-        Case("FSDP1 (`fsdp`)", _named("FSDPStrategy"), _shards()),
+        Case("FSDP1 (`fsdp`); `use_orig_params=False` gives the norms of units", _options(strategy="fsdp"),
+             where="gpu"),
         Case(
-            "`deepspeed`",
+            "`deepspeed`; `NaNEarlyStop` alone watches the loss there",
             _named("DeepSpeedStrategy"),
             "refused at setup: its engine keeps and clips the gradients; use DDP or ModelParallelStrategy",
         ),
         Case(
-            "XLA (`xla`, `xla_fsdp`)",
+            "XLA (`xla`, `xla_fsdp`); `NaNEarlyStop` alone watches the loss there",
             _named("XLAStrategy"),
             "refused at setup: its tensors have no multi-tensor norm; leave the callback out",
         ),
@@ -311,7 +308,7 @@ FALLEN_BACK: dict[str, list[Case]] = {
              optimizer=_adamw_for_fp16, where="distributed"),
         *(Case(f"`{name}`", _options(precision=name), "has nothing to do, and costs nothing") for name in
           ("32-true", "64-true", "bf16-true")),
-        Case("a precision plugin of your own", _fp16_of_a_kind_of_its_own,
+        Case("a custom precision plugin", _fp16_of_a_kind_of_its_own,
              "refused at setup: does not know how to leave MyPrecision; expected Lightning's MixedPrecision or"
              " HalfPrecision"),
     ],
@@ -359,7 +356,7 @@ def page() -> str:
     for about, groups in SECTIONS.items():
         lines += ["", ABOUT[about].rstrip()]
         for title, group in groups.items():
-            lines += ["", f"### {title}", "", "| | answer | proved on |", "|---|---|---|"]
+            lines += ["", f"### {title}", "", "| | answer | tested on |", "|---|---|---|"]
             lines += [f"| {case.name} | {case.answer} | {shown[case.where]} |" for case in group]
     lines += ["", SUITE.rstrip(), "", "| test with another outcome | because it |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in EXPECTED.items()]

@@ -24,6 +24,7 @@ collect_ignore = [
     "distributed_inputs.py",
     "distributed_look.py",
     "checkpoint_fit.py",
+    "distributed_incident.py",
     "faulty_fit.py",
 ]  # scripts that tests start
 

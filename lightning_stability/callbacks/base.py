@@ -12,7 +12,7 @@ from lightning_stability.callbacks.incident import Incident
 from lightning_stability.health import StepRecord
 from lightning_stability.notices import warn as warn
 from lightning_stability.notices import warn_always as warn_always
-from lightning_stability.runtime import Order, Session, session_of
+from lightning_stability.runtime import Order, Outcome, Session, session_of
 from lightning_stability.runtime.containment import HOOKS
 
 
@@ -34,8 +34,8 @@ def warn_of_forgotten_precision(callback: Any, trainer: Any, checkpoint: dict[st
     if callback is ours[0] and not any(is_instance_by_name(other, "PrecisionFallback") for other in ours):
         warn_always(
             f"This run had fallen back from {state['fallen_from']} to {state['to']} at global step {state['step']}"
-            f" ({state['why']}). Without PrecisionFallback it goes on in {trainer.precision}: add the callback, or give"
-            f" precision={state['to']!r}."
+            f" ({state['why']}). Without PrecisionFallback it continues in {trainer.precision}: add the callback, or"
+            f" give precision={state['to']!r}."
         )
 
 
@@ -109,6 +109,8 @@ class SessionMember:
 
     def describe_skip(self, record: StepRecord) -> dict[str, Any]:
         """The fields of the event `update_skipped` that explain it."""
+        if record.outcome == Outcome.SPIKE:
+            return {}  # SpikeRecovery says it, with its limits
         assert self.session is not None
         incident = Incident.of(record, self.session.recent_batch(record), self.session.trainer.world_size > 1)
         return {"what": incident.what, "why": incident.why}

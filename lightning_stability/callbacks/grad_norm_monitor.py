@@ -48,7 +48,7 @@ class GradNormMonitor(StabilityCallback):
 
     Raises:
         MisconfigurationException: If an option is out of range, or, at setup, if the strategy hides the
-            gradients (FSDP1, DeepSpeed, XLA).
+            gradients (DeepSpeed, XLA).
 
     Example:
         >>> from pytorch_lightning import Trainer

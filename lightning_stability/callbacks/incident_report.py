@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
-
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.callbacks.base import StabilityCallback, warn_always
-from lightning_stability.diagnosis.errors import DiagnosisError
-from lightning_stability.diagnosis.incident import write_incident
-from lightning_stability.diagnosis.report import make_report, one_sentence, write_report
-from lightning_stability.diagnosis.search import find_origin
-from lightning_stability.diagnosis.step import RecordedStep
+from lightning_stability.checkpointing.loaders import training_iterator
+from lightning_stability.checkpointing.sample_indices import SampleIndices
 from lightning_stability.health import StepRecord
-from lightning_stability.health.record import ParameterGroups
-from lightning_stability.runtime import BadStep
+from lightning_stability.runtime import BadStep, Outcome
 
 _HISTORY = 500
-_TRAINER = (
-    *("current_epoch", "global_step", "max_epochs", "max_steps", "num_training_batches"),
-    *("estimated_stepping_batches", "world_size", "global_rank", "local_rank"),
-)
-"""What a training_step may ask its Trainer for; numbers only."""
 
 
 class IncidentReport(StabilityCallback):
@@ -35,6 +23,12 @@ class IncidentReport(StabilityCallback):
     step, the steps before it, and a report. `lightning-stability diagnose FOLDER` runs the step again on any machine.
     A full disk or a batch that cannot be saved does not end the run: what could not be kept is named.
 
+    The update of such a step is skipped, as with `NaNEarlyStop`; alone, this callback never ends the run. It records
+    a step whose loss, gradient or buffer is not finite, also where `PrecisionFallback` then trains it in fp32, and
+    the first one that `InputCheck(action="skip")` rejected.
+
+    It logs nothing.
+
     Args:
         dirpath: Where the folder `incidents` is made; the run's log folder by default.
         max_incidents: How many a run may write.
@@ -43,12 +37,15 @@ class IncidentReport(StabilityCallback):
         budget_seconds: How long the search for the origin may take, in the run; 0 leaves it to the command.
 
     Raises:
-        MisconfigurationException: If a number is out of its range.
+        MisconfigurationException: If a number is out of its range; when training starts, if the optimizer cannot be
+            guarded (LBFGS), and under DeepSpeed and XLA, which hide the gradients.
 
     Example:
         >>> from pytorch_lightning import Trainer
         >>> trainer = Trainer(callbacks=[IncidentReport(max_incidents=1)], logger=False, enable_checkpointing=False)
     """
+
+    guards = True
 
     def __init__(
         self,
@@ -57,60 +54,84 @@ class IncidentReport(StabilityCallback):
         save_state: bool = True,
         budget_seconds: float = 60.0,
     ) -> None:
-        if max_incidents < 1:
-            raise MisconfigurationException(f"max_incidents is {max_incidents}; expected 1 or more")
+        super().__init__()
+        if isinstance(max_incidents, bool) or not isinstance(max_incidents, int) or max_incidents < 1:
+            raise MisconfigurationException(
+                f"IncidentReport(max_incidents={max_incidents!r}): expected a whole number of at least 1."
+            )
         if not budget_seconds >= 0:
-            raise MisconfigurationException(f"budget_seconds is {budget_seconds}; expected 0 or more")
+            raise MisconfigurationException(
+                f"IncidentReport(budget_seconds={budget_seconds!r}): expected a number of at least 0."
+            )
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.max_incidents = max_incidents
         self.save_state = save_state
         self.budget_seconds = budget_seconds
-        self._written = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._seen = 0
+        self._has_seen_rejected = False
         self._history: deque[StepRecord] = deque(maxlen=_HISTORY)
+        self._indices = SampleIndices()
+        self._indices_known = False
+        self._samples: deque[tuple[int, list[int] | None]] = deque()
+
+    # A fit.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Be shown bad steps whole."""
-        if stage == "fit" and self.session is not None:
-            self.session.subscribe(self.on_bad_step)
+        """Be shown bad steps whole. What an earlier fit wrote was that fit's."""
+        if stage != "fit" or self.session is None:
+            return
+        self._clear()  # a checkpoint's state is loaded after this
+        self.session.subscribe(self.on_bad_step, copies=True)
+        self._indices.start()  # before the data loaders' iterators are made
+        if self._folder() is None and not self.automatic and not trainer.fast_dev_run:
+            warn_always("IncidentReport writes nothing: the run has no log folder. Give it one, or a `dirpath`.")
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """The sampler begins anew."""
+        self._samples = deque(maxlen=4 * trainer.accumulate_grad_batches + 4)
+        self._indices_known = False
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note which samples of the dataset it is made of; unknown in the rest of an epoch that was resumed."""
+        self._indices_known |= batch_idx == 0
+        indices = self._indices.take(training_iterator(trainer))
+        self._samples.append((id(batch), indices if self._indices_known else None))
 
     def on_record(self, record: StepRecord) -> None:
         """Keep what history.jsonl will say of the step."""
         self._history.append(record)
 
-    def on_bad_step(self, bad: BadStep) -> None:
-        """Write an incident. Whatever fails in it, the run continues."""
-        try:
-            self._write(bad)
-        except Exception as error:
-            step = bad.record.step
-            warn_always(f"IncidentReport: the step at global step {step} was not recorded: {_reason(error)}", True)
-
-    def _write(self, bad: BadStep) -> None:
-        folder = self._folder()
-        if self._written >= self.max_incidents or folder is None:
-            return
-        self._written += 1
-        rank = f"-rank{bad.trainer.global_rank}" if bad.trainer.world_size > 1 else ""
-        path = folder / f"{self._written}-step{bad.record.step}{rank}"
-        step = to_recorded_step(bad)
-        report = self._diagnose(step)
-        history = [history_row(record) for record in self._history]
-        left_out = write_incident(path, step, history, _details(bad.record), self.save_state)
-        write_report(path, report)
-        if self.session is not None:
-            self.session.events.write(
-                "incident_recorded", bad.record.step, bad.record.epoch, path=str(path), origin=report["origin"]
-            )
-        kept = "".join(f" {name} was not kept: {why}." for name, why in left_out.items())
-        rank_zero_info(f"The step was recorded in {path}.{kept} Run it again: lightning-stability diagnose {path}")
+    def on_session_end(self, exception: BaseException | None) -> None:
+        """Listen to samplers no more."""
+        self._indices.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many incidents the run has written."""
-        return {"written": self._written}
+        """How many incidents the run has seen."""
+        return {"seen": self._seen, "has_seen_rejected": self._has_seen_rejected}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        self._written = state_dict["written"]
+        """Continue counting."""
+        self._seen, self._has_seen_rejected = state_dict["seen"], state_dict["has_seen_rejected"]
+
+    # A bad step.
+
+    def on_bad_step(self, bad: BadStep) -> None:
+        """Write an incident. Whatever fails in it, the run continues."""
+        record, folder = bad.record, self._folder()
+        is_rejected = record.outcome == Outcome.REJECTED
+        if folder is None or self._seen >= self.max_incidents or (is_rejected and self._has_seen_rejected):
+            return
+        self._seen += 1  # on all ranks alike
+        self._has_seen_rejected |= is_rejected
+        from lightning_stability.callbacks.incident_writing import IncidentWriter  # (it loads what few runs need)
+
+        assert self.session is not None
+        writer = IncidentWriter(folder, self._seen, self.save_state, self.budget_seconds, self.session.events)
+        with bad.before():
+            writer.write(bad, list(self._history), self._dataset_indices(bad))
 
     def _folder(self) -> Path | None:
         if self.dirpath is not None:
@@ -118,14 +139,15 @@ class IncidentReport(StabilityCallback):
         events = None if self.session is None else self.session.events.path
         return None if events is None else events.parent / "incidents"
 
-    def _diagnose(self, step: RecordedStep) -> dict[str, Any]:
-        if not self.budget_seconds:
-            return make_report(None, None, step.failed, ["it was not run again in the run"])
-        try:
-            origin = find_origin(step, self.budget_seconds)
-        except Exception as error:  # the run has to go on, whatever this fails with
-            return make_report(None, None, step.failed, [_reason(error)])
-        return make_report(origin is not None, origin, step.failed)
+    def _dataset_indices(self, bad: BadStep) -> list[list[int] | None]:
+        if bad.window is None:
+            return []
+        known = dict(self._samples)  # (of two with one id the newer one: the window still holds its batches)
+        return [known.get(id(batch.batch)) for batch in bad.window.batches]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Who listens to samplers belongs to this process's fit.
+        return {**super().__getstate__(), "_indices": SampleIndices()}
 
 
 def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
@@ -135,92 +157,9 @@ def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
         bad: The step, whole.
         budget_seconds: How long the search may take.
     """
-    ranks = bad.record.bad_loss_ranks
-    if ranks and bad.trainer.world_size > 1 and bad.trainer.global_rank not in ranks:
-        return f"It came from rank {ranks[0]}."
-    try:
-        origin = find_origin(to_recorded_step(bad), budget_seconds)
-    except Exception as error:  # the message is about the stop, whatever this fails with
-        return f"Where it came from was not looked for: {_reason(error)}."
-    if origin is None:
-        return "Run again, the same step is finite: a transient fault, or something that is not recorded."
-    sentence = one_sentence(origin)
-    return f"{sentence[0].upper()}{sentence[1:]}."
+    from lightning_stability.callbacks import incident_writing  # (it loads what few runs need)
+
+    return incident_writing.explain(bad, budget_seconds)
 
 
-def to_recorded_step(bad: BadStep) -> RecordedStep:
-    """What the session hands over, as the diagnosis takes it.
-
-    Args:
-        bad: The step, whole.
-    """
-    trainer, record, window = bad.trainer, bad.record, bad.window
-    if window is None or not window.batches:
-        why = "manual optimization" if window is None else "its window of accumulated batches is too long"
-        raise DiagnosisError(f"the step's batches are not kept: {why}")
-    optimizers = list(trainer.optimizers)
-    losses = [float(loss) for loss in record.batch_losses]
-    return RecordedStep(
-        module=trainer.lightning_module,
-        batches=[batch.batch for batch in window.batches],
-        random_states=[batch.random for batch in window.batches],
-        batch_indices=[int(batch.kwargs.get("batch_idx", record.batch_idx)) for batch in window.batches],
-        precision=str(trainer.precision_plugin.precision),
-        losses=losses if len(losses) == len(window.batches) else [],
-        failed=_failed(record),
-        optimizers=optimizers,
-        optimizer=next((i for i, o in enumerate(optimizers) if o is bad.optimizer), record.optimizer),
-        loss_divisor=trainer.accumulate_grad_batches,
-        loss_scale=record.loss_scale,
-        clip_value=trainer.gradient_clip_val,
-        clip_algorithm=str(getattr(trainer.gradient_clip_algorithm, "value", None) or "norm"),
-        trainer={name: value for name in _TRAINER if isinstance(value := getattr(trainer, name, None), (int, float))},
-        notes=["`training_step` changes its batch in place"] if window.changed_in_place() else [],
-    )
-
-
-def history_row(record: StepRecord) -> dict[str, Any]:
-    """One step as history.jsonl has it; a number that is not finite is a word, because JSON has none.
-
-    Args:
-        record: The step's.
-    """
-    groups = ParameterGroups(record.parameter_names, group_depth=2)
-    row = {
-        "step": record.step,
-        "epoch": record.epoch,
-        "loss": record.loss,
-        "grad_norm": record.total_norm,
-        "grad_norms": dict(zip(groups.names, map(float, groups.norms(record.grad_norms)), strict=True)),
-        "loss_scale": record.loss_scale,
-        "learning_rates": list(record.learning_rates),
-        "skipped_by": record.skipped_by,
-        "outcome": record.outcome,
-    }
-    return {name: _as_json(value) for name, value in row.items()}
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _as_json(item) for name, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, DiagnosisError) else f"{type(error).__name__}: {error}"
-
-
-def _failed(record: StepRecord) -> str:
-    if not record.loss_finite or record.bad_loss_ranks:
-        return "loss"
-    if record.nonfinite_buffer is not None:
-        return "buffer"
-    return "gradient" if not record.gradients_finite else "weight"
-
-
-def _details(record: StepRecord) -> dict[str, Any]:
-    names = ("step", "logger_step", "epoch", "batch_idx", "batch_number", "outcome", "skipped_by", "nonfinite_buffer")
-    return {name: getattr(record, name) for name in names} | {"ranks": list(record.bad_loss_ranks)}
-
-
-__all__ = ["IncidentReport", "explain", "history_row", "to_recorded_step"]
+__all__ = ["IncidentReport", "explain"]

@@ -174,9 +174,10 @@ class NaNEarlyStop(StabilityCallback):
         if self._watches_loss_alone:
             self._incident = self._incident or loss_incident(trainer, outputs)
         never_finite = self._newest is not None and not self._counts.updates and not self._saw_finite_loss
-        if never_finite and validation_is_due(trainer):  # of a net that was never finite, on weights as they were made
+        before_validation = never_finite and validation_is_due(trainer)
+        if before_validation:  # of a net that was never finite, on weights as they were made
             self._incident = self._incident or self._newest
-        if self._incident is not None and not window_is_open(trainer):
+        if self._incident is not None and (before_validation or not window_is_open(trainer)):
             self._silence_checkpoints()
             self._end_loops(trainer)
 
@@ -253,6 +254,8 @@ class NaNEarlyStop(StabilityCallback):
         self._last_incident = incident.place
         if record.not_restored:
             self._add_lost(incident, record.not_restored)
+        if self.session.restores_next:
+            return  # SpikeRecovery answers, and says so
         if in_a_row > self.patience or record.not_restored:  # (no later step can be good either)
             self._incident = self._incident or incident
             self.session.end()
@@ -376,7 +379,7 @@ class NaNEarlyStop(StabilityCallback):
                 " the newest good copy.",
                 on_this_rank=True,
             )
-        if lost and all_ranks and self._incident is None:
+        if lost and all_ranks and self._incident is None and not self.session.restores_next:
             why = f"{listed(lost)} became non-finite outside of a bad step, and no copy of it is kept"
             self._incident = Incident("weight", why, trainer.global_step, trainer.current_epoch, -1, None)
 

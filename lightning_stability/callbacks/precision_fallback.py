@@ -243,7 +243,7 @@ class PrecisionFallback(StabilityCallback):
             return
         self._change_next = True
         self._note_change(record, str(trainer.precision), self._reason(record), retried=False)
-        self._say_change(f"Training goes on in {{to}}, but this batch is not trained again: {why}.")
+        self._say_change(f"Training continues in {{to}}, but this batch is not trained again: {why}.")
 
     # A validation batch.
 

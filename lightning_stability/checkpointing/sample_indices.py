@@ -36,6 +36,9 @@ class SampleIndices:
         >>> indices.stop()
     """
 
+    def __init__(self) -> None:
+        self._asked: weakref.WeakKeyDictionary[Any, _Asked] = weakref.WeakKeyDictionary()
+
     def start(self) -> None:
         """Listen from now on."""
         if not _LISTENERS:
@@ -53,7 +56,7 @@ class SampleIndices:
 
         None if they are not known, and where a `collate_fn` of the user's makes the batch of them: it may sort it.
         """
-        asked = _ASKED.get(iterator) if iterator is not None else None
+        asked = self._asked.get(iterator) if iterator is not None else None
         if asked is None or not asked.indices:
             return None
         batch = asked.indices.popleft()
@@ -63,6 +66,17 @@ class SampleIndices:
         if isinstance(batch, (list, tuple)) and all(isinstance(i, int) for i in batch):
             return list(batch)
         return None  # an IterableDataset's has none, and a loader without batches of its own one for the whole batch
+
+    def note(self, iterator: Any, index: Any) -> None:
+        """An iterator has asked its sampler."""
+        asked = self._asked.setdefault(iterator, _Asked())
+        sampler = sampler_iterator(iterator)
+        if asked.sampler is not sampler:  # an epoch begins: what was asked ahead is not delivered any more
+            asked.sampler = sampler
+            asked.indices.clear()
+            asked.lost = False
+        asked.lost |= len(asked.indices) == asked.indices.maxlen
+        asked.indices.append(index)
 
 
 class _Asked:
@@ -77,17 +91,10 @@ class _Asked:
 _ORIGINAL = getattr(LoaderIterator, NEXT_INDEX)
 _OVERRIDES = Overrides()
 _LISTENERS: weakref.WeakSet[SampleIndices] = weakref.WeakSet()
-_ASKED: weakref.WeakKeyDictionary[Any, _Asked] = weakref.WeakKeyDictionary()
 
 
 def _next_index(iterator: Any) -> Any:
     index = _ORIGINAL(iterator)
-    asked = _ASKED.setdefault(iterator, _Asked())
-    sampler = sampler_iterator(iterator)
-    if asked.sampler is not sampler:  # an epoch begins: what was asked ahead is not delivered any more
-        asked.sampler = sampler
-        asked.indices.clear()
-        asked.lost = False
-    asked.lost |= len(asked.indices) == asked.indices.maxlen
-    asked.indices.append(index)
+    for listener in list(_LISTENERS):
+        listener.note(iterator, index)
     return index

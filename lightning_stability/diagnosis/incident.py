@@ -25,19 +25,20 @@ from typing import Any
 
 import torch
 
-from lightning_stability.atomic import put_in_place
+from lightning_stability.atomic import put_in_place, remove_parts
 from lightning_stability.diagnosis.environment import capture_environment
 from lightning_stability.diagnosis.errors import DiagnosisError
 from lightning_stability.diagnosis.fields import check_fields, digest
 from lightning_stability.diagnosis.plain import NotPlainError, from_plain, to_plain
 from lightning_stability.diagnosis.rebuild import describe
-from lightning_stability.diagnosis.step import RecordedStep, capture_state
+from lightning_stability.diagnosis.step import RecordedStep, State, capture_state
 from lightning_stability.recovery.random_state import RandomState
 
 FORMAT = "lightning-stability incident"
 SCHEMA = 1
 _SPARE_BYTES = 64 * 2**20
 """What is left free on a disk."""
+_IN_STATE = {"parameters", "requires_grad", "buffers", "metrics", "optimizers", "schedulers", "scaler"}
 _FROM_STEP = ("precision", "failed", "optimizer", "loss_divisor", "loss_scale", "clip_value", "clip_algorithm")
 
 
@@ -74,7 +75,7 @@ def write_incident(
     details: dict[str, Any] | None = None,
     save_state: bool = True,
 ) -> dict[str, str]:
-    """Write a recorded step.
+    """Write a recorded step. What a killed process has left half written beside it is deleted.
 
     Args:
         folder: The incident's folder, which is not there yet.
@@ -87,13 +88,18 @@ def write_incident(
         What could not be kept, and why.
 
     Raises:
-        OSError: If nothing could be written.
+        OSError: If nothing could be written, or there is such a folder already.
     """
     left_out: dict[str, str] = {}
 
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    put_in_place(folder, lambda part: _fill(part, step, list(history), details or {}, save_state, left_out))
+    remove_parts(folder.parent)
+
+    def fill(part: Path) -> None:
+        _fill(part, step, list(history), details or {}, save_state, left_out)
+
+    put_in_place(folder, fill, replaces_folder=False)
     return left_out
 
 
@@ -116,7 +122,7 @@ def read_incident(folder: str | os.PathLike[str]) -> Incident:
     random_states = _load(folder / "random.pt", list)
     if "state.pt" in about["files"]:
         state = _load(folder / "state.pt", dict)
-        if set(state) != {"parameters", "requires_grad", "buffers", "metrics", "optimizers"}:
+        if not {"parameters", "requires_grad", "buffers", "metrics", "optimizers"} <= set(state) <= _IN_STATE:
             raise DiagnosisError(f"{folder / 'state.pt'} holds no training state: {', '.join(sorted(state))[:200]}")
     count = len(about["batch_indices"])
     if len(random_states) != count or (batches is not None and len(batches) != count):
@@ -169,8 +175,11 @@ def _fill(
     (part / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
     kept += _try_to_save(part / "batches.pt", lambda: to_plain(step.batches, "batches"), left_out)
     if save_state:
-        state = step.state if step.state is not None else capture_state(step.module, step.optimizers)
-        kept += _try_to_save(part / "state.pt", lambda: state, left_out)
+
+        def state() -> State:
+            return step.state or capture_state(step.module, step.optimizers, copies=False) | step.extra_state
+
+        kept += _try_to_save(part / "state.pt", state, left_out)
     else:
         left_out["state"] = "it was not asked for (save_state=False)"
     optimizer: Any = step.optimizers[step.optimizer] if step.optimizers else None

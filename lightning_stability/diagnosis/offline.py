@@ -18,7 +18,7 @@ from lightning_stability.diagnosis.replay import Outcome, Replay, make_precision
 from lightning_stability.diagnosis.replayed_module import give_trainer
 from lightning_stability.diagnosis.report import make_report, write_report
 from lightning_stability.diagnosis.search import trace_step
-from lightning_stability.diagnosis.step import RecordedStep
+from lightning_stability.diagnosis.step import REJECTED, RecordedStep
 
 Report = dict[str, Any]
 Module = str | nn.Module | Callable[[], nn.Module]
@@ -73,12 +73,12 @@ def _diagnose(step: RecordedStep, notes: list[str], progress: Callable[[str], ob
     for number in range(_REPLAYS):
         progress(f"running the step again ({number + 1})")
         outcomes.append(Replay(step).run())
-        if _is_same(step, outcomes[-1]):
+        if _is_same(step, outcomes[-1]) or step.failed == REJECTED:
             break
     reproduced = _is_same(step, outcomes[-1])
     exact = same_losses(step.losses, outcomes[-1].losses) if step.losses else None
     details: dict[str, Any] = {"differences": elsewhere, "replays": len(outcomes)}
-    if not reproduced:
+    if not reproduced and step.failed != REJECTED:
         notes += _why_not(outcomes, elsewhere)
     elif exact is False and not elsewhere:
         notes.append("the losses of the replay are not the recorded bits, on the same machine")
@@ -137,7 +137,7 @@ def _is_same(step: RecordedStep, outcome: Outcome) -> bool:
     if outcome.failure is None:
         return False
     if step.failed == "loss" or outcome.failure.what == "loss":
-        return step.failed in ("loss", "input") and outcome.failure.what == "loss"
+        return step.failed in ("loss", "input", REJECTED) and outcome.failure.what == "loss"
     return True  # gradients, buffers and weights are judged in another order by those that record
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.cli import instantiate_module
 from pytorch_lightning.utilities.parsing import AttributeDict
 from torch import nn
 from torch.optim import Optimizer
@@ -66,6 +65,8 @@ def rebuild(description: Description, incident: Path) -> nn.Module:
     made: nn.Module
     try:
         if instantiator is not None:  # recorded by LightningCLI
+            from pytorch_lightning.cli import instantiate_module  # slow to import
+
             made = instantiate_module(cls, hyperparameters)
         else:
             made = cls(**_arguments(cls, hyperparameters))

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_stability.checkpointing.writing import WriteJob, run
 from lightning_stability.diagnosis.origin import Origin, as_json
+from lightning_stability.diagnosis.step import REJECTED
 
 SCHEMA = 1
 _SHOWN_SAMPLES = 8
@@ -127,6 +128,9 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 def _reproduced(report: dict[str, Any]) -> str:
     failed = report["failed"]
+    if failed == REJECTED:
+        then = {True: "is not finite", False: "is finite", None: "could not be run"}[report["reproduced"]]
+        return f"InputCheck rejected a batch of the step, so its update was discarded. Run again, the step {then}."
     if report["reproduced"] is None:
         return f"The step could not be run again; whether its {failed} becomes non-finite again is not known."
     if not report["reproduced"]:

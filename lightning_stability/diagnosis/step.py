@@ -16,6 +16,9 @@ from lightning_stability.recovery.random_state import RandomState
 
 State = dict[str, Any]
 
+REJECTED = "rejected"
+"""What has failed in a step whose batch InputCheck has rejected: nothing yet."""
+
 
 @dataclass
 class RecordedStep:
@@ -29,7 +32,7 @@ class RecordedStep:
         precision: Lightning's word, such as `"16-mixed"`.
         losses: The loss of each batch as Lightning has it in `outputs["loss"]`: unscaled, divided by
             `loss_divisor`. Empty if unknown: then a replay cannot be compared with the recording.
-        failed: What was non-finite: `"loss"`, `"gradient"`, `"buffer"`, `"weight"`, `"input"`, ...
+        failed: What was non-finite: `"loss"`, `"gradient"`, `"buffer"`, `"weight"`, `"rejected"`, ...
         state: What `capture_state` gave before the first batch; None if the module is in that state now.
         optimizers: The module's.
         optimizer: Which of them made the step.
@@ -40,6 +43,7 @@ class RecordedStep:
         trainer: What `training_step` may read of its Trainer, by name: `current_epoch`, `global_step`, ...
         environment: What `capture_environment` gave; empty for the process of now.
         notes: What makes a replay inexact, such as a batch that `training_step` changed in place.
+        extra_state: What `state.pt` shall hold besides, for the reader: a replay does not need it.
     """
 
     module: nn.Module
@@ -59,18 +63,20 @@ class RecordedStep:
     trainer: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    extra_state: State = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.batch_indices:
             self.batch_indices = list(range(len(self.batches)))
 
 
-def capture_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> State:
-    """A copy of all that a step changes, which loads with `weights_only=True`.
+def capture_state(module: nn.Module, optimizers: Iterable[Optimizer] = (), copies: bool = True) -> State:
+    """All that a step changes, in a form that loads with `weights_only=True`.
 
     Args:
         module: The LightningModule.
         optimizers: Its optimizers.
+        copies: Whether it shall last; what is written to a disk at once needs no second place in memory.
 
     Example:
         >>> module = torch.nn.Linear(1, 1)
@@ -81,13 +87,14 @@ def capture_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> St
         True
     """
     metrics = {path: m.metric_state for path, m in module.named_modules() if isinstance(m, Metric)}
-    return {
-        "parameters": {name: tensor.detach().clone() for name, tensor in module.named_parameters()},
+    state = {
+        "parameters": {name: tensor.detach() for name, tensor in module.named_parameters()},
         "requires_grad": {name: tensor.requires_grad for name, tensor in module.named_parameters()},
-        "buffers": {name: tensor.detach().clone() for name, tensor in module.named_buffers()},
-        "metrics": copy.deepcopy(metrics),
-        "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers],
+        "buffers": {name: tensor.detach() for name, tensor in module.named_buffers()},
+        "metrics": metrics,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
+    return copy.deepcopy(state) if copies else state
 
 
 @torch.no_grad()

@@ -39,9 +39,10 @@ class StepRecord:
         clip_coefficient: What clipping by norm multiplied the gradients with; None where Lightning's was not
             used.
         skipped_by: Who skipped the update: `"GradScaler"`, `"guard"`, `"held"` (an earlier step waits for an answer),
-            `"rejected"`, `"no loss"`; None if it was applied.
+            `"rejected"`, `"spike"`, `"no loss"`; None if it was applied.
         outcome: `"applied"`; `"ordinary_skip"`, which GradScaler answers by halving; `"bad"`; `"rejected"`, whose input
-            was flagged, whatever the step came to; `"held"`, skipped because of an earlier step; `"no_loss"`.
+            was flagged, whatever the step came to; `"spike"`, above a limit; `"held"`, skipped because of an earlier
+            step; `"no_loss"`.
         bad_option: An option of the optimizer that was not finite, such as `lr=nan`.
         exception: What raised what on a batch that was skipped for it.
         batch_losses: The loss of each batch, 0-dimensional tensors where they were made.

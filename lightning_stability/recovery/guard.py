@@ -28,6 +28,7 @@ class Verdict:
         held: 1.0 if the update was held back because an earlier step has ended the run.
         buffer: Index of a buffer that the forward pass made non-finite, and 1.0 if there is one.
         rejected: 1.0 if a batch of this step was rejected for its input; None if nobody rejects batches.
+        spike: 1.0 if its loss or gradient norm is above a limit; None if nobody has set one.
     """
 
     bad: Tensor
@@ -37,11 +38,20 @@ class Verdict:
     held: Tensor | None = None
     buffer: tuple[Tensor, Tensor] | None = None
     rejected: Tensor | None = None
+    spike: Tensor | None = None
 
     @property
     def unwanted(self) -> Tensor:
         """1.0 if the update must not be made, for what the step itself is."""
-        return self.bad if self.rejected is None else torch.maximum(self.bad, self.rejected)
+        passed_over = self.passed_over
+        return self.bad if passed_over is None else torch.maximum(self.bad, passed_over)
+
+    @property
+    def passed_over(self) -> Tensor | None:
+        """1.0 if the step is to be left out without being bad; None if nobody says so."""
+        if self.rejected is None or self.spike is None:
+            return self.spike if self.rejected is None else self.rejected
+        return torch.maximum(self.rejected, self.spike)
 
 
 class Guard:
@@ -246,6 +256,7 @@ class Guard:
         scale: Tensor | None,
         loss: Tensor | None,
         options_finite: bool = True,
+        spike: Tensor | None = None,
     ) -> Verdict:
         """Decide on the device whether a step is good."""
         limit = largest if scale is None else largest * scale.to(total_norm.dtype)
@@ -270,7 +281,16 @@ class Guard:
         rejected = self.rejection_of(optimizer)
         if rejected is not None:
             rejected = rejected.to(bad.device)
-        return Verdict(bad=bad, ordinary=forward_good.float(), buffer=written, rejected=rejected)
+        if spike is not None:
+            self._leave_out(spike)
+        return Verdict(bad=bad, ordinary=forward_good.float(), buffer=written, rejected=rejected, spike=spike)
+
+    def _leave_out(self, spike: Tensor) -> None:
+        """What the step's last batch has written is restored if it is a spike; so are metrics, with its verdict."""
+        if self._in_batch and self._batch_bad is not None:
+            flag = (spike > 0).to(self._batch_bad.device)
+            self._buffers.restore(self._batch_bad | flag)
+            self._batch_bad = self._batch_bad | flag
 
     def judge_again(self, verdict: Verdict, total_norm: Tensor) -> None:
         """Take back a good verdict if the gradients have become bad since."""
@@ -311,10 +331,10 @@ class Guard:
         if optimizer not in self._bad_in_a_row:
             self._bad_in_a_row[optimizer] = torch.zeros_like(counted)
         row = self._bad_in_a_row[optimizer]
-        # what GradScaler answers, or what was rejected, is neither counted nor does it end a row
+        # what GradScaler answers, what was rejected, or a spike, is neither counted nor does it end a row
         passed_over = None if verdict.found_inf is None else verdict.found_inf.to(row.device) * verdict.ordinary
-        if verdict.rejected is not None:
-            passed_over = verdict.rejected if passed_over is None else torch.maximum(passed_over, verdict.rejected)
+        if (unwanted := verdict.passed_over) is not None:
+            passed_over = unwanted if passed_over is None else torch.maximum(passed_over, unwanted)
         if passed_over is None:
             row.add_(1.0).mul_(counted)
         else:

@@ -30,8 +30,9 @@ class Counts:
 
     @property
     def skipped(self) -> int:
-        """Updates that were skipped, by GradScaler, by the guard, or for their input."""
-        return sum(self.outcomes[o] for o in (Outcome.ORDINARY_SKIP, Outcome.BAD, Outcome.REJECTED))
+        """Updates that were skipped, by GradScaler, by the guard, for their input, or for a spike."""
+        skips = (Outcome.ORDINARY_SKIP, Outcome.BAD, Outcome.REJECTED, Outcome.SPIKE)
+        return sum(self.outcomes[outcome] for outcome in skips)
 
     def add(self, record: StepRecord) -> int | None:
         """Count a step. Returns how many of the last updates were skipped when it is time to say that they are many."""
@@ -43,7 +44,7 @@ class Counts:
             self.bad_in_a_row[record.optimizer] = 0
         if outcome in (Outcome.HELD, Outcome.NO_LOSS):
             return None
-        self._recent.append(outcome in (Outcome.BAD, Outcome.REJECTED))
+        self._recent.append(outcome in (Outcome.BAD, Outcome.REJECTED, Outcome.SPIKE))
         if self._said or len(self._recent) < self.RECENT:
             return None
         skipped = sum(self._recent)
@@ -67,4 +68,5 @@ _NAMES = {
     "skipped_bad": Outcome.BAD,
     "rejected": Outcome.REJECTED,
     "held": Outcome.HELD,
+    "skipped_spikes": Outcome.SPIKE,
 }

@@ -15,7 +15,7 @@ from lightning_stability.runtime.counts import Counts
 from lightning_stability.runtime.policies import DeliberateError, Policy
 from lightning_stability.runtime.record import Outcome
 
-_SKIPS = (Outcome.ORDINARY_SKIP, Outcome.BAD, Outcome.REJECTED)
+_SKIPS = (Outcome.ORDINARY_SKIP, Outcome.BAD, Outcome.REJECTED, Outcome.SPIKE)
 _PROGRESS_SECONDS = 5.0
 
 

@@ -26,7 +26,18 @@ from lightning_stability.health.forward_order import forward_order
 from lightning_stability.health.loss_scale import clear_found_inf_, scale_tensor, unscales_itself
 from lightning_stability.recovery import Guard
 from lightning_stability.runtime.exchange import exchange_flags
-from lightning_stability.runtime.record import HELD, NO_LOSS, REJECTED, Limits, Losses, Outcome, Step, classify
+from lightning_stability.runtime.record import (
+    HELD,
+    NO_LOSS,
+    REJECTED,
+    SPIKE,
+    Limits,
+    Losses,
+    Outcome,
+    SpikeLimits,
+    Step,
+    classify,
+)
 from lightning_stability.runtime.trainers import clips_by_norm, is_clipped_to_the_bit
 from lightning_stability.runtime.update import Gate, GuardedStep
 
@@ -67,6 +78,8 @@ class Pipeline:
         self.gate: Gate = self
         """What an optimizer's step asks: this pipeline, or what stands for it."""
         self.reads = LateReads()
+        self.spike_limits: dict[int, SpikeLimits] = {}
+        """By the optimizer's index."""
         self.meters: dict[Optimizer, GradientMeter] = {}
         self.losses = Losses()
         self._last_losses = Losses()
@@ -165,13 +178,17 @@ class Pipeline:
         step.meter = meter
         if self.guard is not None:
             step.bad_option = _nonfinite_option(optimizer)
+            norm, divisor, loss = meter.total_norm(), scale if step.divide_by_scale else None, step.losses.total
+            limits = self.spike_limits.get(self._index_of(optimizer)) if self.spike_limits else None
             step.verdict = self.guard.judge(
                 optimizer,
-                meter.total_norm(),
+                norm,
                 meter.largest_norm,
-                scale if step.divide_by_scale else None,
-                step.losses.total,
+                divisor,
+                loss,
                 options_finite=step.bad_option is None,
+                # (each rank has a loss of its own; the norm is that of all)
+                spike=None if limits is None else limits.exceeded(norm, divisor, None if self._distributed else loss),
             )
             self._clear_rejected_inf(step)
 
@@ -270,7 +287,7 @@ class Pipeline:
         if guard is not None:
             if record.buffer_index is not None:
                 record.nonfinite_buffer = guard.name_of_buffer(record.buffer_index)
-            if record.skipped_by not in (None, NO_LOSS, REJECTED, HELD):
+            if record.skipped_by not in (None, NO_LOSS, REJECTED, HELD, SPIKE):
                 record.bad_loss_ranks = self._ranks_with_bad_loss(record)
         if not record.gradients_finite:
             record.culprit = self._culprit(record)

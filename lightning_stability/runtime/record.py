@@ -19,6 +19,7 @@ GUARD = "guard"
 HELD = "held"
 NO_LOSS = "no loss"
 REJECTED = "rejected"
+SPIKE = "spike"
 
 
 class Outcome(str, enum.Enum):
@@ -30,8 +31,40 @@ class Outcome(str, enum.Enum):
     REJECTED = "rejected"
     HELD = "held"
     NO_LOSS = "no_loss"
+    SPIKE = "spike"
 
     __hash__ = str.__hash__
+
+
+_NEITHER = {
+    NO_LOSS: Outcome.NO_LOSS,
+    REJECTED: Outcome.REJECTED,
+    HELD: Outcome.HELD,
+    SPIKE: Outcome.SPIKE,
+}
+"""What is neither bad nor good."""
+
+
+@dataclass(frozen=True)
+class SpikeLimits:
+    """Above either of them an optimizer's step is skipped; 0-dimensional, on the device, `inf` for no limit."""
+
+    norm: Tensor
+    loss: Tensor | None = None
+
+    def exceeded(self, norm: Tensor, scale: Tensor | None, loss: Tensor | None) -> Tensor:
+        """1.0 if a step is above one of them. What is NaN is not: that is bad, and no spike.
+
+        Args:
+            norm: Of the step's gradients.
+            scale: What they are still multiplied with.
+            loss: The step's.
+        """
+        limit = self.norm if scale is None else self.norm * scale.to(self.norm.device)
+        above = norm > limit.to(norm.device)
+        if self.loss is not None and loss is not None:
+            above = above | (loss > self.loss.to(loss.device)).to(norm.device)
+        return above.float()
 
 
 @dataclass(frozen=True)
@@ -53,8 +86,8 @@ def classify(record: StepRecord, skips_before: int, limits: Limits) -> Outcome:
     by = record.skipped_by
     if by is None:
         return Outcome.APPLIED
-    if by in (NO_LOSS, REJECTED, HELD):
-        return {NO_LOSS: Outcome.NO_LOSS, REJECTED: Outcome.REJECTED, HELD: Outcome.HELD}[by]
+    if by in _NEITHER:
+        return _NEITHER[by]
     if by == GUARD or record.bad_loss_ranks or not record.loss_finite or record.nonfinite_buffer:
         return Outcome.BAD
     collapsed = record.loss_scale is not None and record.loss_scale < limits.min_loss_scale
@@ -136,9 +169,11 @@ class Step:
         scalars = {"found_inf": self.found_inf}
         if self.verdict is not None:
             scalars["held"] = self.verdict.held
-            if self.verdict.skipped is None:  # decided on the device, or not asked because GradScaler skipped
+            if self.verdict.skipped is None or self.verdict.spike is not None:
+                # decided on the device, or not asked because GradScaler skipped, or for one of two reasons
                 scalars["bad"] = self.verdict.bad
             scalars["rejected"] = self.verdict.rejected
+            scalars["spike"] = self.verdict.spike
             if self.verdict.buffer is not None:
                 scalars["buffer_bad"], scalars["buffer_index"] = self.verdict.buffer
         return {name: scalar for name, scalar in scalars.items() if scalar is not None}
@@ -184,6 +219,8 @@ class Step:
             return NO_LOSS if self.losses.batches == 0 else GRAD_SCALER
         if scalars.get("found_inf"):
             return GRAD_SCALER
+        if scalars.get("spike") and not scalars.get("bad"):
+            return SPIKE
         by_guard = self.verdict is not None and bool(self.verdict.skipped)
         return GUARD if by_guard or scalars.get("bad") else None
 

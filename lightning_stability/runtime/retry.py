@@ -52,7 +52,8 @@ class Retries:
         drain: Waits for the records of all steps so far; they come through `add`.
         forget_losses: Called before batches are run again.
         deliver: Shows a record to the other policies.
-        show: Shows a bad step whole.
+        show: Shows a bad step whole: as it failed first (True), before its batches are trained again, and as it ended.
+        keeps_state: Whether an update that follows a bad one is held, so that the state from before it can be shown.
         is_ending: Whether the run is about to end.
     """
 
@@ -67,7 +68,8 @@ class Retries:
         drain: Callable[[], None],
         forget_losses: Callable[[], None],
         deliver: Callable[[StepRecord], None],
-        show: Callable[[BadStep], None],
+        show: Callable[[BadStep, bool], None],
+        keeps_state: bool,
         is_ending: Callable[[], bool],
     ) -> None:
         self.retrier = retrier
@@ -80,6 +82,8 @@ class Retries:
         self._forget_losses = forget_losses
         self._deliver = deliver
         self._show = show
+        self.holds = retrier is not None or keeps_state
+        """Whether updates that follow a bad one wait for the host's answer."""
         self._is_ending = is_ending
         self._arrived: deque[StepRecord] = deque()
         self._newest: tuple[Optimizer, Any, dict[str, Any]] | None = None
@@ -103,6 +107,8 @@ class Retries:
                 self._drain()
                 result = self._answer(record, result)
             else:
+                if record.outcome == Outcome.REJECTED:
+                    self._show(self._bad_step(record), True)
                 self._finish(record)
         return result
 
@@ -111,6 +117,7 @@ class Retries:
         held = [record for record in self._arrived if record.outcome == Outcome.HELD]
         plugin = self._trainer.precision_plugin
         said = failed
+        self._show(self._bad_step(failed), True)
         if self.retrier is not None and self.retrier.wants_retry():
             why = self._objection()
             if why is None:
@@ -119,7 +126,7 @@ class Retries:
             else:
                 self.retrier.cannot_retry(failed, why)
         self._finish(said)
-        if self.retrier is None or self._is_ending():
+        if not self.holds or self._is_ending():
             return result
         self._guard.release()
         if held:
@@ -197,11 +204,14 @@ class Retries:
 
     def _finish(self, record: StepRecord) -> None:
         """The step's verdict is final."""
-        window = self.windows.closed[0] if self.windows is not None and self.windows.closed else None
         if record.outcome == Outcome.BAD:
-            optimizer = None if self._newest is None else self._newest[0]
-            self._show(BadStep(record, window, optimizer, self._trainer))
-        if window is not None:
-            assert self.windows is not None
+            self._show(self._bad_step(record), False)
+        if self.windows is not None and self.windows.closed:
             self.windows.release()
         self._deliver(record)
+
+    def _bad_step(self, record: StepRecord) -> BadStep:
+        window = self.windows.closed[0] if self.windows is not None and self.windows.closed else None
+        optimizer = None if self._newest is None else self._newest[0]
+        is_late = any(later.outcome == Outcome.APPLIED for later in self._arrived)
+        return BadStep(record, window, optimizer, self._trainer, is_late)

@@ -26,7 +26,7 @@ from lightning_stability.runtime.dispatch import Dispatch
 from lightning_stability.runtime.lifecycle import Lifecycle
 from lightning_stability.runtime.pipeline import Pipeline
 from lightning_stability.runtime.policies import Policy
-from lightning_stability.runtime.record import Limits
+from lightning_stability.runtime.record import Limits, SpikeLimits
 from lightning_stability.runtime.trainers import log_folder, refuse_strategy
 from lightning_stability.runtime.watch import Watch
 from lightning_stability.runtime.windows import BadStep
@@ -48,7 +48,7 @@ class Session(Callback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = weakref.ref(trainer)
         self._user_callbacks = trainer.callbacks
-        self._between_steps: deque[Callable[[], None]] = deque()
+        self._between_steps: deque[tuple[Callable[[], None], bool]] = deque()
         self._lifecycle = Lifecycle()
         self.has_begun = False
         self.events = EventLog(log_folder(trainer), trainer.global_rank)
@@ -89,28 +89,58 @@ class Session(Callback):
         if policy not in self.dispatch.policies:
             return
         self.dispatch.policies.remove(policy)
+        others = [
+            (call, copies) for call, copies in self.watch.subscribers if getattr(call, "__self__", None) is not policy
+        ]
+        self.watch.subscribers[:] = others
         if not self.dispatch.need_hooks:
             self.watch.stop()
         elif self.has_begun:
             self.watch.arrange()
 
-    def subscribe(self, listener: Callable[[BadStep], None], most_batches: float = math.inf) -> None:
+    def subscribe(
+        self, listener: Callable[[BadStep], None], most_batches: float = math.inf, copies: bool = False
+    ) -> None:
         """Have a listener shown every bad step whole, before any policy hears of it. In `setup`, once.
 
         Args:
             listener: Called with each.
             most_batches: Batches of an accumulation window above which they need not be kept.
+            copies: Whether it needs the state from before the window. Buffers and metric states are then copied
+                before each. It is shown a step as it failed first, also one that training it again has cured, and
+                one that was rejected for its input; without copies, a step that is skipped in the end.
         """
-        self.watch.subscribers.append(listener)
+        self.watch.subscribers.append((listener, copies))
         self.watch.most_batches = max(self.watch.most_batches, most_batches)
 
-    def between_steps(self, action: Callable[[], None]) -> None:
+    def between_steps(self, action: Callable[[], None], restores: bool = True) -> None:
         """Run an action as soon as no optimizer step is under way, for example to restore an earlier state.
 
-        It runs at the end of the batch, before any other callback's hook, and not inside an accumulation window. What
-        the session knows of the steps before is dropped then: gradients, losses, copies of buffers and metrics.
+        It runs at the end of the batch, before any other callback's hook, and not inside an accumulation window.
+
+        Args:
+            action: Called without arguments.
+            restores: Whether it restores an earlier state. What the session knows of the steps before is dropped then:
+                gradients, losses, copies of buffers and metrics. Until it has run, `restores_next` is true.
         """
-        self._between_steps.append(action)
+        self._between_steps.append((action, restores))
+
+    @property
+    def restores_next(self) -> bool:
+        """Whether an earlier state is about to be restored: what has happened since then ends no run."""
+        return any(restores for _, restores in self._between_steps)
+
+    def set_limits(self, optimizer: int, norm: Tensor, loss: Tensor | None = None) -> None:
+        """Skip this optimizer's steps whose gradient norm or loss is above a limit, decided where the limits are.
+
+        Where several processes train, the norm alone decides: it is the same for all of them.
+
+        Args:
+            optimizer: Its index in `trainer.optimizers`.
+            norm: 0-dimensional, of the true gradients. Whoever has set it may write it in place at any time.
+            loss: The same for the window's mean loss.
+        """
+        self.watch.pipeline.spike_limits[optimizer] = SpikeLimits(norm, loss)
 
     def reject_batch(self, rejected: Tensor, by: str) -> None:
         """The batch that has begun is not to be trained on: its window's update is discarded.
@@ -207,16 +237,16 @@ class Session(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """`training_step` and its optimizer steps are through, and no validation or save has come yet."""
-        self.dispatch.contain(self.watch.end_batch, bool(self._between_steps))
-        while self._between_steps and not internals.window_is_open(trainer):
-            self._between_steps.popleft()()
-            self.watch.forget_steps()
+        self.dispatch.contain(self.watch.end_batch, self.restores_next)
+        if not internals.window_is_open(trainer):
+            self.act_between_steps()
         self.dispatch.write_progress(batch_idx)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Read what is on its way, so that an epoch's numbers are there when it ends."""
         self.dispatch.contain(self.watch.end_epoch)
         self.dispatch.contain(self.watch.check_contents, True)
+        self.act_between_steps()
         self.dispatch.write_progress(internals.batch_index(trainer), always=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -257,6 +287,15 @@ class Session(Callback):
         # the user's own list object again, if nothing else has changed
         same = len(others) == len(self._user_callbacks) and all(map(operator.is_, others, self._user_callbacks))
         trainer.callbacks = self._user_callbacks if same else others
+
+    def act_between_steps(self) -> None:
+        """No step is under way now: run what waits for that."""
+        while self._between_steps:
+            action, restores = self._between_steps.popleft()
+            self.dispatch.contain(action)
+            if restores:
+                self.watch.forget_steps()
+                self.counts.bad_in_a_row.clear()
 
     def _end_policies(self, exception: BaseException | None) -> None:
         for policy in list(self.dispatch.policies):

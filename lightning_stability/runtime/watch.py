@@ -53,7 +53,8 @@ class Watch:
         self._explained = 0  # the id of an exception on its way from the backward pass through `training_step`
         self.ending = False
         """Set by a policy that ends the run: a held update stays held."""
-        self.subscribers: list[Callable[[BadStep], None]] = []
+        self.subscribers: list[tuple[Callable[[BadStep], None], bool]] = []
+        """Those who are shown bad steps whole, and whether they need the state from before each."""
         self.most_batches = 0.0
         """Batches of a window above which no subscriber needs it whole."""
         self.uncast: Any = None
@@ -72,6 +73,10 @@ class Watch:
     @property
     def _trainer(self) -> Any:
         return self._trainer_of()
+
+    def results(self) -> Any:
+        """What `self.log` accumulates in the training epoch."""
+        return internals.logged_results(self._trainer)
 
     @property
     def guard(self) -> Guard | None:
@@ -108,7 +113,7 @@ class Watch:
             self.pipeline.watch(optimizer)
         self._unknown = UnknownOptimizers(module, self.pipeline.watch)
         if self._shall_guard():
-            self.pipeline.guard = Guard(module, self._results, trainer.world_size > 1)
+            self.pipeline.guard = Guard(module, self.results, trainer.world_size > 1)
             self._contents = Contents(module, lambda: trainer.optimizers)
             self._contents.reference()
             if not all(policy.automatic for policy in self._dispatch.those_that_guard()):
@@ -323,12 +328,9 @@ class Watch:
         self._dispatch.deliver(record)
 
     def _unhook(self) -> None:
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
-
-    def _results(self) -> Any:
-        return internals.logged_results(self._trainer)
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.remove()
 
     def _shall_guard(self) -> bool:
         """Whether a policy wants updates guarded. If they cannot be, automatic policies leave; others refuse."""
@@ -353,37 +355,37 @@ class Watch:
         if guard is None or (retrier is None and not self.subscribers):
             return
         module = trainer.lightning_module
-        self.pipeline.read_lag = lag = self._lag(retries=retrier is not None) if windows is None else lag
+        copies = retrier is not None or any(copies for _, copies in self.subscribers)
+        if windows is None:
+            lag = read_lag(trainer, retries=retrier is not None or (copies and trainer.world_size > 1))
+        self.pipeline.read_lag = lag
         if module.automatic_optimization:
             if windows is None:
                 most = math.inf if retrier is not None else self.most_batches
-                device = trainer.strategy.root_device
-                windows = Windows(module, self._results, device, lag + 1, retrier is not None, most)
+                windows = Windows(module, self.results, trainer.strategy.root_device, lag + 1, copies, most)
             internals.on_closure(self._overrides, trainer, self._on_closure)
         self.retries = Retries(
             trainer,
             retrier,
             guard,
             windows,
-            MetricUndo(module, self._results),
+            MetricUndo(module, self.results),
             step=self._try_step,
             drain=self.pipeline.reads.drain,
             forget_losses=self.pipeline.forget_losses,
             deliver=self._deliver,
             show=self._show,
+            keeps_state=copies and windows is not None,
             is_ending=lambda: self.ending,
         )
-
-    def _lag(self, retries: bool) -> int:
-        return read_lag(self._trainer, retries)
 
     def _set_hold(self) -> None:
         """After how many bad updates in a row the device holds those that follow, until the host has answered."""
         if self.guard is None:
             return
-        if self.retries is None or self.retries.retrier is None:
+        if self.retries is None or not self.retries.holds:
             self.guard.patience = self._dispatch.patience
-        else:  # a step that is going to be trained again: at once, or after the one that is under way
+        else:  # the host answers to a bad step first: at once, or after the one that is under way
             self.guard.patience = 0 if self.pipeline.read_lag else math.inf
 
     def _try_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
@@ -395,6 +397,7 @@ class Watch:
             self.retries.windows.add(closure, kwargs, self._uncast_for_retry)
             self._uncast_for_retry = None
 
-    def _show(self, bad_step: BadStep) -> None:
-        for listener in self.subscribers:
-            self._dispatch.contain(listener, bad_step)
+    def _show(self, bad_step: BadStep, as_it_failed: bool) -> None:
+        for listener, copies in self.subscribers:
+            if copies == as_it_failed:
+                self._dispatch.contain(listener, bad_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ class Window:
     def __init__(self, module: nn.Module, results: Callable[[], Any], device: torch.device, copies: bool) -> None:
         self.module = module
         self._copies = (BufferUndo(module), MetricUndo(module, results)) if copies else ()
+        self._results = results
         self._device = device
         self.batches: list[WindowBatch] = []
         self.scaler: list[torch.Tensor] = []
@@ -95,6 +97,27 @@ class Window:
         for copy in self._copies:
             copy.restore(torch.tensor(True))
 
+    @contextlib.contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Buffers and metric states are those from before the first batch; afterwards what they were."""
+        if not self._copies:
+            yield
+            return
+        buffers, metrics = BufferUndo(self.module), MetricUndo(self.module, self._results)
+        buffers.remember()
+        snapshot = metrics.snapshot()
+        self.restore()
+        try:
+            yield
+        finally:
+            buffers.restore(torch.tensor(True))
+            metrics.restore_snapshot(snapshot)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether buffers and metric states from before it are kept."""
+        return bool(self._copies)
+
     def again(self, convert: Convert) -> Iterator[Callable[[], Any]]:
         """What runs the batches again, in order; to be run as it is asked for, since random states are restored then.
 
@@ -112,7 +135,8 @@ class Window:
 class BadStep:
     """A step whose update was skipped, whole: for whoever wants to know why it was bad.
 
-    The weights and the optimizer's state are as they were before it.
+    The weights and the optimizer's state are as they were before it, unless `is_late`. Buffers and metric states are
+    too, inside of `before()`, for a listener that asked for copies.
 
     Attributes:
         record: Its numbers.
@@ -120,12 +144,28 @@ class BadStep:
             the listener returns.
         optimizer: The bare torch optimizer.
         trainer: The Trainer.
+        is_late: Whether another update was made before the verdict was known.
     """
 
     record: StepRecord
     window: Window | None
     optimizer: Optimizer | None
     trainer: Any
+    is_late: bool = False
+
+    @contextlib.contextmanager
+    def before(self) -> Iterator[None]:
+        """Around what needs buffers, metric states and the optimizer's options as they were for this step."""
+        if self.window is None or self.optimizer is None:
+            yield
+            return
+        options = options_of(self.optimizer)
+        with self.window.as_before():
+            set_options(self.optimizer, self.window.options)
+            try:
+                yield
+            finally:
+                set_options(self.optimizer, options)
 
 
 class Windows:

@@ -106,7 +106,8 @@ def _state(run: Run, now: float, written: float | None) -> tuple[str, str]:
         why = f"{ended['exception']}{rank}: {ended['why']}" if state == "failed" else ended["why"]
         return state, f"{'stopped early' if state == 'stopped' else state}: {why} ({_clock(ended['time'], now)})"
     if run.stopped is not None:
-        return "stopped", f"stopped early: NaNEarlyStop: {run.stopped['why']} ({_clock(run.stopped['time'], now)})"
+        by, why = run.stopped.get("by", "NaNEarlyStop"), run.stopped["why"]
+        return "stopped", f"stopped early: {by}: {why} ({_clock(run.stopped['time'], now)})"
     if started is None:
         return "unknown", "unknown: training has not begun, or no callback of this package was asked for"
     ranks = f", {started['world_size']} ranks" if started["world_size"] > 1 else ""
@@ -299,8 +300,10 @@ def _incident(event: dict[str, Any]) -> str:
         "update_skipped": "update skipped by {by}: {why}",
         "gradient_norm_rising": "gradient norm {norm:.3g}, {ratio:.3g} times its usual value, most in {group}",
         "precision_changed": "precision {precision_from} -> {precision_to}: {why}",
+        "incident_recorded": "recorded in {path}: {origin}",
         "many_skips": "{skipped} of the last {of} updates were skipped",
         "precision_kept": "precision {precision} kept: {why}",
+        "rewound": "rewound from step {from_step} to the state of step {to_step}: {why}",
         "checkpoint_failed": "checkpoint {path} could not be written: {error}",
         "checkpoint_refused": "no checkpoint: {nonfinite_tensors} tensors are not finite",
     }.get(name)

@@ -81,7 +81,7 @@ def build_cache(
                 _build(root, recordings, folder, _Writer(samples, journal, index), stamps, processes)
     except OSError as error:
         raise MisconfigurationException(
-            f"The cache cannot be written to {folder}: {error}. What is finished stays: start again to go on."
+            f"The cache cannot be written to {folder}: {error}. What is finished stays: start again to continue."
         ) from error
 
 

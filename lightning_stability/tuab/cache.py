@@ -45,7 +45,7 @@ class WindowCache:
         if not self.index.complete:
             raise MisconfigurationException(
                 f"{self.folder} holds no complete cache: {len(self.index.files)} recordings are finished. "
-                "`TUABDataModule.prepare_data`, which every run calls, or `build_cache` goes on from there."
+                "`TUABDataModule.prepare_data`, which every run calls, or `build_cache` continues from there."
             )
         self._file: int | None = None
 

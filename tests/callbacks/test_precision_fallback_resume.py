@@ -252,7 +252,7 @@ def test_a_run_that_resumes_without_the_callback_is_warned_once(tmp_path: Path) 
         assert said[0].startswith(
             "This run had fallen back from 16-mixed to 32-true at global step 2 (the loss was nan; the input of"
         )
-        assert said[0].endswith("it goes on in 16-mixed: add the callback, or give precision='32-true'.")
+        assert said[0].endswith("it continues in 16-mixed: add the callback, or give precision='32-true'.")
     said = resumed_warnings(tmp_path, [])
     assert any("Please add the following callbacks: ['PrecisionFallback']" in text for text in said), "Lightning does"
     for quiet in ({"precision": "32-true"}, {"precision": "16-mixed"}):

@@ -78,3 +78,14 @@ def test_torch_is_as_it_was_once_the_last_one_has_stopped() -> None:
     second.stop()
     second.stop()
     assert _BaseDataLoaderIter._next_index is before
+
+
+def test_each_of_two_listeners_takes_every_batch() -> None:
+    first, second = SampleIndices(), SampleIndices()
+    for listening in (first, second):
+        listening.start()
+    iterator = iter(DataLoader(Numbers(), batch_size=2))
+    next(iterator)
+    assert first.take(iterator) == second.take(iterator) == [0, 1]
+    for listening in (first, second):
+        listening.stop()

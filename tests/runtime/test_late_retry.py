@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_stability import NaNEarlyStop, PrecisionFallback
-from lightning_stability.runtime.watch import Watch
+from lightning_stability.runtime import watch
 from tests import runs
 from tests.recovery import poison
 
@@ -29,7 +29,7 @@ def fit(pl: Any, kinds: dict[int, str], stops: list[Any], **options: Any) -> dic
 def both(monkeypatch: pytest.MonkeyPatch, pl: Any, kinds: dict[int, str], patience: int | None, **options: Any) -> Any:
     results = []
     for lag in (0, 1):
-        monkeypatch.setattr(Watch, "_lag", lambda self, retries, lag=lag: lag)
+        monkeypatch.setattr(watch, "read_lag", lambda trainer, retries, lag=lag: lag)
         stops = [] if patience is None else [NaNEarlyStop(patience=patience)]
         results.append(fit(pl, kinds, stops, **options))
     return [{name: result[name] for name in RESULTS} for result in results], results

@@ -1,0 +1,255 @@
+"""An incident is written into its folder, and diagnosed in memory; loaded once a step goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_stability.callbacks.base import warn_always
+from lightning_stability.diagnosis.errors import DiagnosisError
+from lightning_stability.diagnosis.incident import write_incident
+from lightning_stability.diagnosis.plain import NotPlainError, to_plain
+from lightning_stability.diagnosis.report import make_report, one_sentence, write_report
+from lightning_stability.diagnosis.search import find_origin
+from lightning_stability.diagnosis.step import REJECTED, RecordedStep
+from lightning_stability.events import EventLog
+from lightning_stability.health import StepRecord
+from lightning_stability.health.record import ParameterGroups
+from lightning_stability.runtime import BadStep, Outcome
+
+_TRAINER = (
+    *("current_epoch", "global_step", "max_epochs", "max_steps", "num_training_batches"),
+    *("estimated_stepping_batches", "world_size", "global_rank", "local_rank"),
+)
+"""What a training_step may ask its Trainer for; numbers only."""
+
+
+@dataclass
+class IncidentWriter:
+    """Writes one incident.
+
+    Attributes:
+        folder: The run's folder of incidents.
+        number: Which of the run's it is, on all ranks alike.
+        save_state: Whether weights and optimizer states are kept.
+        budget_seconds: How long the search for the origin may take.
+        events: Where it is told.
+    """
+
+    folder: Path
+    number: int
+    save_state: bool
+    budget_seconds: float
+    events: EventLog
+
+    def write(self, bad: BadStep, records: list[StepRecord], dataset_indices: list[list[int] | None]) -> None:
+        """Write the incident. Whatever fails in it, the run continues.
+
+        Args:
+            bad: The step, whole, with the state from before it.
+            records: Of the steps before.
+            dataset_indices: Of the samples of each batch; None where they are not known.
+        """
+        try:
+            self._write(bad, records, dataset_indices)
+        except Exception as error:
+            place = _place(bad.record)
+            warn_always(f"IncidentReport: the step at {place} was not recorded: {_reason(error)}.", on_this_rank=True)
+
+    def _write(self, bad: BadStep, records: list[StepRecord], dataset_indices: list[list[int] | None]) -> None:
+        trainer, record = bad.trainer, bad.record
+        several = trainer.world_size > 1
+        if several and record.bad_loss_ranks and trainer.global_rank not in record.bad_loss_ranks:
+            return
+        step = to_recorded_step(bad)
+        diagnosed: tuple[dict[str, Any], str | None] | None = None
+        if several and not record.bad_loss_ranks and step.failed != REJECTED:
+            # All ranks have the same non-finite gradients. The rank that they come from finds that in its own replay.
+            diagnosed = self._diagnose(step)
+            if diagnosed[0]["reproduced"] is False:
+                return
+        details = _details(record) | {"dataset_indices": dataset_indices}
+        path, left_out = self._save(bad, step, records, details)
+        report, sentence = diagnosed or self._diagnose(step)
+        write_report(path, report)
+        self.events.write(
+            "incident_recorded",
+            record.step,
+            record.epoch,
+            batch_idx=record.batch_idx,
+            what=step.failed,
+            path=str(path),
+            reproduced=report["reproduced"],
+            origin=sentence,
+            left_out=left_out,
+        )
+        kept = "".join(f" {name} was not kept: {why}." for name, why in left_out.items())
+        found = f" {sentence[0].upper()}{sentence[1:]}." if sentence else ""
+        warn_always(
+            f"IncidentReport: the step at {_place(record)} was recorded in {path}.{found}{kept} Run it again:"
+            f" lightning-stability diagnose {path}",
+            on_this_rank=True,
+        )
+
+    def _save(
+        self, bad: BadStep, step: RecordedStep, records: list[StepRecord], details: dict[str, Any]
+    ) -> tuple[Path, dict[str, str]]:
+        """Write it under the next free number; nothing that is there is replaced."""
+        trainer, name = bad.trainer, f"step{bad.record.step}"
+        rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        history = [history_row(record) for record in records]
+        for number in itertools.count(self.number):
+            path = self.folder / f"{number}-{name}{rank}"
+            others = [
+                p for p in self.folder.glob(f"{number}-*") if not (rank and p.name.startswith(f"{number}-{name}-rank"))
+            ]
+            if others or path.exists():
+                continue
+            try:
+                return path, write_incident(path, step, history, details, self.save_state)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        raise AssertionError("numbers do not end")
+
+    def _diagnose(self, step: RecordedStep) -> tuple[dict[str, Any], str | None]:
+        """The report, and the origin in a sentence."""
+        if not self.budget_seconds:
+            return make_report(None, None, step.failed, ["it was not run again in the run"]), None
+        try:
+            origin = find_origin(step, self.budget_seconds)
+        except Exception as error:  # the run has to continue, whatever this fails with
+            return make_report(None, None, step.failed, [_reason(error), *step.notes]), None
+        report = make_report(origin is not None, origin, step.failed, step.notes)
+        return report, None if origin is None else one_sentence(origin)
+
+
+def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
+    """Where the first non-finite value of a step was made, in a sentence, for the message of a stop.
+
+    Args:
+        bad: The step, whole.
+        budget_seconds: How long the search may take.
+    """
+    ranks, several = bad.record.bad_loss_ranks, bad.trainer.world_size > 1
+    if ranks and several and bad.trainer.global_rank not in ranks:
+        return f"It came from rank {ranks[0]}."
+    try:
+        with bad.before():
+            origin = find_origin(to_recorded_step(bad), budget_seconds)
+    except Exception as error:  # the message is about the stop, whatever this fails with
+        return f"Where it came from was not looked for: {_reason(error)}."
+    if origin is None and several:
+        return "Run again on this rank alone, the same step is finite: it came from another rank."
+    if origin is None:
+        return "Run again, the same step is finite: a transient fault, or something that is not recorded."
+    sentence = one_sentence(origin)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def to_recorded_step(bad: BadStep) -> RecordedStep:
+    """What the session hands over, as the diagnosis takes it.
+
+    Args:
+        bad: The step, whole.
+    """
+    trainer, record, window = bad.trainer, bad.record, bad.window
+    if window is None or not window.batches:
+        why = "manual optimization" if window is None else "its window of accumulated batches is too long"
+        raise DiagnosisError(f"the step's batches are not kept: {why}")
+    optimizers = list(trainer.optimizers)
+    losses = [float(loss) for loss in record.batch_losses]
+    return RecordedStep(
+        module=trainer.lightning_module,
+        batches=[batch.batch for batch in window.batches],
+        random_states=[batch.random for batch in window.batches],
+        batch_indices=[int(batch.kwargs.get("batch_idx", record.batch_idx)) for batch in window.batches],
+        precision=str(trainer.precision_plugin.precision),
+        losses=losses if len(losses) == len(window.batches) else [],
+        failed=_failed(record),
+        optimizers=optimizers,
+        optimizer=next((i for i, o in enumerate(optimizers) if o is bad.optimizer), record.optimizer),
+        loss_divisor=trainer.accumulate_grad_batches,
+        loss_scale=record.loss_scale,
+        clip_value=trainer.gradient_clip_val,
+        clip_algorithm=str(getattr(trainer.gradient_clip_algorithm, "value", None) or "norm"),
+        trainer={name: value for name in _TRAINER if isinstance(value := getattr(trainer, name, None), (int, float))},
+        notes=_notes(bad),
+        extra_state=_extra_state(trainer, record),
+    )
+
+
+def _notes(bad: BadStep) -> list[str]:
+    """What makes a replay inexact."""
+    assert bad.window is not None
+    changed = ["`training_step` changes its batch in place: the replay is not exact"]
+    late = ["another update was made before this step's verdict was known: the weights are those after it"]
+    return changed * bad.window.changed_in_place() + late * bad.is_late
+
+
+def _extra_state(trainer: Any, record: StepRecord) -> dict[str, Any]:
+    """The states of schedulers and of GradScaler; a replay does not need them."""
+    extra: dict[str, Any] = {}
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None:
+        extra["scaler"] = scaler.state_dict() | {"scale": record.loss_scale}
+    try:
+        states = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        extra["schedulers"] = to_plain(states, "schedulers")
+    except NotPlainError:  # a custom one's, with objects in it
+        extra["schedulers"] = []
+    return extra
+
+
+def history_row(record: StepRecord) -> dict[str, Any]:
+    """One step as history.jsonl has it; a number that is not finite is a word, because JSON has none.
+
+    Args:
+        record: The step's.
+    """
+    groups = ParameterGroups(record.parameter_names, group_depth=2)
+    row = {
+        "step": record.step,
+        "epoch": record.epoch,
+        "loss": record.loss,
+        "grad_norm": record.total_norm,
+        "grad_norms": dict(zip(groups.names, map(float, groups.norms(record.grad_norms)), strict=True)),
+        "loss_scale": record.loss_scale,
+        "learning_rates": list(record.learning_rates),
+        "skipped_by": record.skipped_by,
+        "outcome": record.outcome,
+    }
+    return {name: _as_json(value) for name, value in row.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_json(item) for name, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, DiagnosisError) else f"{type(error).__name__}: {error}"
+
+
+def _place(record: StepRecord) -> str:
+    return f"epoch {record.epoch}, batch {record.batch_idx}, global step {record.step}"
+
+
+def _failed(record: StepRecord) -> str:
+    if record.outcome == Outcome.REJECTED:
+        return REJECTED
+    if not record.loss_finite or record.bad_loss_ranks:
+        return "loss"
+    if record.nonfinite_buffer is not None:
+        return "buffer"
+    return "gradient" if not record.gradients_finite else "weight"
+
+
+def _details(record: StepRecord) -> dict[str, Any]:
+    names = ("step", "logger_step", "epoch", "batch_idx", "batch_number", "outcome", "skipped_by", "nonfinite_buffer")
+    return {name: getattr(record, name) for name in names} | {"ranks": list(record.bad_loss_ranks)}

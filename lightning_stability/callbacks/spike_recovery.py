@@ -1,0 +1,448 @@
+"""SpikeRecovery: a step that spikes is skipped, and a run that is ruined goes back to a state from before."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+
+from lightning_stability import internals
+from lightning_stability._compat import MisconfigurationException, is_instance_by_name
+from lightning_stability.callbacks.base import SessionMember, StabilityCallback, warn_always
+from lightning_stability.callbacks.incident import Incident
+from lightning_stability.callbacks.loggers import notify_loggers
+from lightning_stability.callbacks.spike_end import SpikeEnd, Trouble
+from lightning_stability.callbacks.spike_messages import how_far_out, made_nonfinite, memory_message
+from lightning_stability.callbacks.spike_state import RECENT_STEPS, SpikeFit, StepRange
+from lightning_stability.checkpointing.loops import SavePoint, SavePoints
+from lightning_stability.checkpointing.section import is_of_a_stop
+from lightning_stability.checkpointing.snapshot import HostSnapshot
+from lightning_stability.health import StepRecord
+from lightning_stability.health.usual_range import UsualRange
+from lightning_stability.processes import free_host_memory
+from lightning_stability.recovery.snapshots import CONFIRMED_BY, RunState, Snapshot, Snapshots
+from lightning_stability.runtime import Order, Outcome
+
+STAYS_UP = 10
+"""The loss is out of its range in so many of `RECENT_STEPS` steps: skipping has not helped."""
+PATIENCE = 2
+"""So many bad updates in a row are skipped; the next one makes the run go back."""
+
+_NO_TRAINED_STATE = ("Checkpoint", "EarlyStopping", "ProgressBar", "Session")
+
+
+class SpikeRecovery(StabilityCallback):
+    """Skips steps that spike, and goes back to an earlier state when that does not help.
+
+    A step spikes when its gradient norm or loss is far above what the last steps had. The limits lie on the device,
+    where the step is compared with them: nothing waits. The update of such a step is not applied, as if it were
+    non-finite; `skipped_updates` and the events count it.
+
+    The run goes back when the loss is out of its range in 10 of 16 steps, when weights have become non-finite, or when
+    more than 2 updates in a row were non-finite (or `NaNEarlyStop(patience=...)`, if that is less). Weights, buffers,
+    optimizers, schedulers, loss scaler, metrics of the epoch and tensors of other callbacks become what they were at
+    the newest trusted snapshot: one that 10 healthy steps have followed. Data, `global_step`, loggers and random
+    numbers continue: the batches since are left out, and the event `rewound` names them. After `max_rewinds` times at
+    the same place the run is ended, with the weights of the snapshot.
+
+    Two snapshots are kept in host memory: each is the size of the weights and the optimizer's state.
+
+    Args:
+        sigma: How many standard deviations above the median a gradient norm or a loss is a spike. The standard
+            deviation is taken from the median distance to the median, which spikes do not widen.
+        window: How many of the newest applied steps say what is usual.
+        every_n_steps: Steps between two snapshots; by default as few as cost less than 1 % of the run.
+        max_rewinds: How often to go back without getting past the same place.
+        action: `"skip"` only skips, and takes no snapshots.
+
+    Raises:
+        MisconfigurationException: If an option is out of range; when training starts, if host memory has no room for
+            the snapshots, or if the optimizer cannot be guarded (LBFGS).
+        NonFiniteError: When the run is ended and `NaNEarlyStop(action="raise")` is there too.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> from lightning_stability import SpikeRecovery
+        >>> trainer = Trainer(max_steps=100, callbacks=[SpikeRecovery()], logger=False)
+    """
+
+    order = Order.REWIND
+    guards = True
+
+    def __init__(
+        self,
+        sigma: float = 8.0,
+        window: int = 128,
+        every_n_steps: int | None = None,
+        max_rewinds: int = 3,
+        action: Literal["rewind", "skip"] = "rewind",
+    ) -> None:
+        super().__init__()
+        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 1.0 <= sigma < math.inf:
+            raise MisconfigurationException(
+                f"SpikeRecovery(sigma={sigma!r}): expected a finite number of at least 1; 8 is usual."
+            )
+        numbers = {"window": (window, 16), "max_rewinds": (max_rewinds, 1)}
+        if every_n_steps is not None:
+            numbers["every_n_steps"] = (every_n_steps, 1)
+        for name, (value, least) in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise MisconfigurationException(
+                    f"SpikeRecovery({name}={value!r}): expected a whole number of at least {least}."
+                )
+        if action not in ("rewind", "skip"):
+            raise MisconfigurationException(f'SpikeRecovery(action={action!r}): expected "rewind" or "skip".')
+        self.sigma = float(sigma)
+        self.window = window
+        self.every_n_steps = every_n_steps
+        self.max_rewinds = max_rewinds
+        self.action = action
+        self.patience = PATIENCE if action == "rewind" else math.inf
+        self._clear()
+
+    def _clear(self) -> None:
+        self.spikes = 0
+        """Steps that were skipped since they spiked."""
+        self.rewinds = 0
+        """How often the run has gone back."""
+        self.left_out = 0
+        """Batches that were left out with it."""
+        self._ranges: dict[int, StepRange] = {}
+        self._position = 0  # updates that have made the state what it is
+        self._place = -1  # the position at which trouble came
+        self._attempts = 0  # rewinds since that place was passed
+        self._restored_at = -1  # the position that the last one went back to
+        self._resumes_after_a_stop = False
+        self._fit: SpikeFit | None = None
+
+    # A fit.
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """What an earlier fit saw was that fit's."""
+        if stage == "fit":
+            self._clear()
+            self._fit = SpikeFit()
+            self._fit.indices.start()  # before the data loaders' iterators are made
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Set the limits, and see whether there is room for the snapshots."""
+        fit, session, device = self._fit, self.session, trainer.strategy.root_device
+        if fit is None or session is None:
+            return
+        for index in range(len(trainer.optimizers)):
+            limits = fit.limits[index] = [torch.full((), math.inf, device=device) for _ in range(2)]
+            session.set_limits(index, *limits)
+            self._set_limits(index, self._range(index))
+        fit.end = SpikeEnd(trainer)
+        if self._resumes_after_a_stop:
+            SavePoints.of(trainer).listen(self, saves=False)
+        if self.action == "rewind":
+            state = RunState(trainer, lambda: _others(trainer))
+            need, free = 2 * state.nbytes(), free_host_memory()
+            if trainer.strategy.reduce_boolean_decision(free is not None and need > free, all=False):
+                self._refuse_run(trainer, memory_message(need, free))
+                return
+            agree = partial(trainer.strategy.reduce_boolean_decision, all=True)
+            fit.snapshots = Snapshots(state, device, HostSnapshot, agree)
+
+    def on_place(self, trainer: Any, place: SavePoint) -> None:
+        """Nothing: what is listened for is where a resumed run begins."""
+
+    def on_resumed(self, trainer: Any) -> None:
+        """Nothing."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note which batch it is; have a snapshot taken after it if one is due."""
+        fit, session = self._fit, self.session
+        if fit is None or session is None:
+            return
+        if self._ending is not None:
+            self._ending.stop(session)
+        if fit.snapshots is None:
+            return
+        number, snapshots = internals.batch_number(trainer), fit.snapshots
+        if snapshots.trusted is None:  # (now everything is restored that a checkpoint may hold)
+            self._take(number - 1, trusted=True)
+        fit.note_batch(number, trainer, batch_idx)
+        is_due = trainer.global_step + 1 - fit.taken_at >= (self.every_n_steps or fit.interval)
+        if is_due and not (fit.takes_next or snapshots.is_waiting or session.restores_next or fit.is_out):
+            fit.takes_next = True
+            session.between_steps(self._take_next, restores=False)
+        if not trainer.lightning_module.automatic_optimization:
+            snapshots.before_update()
+        fit.started_at = fit.started_at or (trainer.global_step, time.monotonic())
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """The update waits for the snapshot that is being copied."""
+        if self._fit is not None and self._fit.snapshots is not None:
+            self._fit.snapshots.before_update()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End the run when the batch's hooks are through, if it is to end."""
+        if self._ending is not None and self.session is not None:
+            self._ending.end_loops(self.session)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the loop if the run has ended."""
+        if self._ending is not None and self.session is not None:
+            self._ending.stop(self.session)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Non-finite weights are found before they are saved: go back, and save what was restored."""
+        session, fit = self.session, self._fit
+        if session is None or fit is None:
+            return
+        if session.restores_next and fit.found_in_contents and trainer.world_size == 1:
+            session.act_between_steps()
+            if self._ending is None:
+                fresh = internals.dump_checkpoint(trainer, weights_only="optimizer_states" not in checkpoint)
+                checkpoint.clear()
+                checkpoint.update(fresh)
+        if self._ending is not None and not self._ending.is_saving:
+            self._ending.stop(session, inside_save=True)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say what became of the spikes."""
+        SavePoints.of(trainer).leave(self)
+        if self.spikes or self.rewinds:
+            rank_zero_info(
+                f"SpikeRecovery: {self.spikes} steps skipped, {self.rewinds} rewinds, {self.left_out} batches left out."
+            )
+
+    def on_session_end(self, exception: BaseException | None) -> None:
+        """Let the loops end by themselves again."""
+        fit, self._fit = self._fit, None
+        if fit is not None:
+            fit.indices.stop()
+            if fit.end is not None:
+                fit.end.restore()
+        if self.session is not None:
+            SavePoints.of(self.session.trainer).leave(self)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Continue right after the batch that a run was ended with."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.state.fn != "fit" or trainer.fast_dev_run or not is_of_a_stop(checkpoint):
+            return
+        others = ("FractionalCheckpoint", "NaNEarlyStop")  # they do so too
+        if not any(is_instance_by_name(other, *others) for other in trainer.callbacks):
+            SavePoints.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
+            self._resumes_after_a_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ranges and the counts."""
+        if self.session is not None:
+            self.session.drain()
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {**counts, "ranges": {index: usual.state_dict() for index, usual in self._ranges.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with them."""
+        for name in _COUNTS:
+            setattr(self, name, state_dict[name])
+        for index, state in state_dict["ranges"].items():
+            self._range(int(index)).load_state_dict(state)
+
+    # A step.
+
+    def on_record(self, record: StepRecord) -> None:
+        """Judge the step; learn from it if it was applied."""
+        fit, session = self._fit, self.session
+        if fit is None or session is None or session.restores_next or self._ending is not None:
+            return
+        if record.outcome == Outcome.BAD:
+            self._judge(record, healthy=False)
+            self._on_bad_step(record)
+        elif record.outcome in (Outcome.APPLIED, Outcome.SPIKE):
+            self._on_finite_step(record, self._range(record.optimizer))
+
+    def describe_skip(self, record: StepRecord) -> dict[str, Any]:
+        """The numbers and the limits."""
+        if record.outcome != Outcome.SPIKE:
+            return super().describe_skip(record)
+        usual = self._range(record.optimizer)
+        details = {"loss_limit": usual.loss.limit, "grad_norm": record.total_norm, "grad_norm_limit": usual.norm.limit}
+        return {"what": "spike", "why": how_far_out(record, usual.loss, usual.norm), **details}
+
+    def _on_finite_step(self, record: StepRecord, usual: StepRange) -> None:
+        assert self.session is not None
+        loss_is_up = record.loss is not None and record.loss > usual.loss.limit
+        applied = record.outcome == Outcome.APPLIED
+        if not applied:
+            self._say_spike(record, usual)
+        several = self.session.trainer.world_size > 1
+        # each rank has a loss of its own: what all have to decide alike is decided by the norm
+        self._judge(record, healthy=applied and (several or not loss_is_up))
+        usual.recent.append((loss_is_up, not applied))
+        if applied:
+            self._position += 1
+            usual.learn(record, loss_is_up)
+            self._set_limits(record.optimizer, usual)
+        # (the ranks count the same skips)
+        if max(usual.skips, 0 if several else usual.loss_up) < STAYS_UP:
+            return
+        is_up = usual.loss_up > STAYS_UP // 2
+        if several:
+            is_up = self.session.trainer.strategy.reduce_boolean_decision(is_up, all=False)
+        # (a state that was healthy and makes no good step since it was restored: the data have changed)
+        is_of_data = self._attempts > 0 and self._position == self._restored_at
+        if is_up and self.action == "rewind" and not is_of_data:
+            up = f"the loss was out of its range in {usual.loss_up} of the last {len(usual.recent)} steps"
+            self._go_back("spike", f"{up}: {self._what(record)}", record)
+        else:  # it is no spike but another level
+            usual.forget()
+            self._set_limits(record.optimizer, usual)
+            warn_always(
+                f"SpikeRecovery: {STAYS_UP} steps of at most {RECENT_STEPS} were beyond the usual range (epoch"
+                f" {record.epoch}, global step {record.step}). The new level is taken for the usual one from now on."
+            )
+
+    def _what(self, record: StepRecord) -> str:
+        usual = self._range(record.optimizer)
+        return how_far_out(record, usual.loss, usual.norm)
+
+    def _say_spike(self, record: StepRecord, usual: StepRange) -> None:
+        assert self.session is not None
+        self.spikes += 1
+        if not usual.skips:  # the first of several
+            where = f"epoch {record.epoch}, batch {record.batch_idx}, global step {record.step}"
+            warn_always(f"SpikeRecovery: an update was skipped: {self._what(record)} ({where}).")
+
+    def _on_bad_step(self, record: StepRecord) -> None:
+        session = self.session
+        assert session is not None
+        in_a_row = session.counts.bad_in_a_row[record.optimizer]
+        if self.action == "skip":
+            return
+        lost = record.not_restored
+        if session.trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
+            lost = lost or ["a parameter or buffer of another rank"]
+            self._go_back("weight", made_nonfinite(lost, session.trainer), record)
+        elif in_a_row > session.dispatch.patience:
+            incident = Incident.of(record, session.recent_batch(record), session.trainer.world_size > 1)
+            self._go_back(incident.what, f"{in_a_row} updates in a row were skipped: {incident.why}", record)
+
+    def on_nonfinite_contents(self, restored: list[str], lost: list[str], all_ranks: bool) -> None:
+        """Weights became non-finite, and no step since has shown it."""
+        session, fit = self.session, self._fit
+        if (
+            session is None
+            or fit is None
+            or not lost
+            or not all_ranks
+            or self.action == "skip"
+            or self._ending is not None
+        ):
+            return
+        fit.found_in_contents = True
+        self._go_back("weight", made_nonfinite(lost, session.trainer))
+
+    @property
+    def _ending(self) -> SpikeEnd | None:
+        end = None if self._fit is None else self._fit.end
+        return end if end is not None and end.is_due else None
+
+    def _judge(self, record: StepRecord, healthy: bool) -> None:
+        assert self._fit is not None
+        self._fit.is_out = not healthy
+        if self._fit.snapshots is not None:
+            self._fit.snapshots.judge(record.step, healthy)
+
+    def _range(self, optimizer: int) -> StepRange:
+        if optimizer not in self._ranges:
+            norm = UsualRange(self.sigma, self.window, of_logs=True)
+            self._ranges[optimizer] = StepRange(UsualRange(self.sigma, self.window), norm)
+        return self._ranges[optimizer]
+
+    def _set_limits(self, optimizer: int, usual: StepRange) -> None:
+        limits = [] if self._fit is None else self._fit.limits.get(optimizer, [])
+        wanted = (usual.norm.limit, usual.loss.limit)
+        for limit, value in zip(limits, wanted, strict=False):
+            if wanted != usual.on_device:
+                limit.fill_(value)
+        usual.on_device = wanted if limits else (math.inf, math.inf)
+
+    # Going back.
+
+    def _take_next(self) -> None:
+        assert self.session is not None
+        assert self._fit is not None
+        self._fit.takes_next = False
+        if not (self.session.restores_next or self._ending):
+            self._take(internals.batch_number(self.session.trainer))
+
+    def _take(self, batch: int, trusted: bool = False) -> None:
+        session, fit = self.session, self._fit
+        assert session is not None
+        assert fit is not None
+        assert fit.snapshots is not None
+        trainer = session.trainer
+        if trainer.world_size > 1 and not trusted:
+            up = any(usual.loss_up >= STAYS_UP for usual in self._ranges.values())
+            if trainer.strategy.reduce_boolean_decision(up, all=False):
+                self._go_back("spike", f"the loss was out of its range in {STAYS_UP} steps on one rank or more")
+                return
+        snapshot = Snapshot(trainer.global_step, trainer.current_epoch, batch, self._position, trusted)
+        started = time.monotonic()
+        fit.snapshots.take(snapshot)
+        fit.taken_at = trainer.global_step
+        if not trusted and self.every_n_steps is None and not fit.is_measured:
+            snapshot.wait()
+            fit.measure(trainer, time.monotonic() - started, started)
+
+    def _go_back(self, what: str, why: str, record: StepRecord | None = None) -> None:
+        assert self.session is not None
+        trouble = Trouble(what, why, () if record is None else record.learning_rates)
+        self.session.between_steps(lambda: self._rewind(trouble))
+
+    def _rewind(self, trouble: Trouble) -> None:
+        session, fit = self.session, self._fit
+        assert session is not None
+        assert fit is not None
+        assert fit.snapshots is not None
+        trainer = session.trainer
+        if self._position > self._place + CONFIRMED_BY:
+            self._attempts = 0
+        self._place = max(self._position, self._place)
+        kept = fit.snapshots.restore(trainer.current_epoch)
+        self._position = self._restored_at = kept.position
+        fit.is_out = fit.found_in_contents = False
+        fit.taken_at = trainer.global_step
+        for usual in self._ranges.values():
+            usual.recent.clear()
+        if self._attempts >= self.max_rewinds:
+            assert fit.end is not None
+            keeps = kept.position > 0
+            fit.end.begin(trouble, fit.place(trainer), kept.step, self.rewinds, self._attempts, keeps)
+            session.end()
+            return
+        self._attempts += 1
+        self.rewinds += 1
+        batches = fit.batches_since(kept.batch)
+        self.left_out += batches["batches"]
+        step, epoch = trainer.global_step, trainer.current_epoch
+        if trainer.is_global_zero:
+            details = {"from_step": step, "to_step": kept.step, "why": trouble.why, "left_out": batches}
+            session.events.write("rewound", step, epoch, attempt=self._attempts, **details)
+        text = (
+            f"rewound to the state of global step {kept.step}, {batches['batches']} batches are left out: {trouble.why}"
+            f" ({fit.place(trainer)}). {self._attempts} of at most {self.max_rewinds} rewinds at this place."
+        )
+        warn_always(f"SpikeRecovery: {text}")
+        notify_loggers(trainer, "Rewound", text, "lightning_stability/rewound", internals.logger_step(trainer))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_fit": None}
+
+
+_COUNTS = ("spikes", "rewinds", "left_out", "_position", "_place", "_attempts", "_restored_at")
+
+
+def _others(trainer: Any) -> list[Any]:
+    """Callbacks whose tensors belong to what is trained."""
+    callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, SessionMember)]
+    return [callback for callback in callbacks if not is_instance_by_name(callback, *_NO_TRAINED_STATE)]

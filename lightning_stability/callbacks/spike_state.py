@@ -1,0 +1,125 @@
+"""What SpikeRecovery knows of one optimizer's steps, and what it keeps while a fit lasts."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_stability import internals
+from lightning_stability.callbacks.spike_end import SpikeEnd
+from lightning_stability.checkpointing.loaders import training_iterator
+from lightning_stability.checkpointing.sample_indices import SampleIndices
+from lightning_stability.health import StepRecord
+from lightning_stability.health.usual_range import UsualRange
+from lightning_stability.recovery.snapshots import Snapshots
+
+RECENT_STEPS = 16
+"""Steps of which it counts how many were out of their range."""
+RATE_JUMP = 1.5
+"""A learning rate that grows by more from one update to the next begins another range."""
+FIRST_SNAPSHOT, MOST_STEPS, SHARE = 25, 2000, 0.01
+"""Steps before the first snapshot and at most between two of them; what share of the run they may cost."""
+NAMED_SAMPLES = 10_000
+
+
+@dataclass
+class StepRange:
+    """What is usual for one optimizer's steps."""
+
+    loss: UsualRange
+    norm: UsualRange
+    recent: deque[tuple[bool, bool]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    """Of the newest steps: whether the loss was out of its range, and whether the step was skipped."""
+    rate: float = 0.0
+    on_device: tuple[float, float] = (math.inf, math.inf)
+
+    @property
+    def loss_up(self) -> int:
+        return sum(up for up, _ in self.recent)
+
+    @property
+    def skips(self) -> int:
+        return sum(skipped for _, skipped in self.recent)
+
+    def learn(self, record: StepRecord, loss_is_up: bool) -> None:
+        """Take in the numbers of a step that was applied."""
+        rate = max(record.learning_rates, default=0.0)
+        if self.rate and rate > RATE_JUMP * self.rate:
+            self.forget()
+        self.rate = rate
+        if record.loss is not None and not loss_is_up:
+            self.loss.add(record.loss)
+        self.norm.add(record.total_norm)
+
+    def forget(self) -> None:
+        """Another range begins."""
+        self.loss.forget()
+        self.norm.forget()
+        self.recent.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"recent": [list(flags) for flags in self.recent], "rate": self.rate}
+        return {"loss": self.loss.state_dict(), "norm": self.norm.state_dict(), **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss.load_state_dict(state["loss"])
+        self.norm.load_state_dict(state["norm"])
+        self.recent.extend((up, skipped) for up, skipped in state["recent"])
+        self.rate = state["rate"]
+
+
+@dataclass
+class SpikeFit:
+    """What lasts as long as one fit."""
+
+    indices: SampleIndices = field(default_factory=SampleIndices)
+    limits: dict[int, list[Tensor]] = field(default_factory=dict)
+    """By optimizer: of the norm and of the loss, on the device."""
+    snapshots: Snapshots | None = None
+    end: SpikeEnd | None = None
+    interval: int = FIRST_SNAPSHOT
+    is_measured: bool = False
+    taken_at: int = 0
+    takes_next: bool = False
+    started_at: tuple[int, float] | None = None
+    is_out: bool = False
+    found_in_contents: bool = False
+    batches: deque[tuple[int, int, int, list[int] | None]] = field(default_factory=deque)
+    """Number, epoch, place in it and samples of each batch since the trusted snapshot."""
+
+    def note_batch(self, number: int, trainer: Any, batch_idx: int) -> None:
+        assert self.snapshots is not None
+        samples = self.indices.take(training_iterator(trainer))
+        self.batches.append((number, trainer.current_epoch, batch_idx, samples))
+        trusted = self.snapshots.trusted
+        while self.batches and trusted is not None and self.batches[0][0] <= trusted.batch:
+            self.batches.popleft()
+
+    def batches_since(self, number: int) -> dict[str, Any]:
+        left = [batch for batch in self.batches if batch[0] > number]
+        self.batches.clear()
+        known = all(batch[3] is not None for batch in left)
+        samples = [sample for batch in left for sample in batch[3] or ()]
+        return {
+            "batches": len(left),
+            "first": list(left[0][1:3]) if left else None,
+            "last": list(left[-1][1:3]) if left else None,
+            "samples": samples[:NAMED_SAMPLES] if known else None,
+        }
+
+    def place(self, trainer: Any) -> str:
+        index = internals.batch_index(trainer)
+        return f"epoch {trainer.current_epoch}, batch {index}, global step {trainer.global_step}"
+
+    def measure(self, trainer: Any, cost: float, now: float) -> None:
+        """How many steps may lie between two snapshots, so that they cost no more than their share."""
+        self.is_measured = True
+        step, since = self.started_at or (trainer.global_step, now)
+        seconds = (now - since) / max(1, trainer.global_step - step)
+        steps = math.ceil(cost / (SHARE * seconds)) if seconds > 0 else MOST_STEPS
+        wanted = min(max(steps, FIRST_SNAPSHOT), MOST_STEPS)
+        self.interval = int(trainer.strategy.broadcast(wanted))

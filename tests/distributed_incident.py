@@ -1,0 +1,42 @@
+"""One of two ranks, of which rank 1 alone has bad batches, started by tests/callbacks/test_incident_report_ranks.py.
+
+usage: distributed_incident.py ddp NAMESPACE FOLDER
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_stability import IncidentReport, NaNEarlyStop
+from tests import runs
+from tests.recovery import poison
+
+KINDS = {2: "nan_input", 5: "nan_gradient"}
+
+
+def adamw(parameters: Any) -> Any:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def fit(pl: Any, rank: int, callbacks: list[Any], kinds: dict[int, str]) -> dict[str, Any]:
+    module = poison.make_module(pl, kinds if rank == 1 else {}, adamw, by_hand=False)
+    torch.manual_seed(3 + rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = poison.fit(pl, module, callbacks, poison.data(12), devices=2, strategy="ddp", max_epochs=1)
+    return {**result, "said": [str(w.message) for w in caught if "ended the run" in str(w.message)]}
+
+
+if __name__ == "__main__":
+    namespace, folder, rank = sys.argv[2], Path(sys.argv[3]), int(os.environ["LOCAL_RANK"])
+    pl = runs.load_namespace(namespace)
+    with_report = fit(pl, rank, [IncidentReport(folder), NaNEarlyStop(patience=2)], KINDS)
+    without = fit(pl, rank, [NaNEarlyStop(patience=2)], KINDS)
+    stopped = fit(pl, rank, [NaNEarlyStop(patience=0)], {5: "nan_gradient"})
+    results = {"differences": poison.differences(with_report, without), "said": stopped["said"]}
+    (folder / f"{rank}.json").write_text(json.dumps(results))

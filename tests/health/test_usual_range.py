@@ -1,0 +1,100 @@
+"""The usual range: what widens it, and what does not."""
+
+import math
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_stability.health.usual_range import ENOUGH, UsualRange
+
+settings.register_profile("few", max_examples=40, deadline=None)
+settings.load_profile("few")
+SEEDS = st.integers(0, 10_000)
+
+
+def filled(values: list[float], **options: object) -> UsualRange:
+    usual = UsualRange(**options)  # type: ignore[arg-type]
+    for value in values:
+        usual.add(value)
+    return usual
+
+
+def noise(seed: int, count: int, mean: float = 2.0, std: float = 0.2) -> list[float]:
+    generator = random.Random(seed)
+    return [generator.gauss(mean, std) for _ in range(count)]
+
+
+@given(SEEDS, st.integers(0, 199), st.floats(10.0, 1e30))
+def test_one_spike_does_not_widen_the_range(seed: int, place: int, spike: float) -> None:
+    values = noise(seed, 200)
+    without = filled(values).limit
+    values[place] = spike
+    assert filled(values).limit <= without + 1.0
+
+
+@given(SEEDS, st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), min_size=1, max_size=50))
+def test_what_is_not_finite_leaves_no_trace(seed: int, bad: list[float]) -> None:
+    values = noise(seed, 150)
+    mixed = values[:70] + bad + values[70:]
+    for of_logs in (False, True):
+        assert filled(mixed, of_logs=of_logs).limit == filled(values, of_logs=of_logs).limit
+
+
+@given(SEEDS, st.integers(0, ENOUGH - 1))
+def test_there_is_no_limit_while_too_little_is_known(seed: int, count: int) -> None:
+    assert filled(noise(seed, count)).limit == math.inf
+
+
+@given(SEEDS, st.floats(0.0, 0.5))
+def test_a_run_that_only_varies_is_within_its_limit(seed: int, spread: float) -> None:
+    usual = UsualRange(of_logs=True)
+    generator = random.Random(seed)
+    out = 0
+    for _ in range(600):
+        value = math.exp(generator.gauss(0.0, spread))
+        out += value > usual.limit
+        usual.add(value)
+    assert out == 0
+
+
+@given(SEEDS)
+def test_a_heavy_tail_is_not_called_a_spike_all_the_time(seed: int) -> None:
+    usual = UsualRange()
+    generator = random.Random(seed)
+    out = 0
+    for _ in range(1000):
+        value = generator.paretovariate(2.0)
+        out += value > usual.limit
+        usual.add(value)
+    assert out <= 15
+
+
+@given(SEEDS, st.floats(0.2, 5.0), st.floats(-0.01, 0.01))
+def test_a_level_that_drifts_stays_within(seed: int, scale: float, drift: float) -> None:
+    usual = UsualRange(of_logs=True)
+    for step, value in enumerate(noise(seed, 600, mean=1.0, std=0.05)):
+        shifted = scale * value * math.exp(drift * step)
+        assert shifted <= usual.limit
+        usual.add(shifted)
+
+
+@given(SEEDS, st.integers(0, 300), st.booleans())
+def test_a_saved_range_continues_as_the_one_that_was_not(seed: int, count: int, of_logs: bool) -> None:
+    values = noise(seed, 400)
+    saved = UsualRange(of_logs=of_logs)
+    saved.load_state_dict(filled(values[:count], of_logs=of_logs).state_dict())
+    for value in values[count:]:
+        saved.add(value)
+    assert saved.limit == filled(values, of_logs=of_logs).limit
+
+
+def test_a_number_that_hardly_varies_has_room() -> None:
+    usual = filled([1.0] * 128)
+    assert usual.limit == 1.2
+    assert filled([0.0] * 128).limit > 0.0
+
+
+def test_a_spike_of_a_negative_loss_is_above_it() -> None:
+    usual = filled(noise(0, 128, mean=-50.0, std=1.0))
+    assert -50.0 < usual.limit < -30.0
