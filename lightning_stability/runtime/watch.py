@@ -308,18 +308,14 @@ class Watch:
                 raise
             if not self._dispatch.skips_exception(error, batch) or not self.can_skip_a_batch:
                 raise
-            loss = torch.full((), math.nan, device=self._trainer.strategy.root_device)
-            self.guard.fail_batch(loss.device)
-            self.pipeline.add_loss(loss)
-            said = (str(error).splitlines() or [""])[0][:200]
-            self.pipeline.losses.exception = f"{what} raised {type(error).__name__}: {said}"
+            device = self._trainer.strategy.root_device
+            self.guard.fail_batch(device)
+            self.pipeline.add_loss(torch.full((), math.nan, device=device))
+            self.pipeline.losses.note_exception(what, error)
             return None
 
     def _on_record(self, record: StepRecord) -> None:
-        if self.retries is None:
-            self._deliver(record)
-        else:
-            self.retries.add(record)
+        (self._deliver if self.retries is None else self.retries.add)(record)
 
     def _deliver(self, record: StepRecord) -> None:
         if record.outcome == Outcome.BAD:
