@@ -1,6 +1,6 @@
 """Runs that really spike: a byte-level GPT on the standard library's source, and what each way makes of it.
 
-Cases: `bursts` (three corrupted batches in a row, at random places), `weight` and `moment` (one flipped exponent bit, in
+Cases: `bursts` (three corrupted batches in a row, at random places), `weight` and `moment` (a flipped exponent bit, in
 a weight and in Adam's first moment), `rate` (a learning rate ten times too high, without warm-up), and healthy runs
 of three kinds: `text`, `images`, `heavy_tails`.
 
@@ -42,7 +42,7 @@ from common import machine, quiet, save  # noqa: E402
 from lightning_stability import NaNEarlyStop, SpikeRecovery  # noqa: E402
 
 SIZES = {  # width, layers, heads, context, batch, steps, learning rate
-    "cpu": (64, 2, 4, 64, 16, 400, 2e-3),
+    "cpu": (48, 1, 4, 48, 16, 300, 3e-3),
     "cuda": (384, 6, 6, 256, 64, 700, 1e-3),
 }
 HEALTHY = ("text", "images", "heavy_tails")
