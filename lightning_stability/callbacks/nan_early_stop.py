@@ -275,7 +275,9 @@ class NaNEarlyStop(StabilityCallback):
         elif trainer.is_global_zero:
             row = f", {in_a_row} in a row" if in_a_row > 1 else ""
             what = f"an update was skipped{row}: {incident.why} ({incident.place})."
-            warn_always(f"NaNEarlyStop: {what} More than {self.patience} in a row end the run.")
+            rewinds = any(p.order == Order.REWIND and p.patience < math.inf for p in self.session.dispatch.policies)
+            then = "make it go back" if rewinds else "end the run"
+            warn_always(f"NaNEarlyStop: {what} More than {int(self.session.dispatch.patience)} in a row {then}.")
             notify_loggers(trainer, "Update skipped", what, "lightning_stability/skipped", record.logger_step)
 
     def on_bad_step(self, bad: BadStep) -> None:
