@@ -330,14 +330,13 @@ def table(runs: list[dict[str, Any]]) -> str:
             losses = sorted(r["val_loss"] if math.isfinite(r["val_loss"]) else math.inf for r in rows)
             ratio = [r["seconds"] / max(r["steps"], 1) / bare[r["seed"]] for r in rows if r["seed"] in bare]
             false = [r["false_skips"] for r in rows if r["false_skips"] is not None]
-            lines.append(
-                f"| {way} | {statistics.median(losses):.3f} ({losses[0]:.3f} to {losses[-1]:.3f})"
-                f" | {sum(bool(r['ended']) for r in rows)} of {len(rows)} | {sum(r['skipped'] for r in rows)}"
-                f" | {sum(false) if false else '-'} | {sum(r['rewinds'] for r in rows)}"
-                f" | {statistics.median(ratio):.2f} |"
-                if ratio
-                else f"| {way} | {losses} |"
-            )
+            losses_said = f"{statistics.median(losses):.3f} ({losses[0]:.3f} to {losses[-1]:.3f})"
+            cells = [
+                *(way, losses_said, f"{sum(bool(r['ended']) for r in rows)} of {len(rows)}"),
+                *(sum(r["skipped"] for r in rows), sum(false) if false else "-", sum(r["rewinds"] for r in rows)),
+                f"{statistics.median(ratio):.2f}" if ratio else "-",
+            ]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -37,9 +37,9 @@ def how_far_out(record: StepRecord, loss: UsualRange, norm: UsualRange) -> str:
     """Which of a step's numbers are beyond their limits."""
     parts = []
     if record.loss is not None and record.loss > loss.limit:
-        parts.append(f"the loss was {record.loss:.4g} (usual {loss.median:.4g}, limit {loss.limit:.4g})")
+        parts.append(f"the loss was {record.loss:.4g} (usual {loss.level:.4g}, limit {loss.limit:.4g})")
     if record.total_norm > norm.limit:
-        parts.append(f"the gradient norm was {record.total_norm:.4g} (usual {norm.median:.4g}, limit {norm.limit:.4g})")
+        parts.append(f"the gradient norm was {record.total_norm:.4g} (usual {norm.level:.4g}, limit {norm.limit:.4g})")
     if not parts:  # the limits have moved since
         parts.append(f"the gradient norm was {record.total_norm:.4g}, beyond the limit of that moment")
     return ", ".join(parts)

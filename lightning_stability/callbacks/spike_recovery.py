@@ -48,7 +48,7 @@ class SpikeRecovery(StabilityCallback):
 
     Args:
         sigma: How many standard deviations above the median a gradient norm or a loss is a spike. The standard
-            deviation is taken from the median distance to the median, which spikes do not widen.
+            deviation is taken from quartiles, which spikes do not widen.
         window: How many of the newest applied steps say what is usual.
         every_n_steps: Steps between two snapshots; by default as few as cost less than 1 % of the run.
         max_rewinds: How often to go back without getting past the same place.
