@@ -12,7 +12,7 @@ from lightning_stability.events import EventLog
 from lightning_stability.health import StepRecord
 from lightning_stability.runtime.containment import contain_hooks
 from lightning_stability.runtime.counts import Counts
-from lightning_stability.runtime.policies import DeliberateError, Policy
+from lightning_stability.runtime.policies import DeliberateError, Order, Policy
 from lightning_stability.runtime.record import Outcome
 from lightning_stability.runtime.trainers import refuse_optimizer
 
@@ -71,6 +71,11 @@ class Dispatch:
     def patience(self) -> float:
         """After how many bad updates in a row the run ends."""
         return min((policy.patience for policy in self.policies), default=math.inf)
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether one restores an earlier state when patience is used up."""
+        return any(policy.order == Order.REWIND and policy.patience < math.inf for policy in self.policies)
 
     @property
     def asked_for(self) -> bool:
