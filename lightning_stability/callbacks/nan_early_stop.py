@@ -244,10 +244,8 @@ class NaNEarlyStop(StabilityCallback):
         incident = Incident.of(record, self.session.recent_batch(record), several_ranks=trainer.world_size > 1)
         in_a_row = self._counts.bad_in_a_row[record.optimizer]
         if in_a_row > 1 and (attributes := poisoned_attributes(trainer.lightning_module)):
-            incident.why += (
-                f"; the attribute {listed(attributes)} of the module holds non-finite values, which no skip restores:"
-                " register it as a buffer, or reset it"
-            )
+            incident.why += f"; the attribute {listed(attributes)} of the module holds non-finite values, which no skip"
+            incident.why += " restores: register it as a buffer, or reset it"
         self._newest = incident
         self._saw_finite_loss |= any(math.isfinite(loss) for loss in record.batch_losses)
         self._first_incident = self._first_incident or incident.place
@@ -262,7 +260,8 @@ class NaNEarlyStop(StabilityCallback):
         elif trainer.is_global_zero:
             row = f", {in_a_row} in a row" if in_a_row > 1 else ""
             what = f"an update was skipped{row}: {incident.why} ({incident.place})."
-            warn_always(f"NaNEarlyStop: {what} More than {self.patience} in a row end the run.")
+            then = "make it go back" if self.session.dispatch.rewinds else "end the run"
+            warn_always(f"NaNEarlyStop: {what} More than {int(self.session.dispatch.patience)} in a row {then}.")
             notify_loggers(trainer, "Update skipped", what, "lightning_stability/skipped", record.logger_step)
 
     def on_bad_step(self, bad: BadStep) -> None:

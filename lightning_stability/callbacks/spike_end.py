@@ -12,6 +12,8 @@ from lightning_stability.callbacks.incident import NonFiniteError, listed
 from lightning_stability.callbacks.loggers import notify_loggers
 from lightning_stability.callbacks.run_end import RunEnd
 from lightning_stability.callbacks.spike_messages import end_message
+from lightning_stability.checkpointing.loops import SavePoint, SavePoints
+from lightning_stability.checkpointing.section import is_of_a_stop
 from lightning_stability.checkpointing.stopping import newest_checkpoint
 from lightning_stability.runtime import Session
 
@@ -29,6 +31,41 @@ class Trouble:
     what: str
     why: str
     rates: tuple[float, ...] = ()
+
+
+class ResumeAfterEnd:
+    """Continues right after the batch that a run was ended with, where no other callback does."""
+
+    def __init__(self) -> None:
+        self._is_needed = False
+
+    def load(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint is being loaded."""
+        if trainer.state.fn != "fit" or trainer.fast_dev_run or not is_of_a_stop(checkpoint):
+            return
+        others = ("FractionalCheckpoint", "NaNEarlyStop")
+        if not any(is_instance_by_name(other, *others) for other in trainer.callbacks):
+            SavePoints.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
+            self._is_needed = True
+
+    def start(self, trainer: Any) -> None:
+        """Training starts."""
+        if self._is_needed:
+            SavePoints.of(trainer).listen(self, saves=False)
+
+    def leave(self, trainer: Any) -> None:
+        """The fit is over."""
+        SavePoints.of(trainer).leave(self)
+
+    def on_place(self, trainer: Any, place: SavePoint) -> None:
+        """Nothing: what is listened for is where a resumed run begins."""
+
+    def on_resumed(self, trainer: Any) -> None:
+        """Nothing."""
+
+    def on_failure(self, trainer: Any, error: Exception) -> bool:
+        """The run cannot continue without the save points."""
+        return False
 
 
 class SpikeEnd:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from lightning_stability._compat import MisconfigurationException
 from lightning_stability.callbacks.incident import listed
 from lightning_stability.checkpointing.stopping import resume_command
 from lightning_stability.health import StepRecord
@@ -11,13 +13,33 @@ from lightning_stability.health.usual_range import UsualRange
 from lightning_stability.runtime.counts import Counts
 
 
+def check_options(sigma: Any, window: Any, every_n_steps: Any, max_rewinds: Any, action: Any) -> None:
+    """Refuse what SpikeRecovery cannot work with.
+
+    Raises:
+        MisconfigurationException: If an option is out of range.
+    """
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 1.0 <= sigma < math.inf:
+        raise MisconfigurationException(
+            f"SpikeRecovery(sigma={sigma!r}): expected a finite number of at least 1; 8 is usual."
+        )
+    numbers = {"window": (window, 16), "max_rewinds": (max_rewinds, 1)}
+    if every_n_steps is not None:
+        numbers["every_n_steps"] = (every_n_steps, 1)
+    for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise MisconfigurationException(f"SpikeRecovery({name}={value!r}): expected a whole number >= {least}.")
+    if action not in ("rewind", "skip"):
+        raise MisconfigurationException(f'SpikeRecovery(action={action!r}): expected "rewind" or "skip".')
+
+
 def how_far_out(record: StepRecord, loss: UsualRange, norm: UsualRange) -> str:
     """Which of a step's numbers are beyond their limits."""
     parts = []
     if record.loss is not None and record.loss > loss.limit:
-        parts.append(f"the loss was {record.loss:.4g} (usual {loss.median:.4g}, limit {loss.limit:.4g})")
+        parts.append(f"the loss was {record.loss:.4g} (usual {loss.level:.4g}, limit {loss.limit:.4g})")
     if record.total_norm > norm.limit:
-        parts.append(f"the gradient norm was {record.total_norm:.4g} (usual {norm.median:.4g}, limit {norm.limit:.4g})")
+        parts.append(f"the gradient norm was {record.total_norm:.4g} (usual {norm.level:.4g}, limit {norm.limit:.4g})")
     if not parts:  # the limits have moved since
         parts.append(f"the gradient norm was {record.total_norm:.4g}, beyond the limit of that moment")
     return ", ".join(parts)

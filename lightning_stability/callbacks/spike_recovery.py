@@ -11,15 +11,12 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from lightning_stability import internals
-from lightning_stability._compat import MisconfigurationException, is_instance_by_name
-from lightning_stability.callbacks.base import SessionMember, StabilityCallback, warn_always
+from lightning_stability.callbacks.base import StabilityCallback, warn_always
 from lightning_stability.callbacks.incident import Incident
 from lightning_stability.callbacks.loggers import notify_loggers
 from lightning_stability.callbacks.spike_end import SpikeEnd, Trouble
-from lightning_stability.callbacks.spike_messages import how_far_out, made_nonfinite, memory_message
-from lightning_stability.callbacks.spike_state import RECENT_STEPS, SpikeFit, StepRange
-from lightning_stability.checkpointing.loops import SavePoint, SavePoints
-from lightning_stability.checkpointing.section import is_of_a_stop
+from lightning_stability.callbacks.spike_messages import check_options, how_far_out, made_nonfinite, memory_message
+from lightning_stability.callbacks.spike_state import COUNTS, RECENT_STEPS, SpikeFit, StepRange, callbacks_with_state
 from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.health import StepRecord
 from lightning_stability.health.usual_range import UsualRange
@@ -31,8 +28,6 @@ STAYS_UP = 10
 """The loss is out of its range in so many of `RECENT_STEPS` steps: skipping has not helped."""
 PATIENCE = 2
 """So many bad updates in a row are skipped; the next one makes the run go back."""
-
-_NO_TRAINED_STATE = ("Checkpoint", "EarlyStopping", "ProgressBar", "Session")
 
 
 class SpikeRecovery(StabilityCallback):
@@ -53,7 +48,7 @@ class SpikeRecovery(StabilityCallback):
 
     Args:
         sigma: How many standard deviations above the median a gradient norm or a loss is a spike. The standard
-            deviation is taken from the median distance to the median, which spikes do not widen.
+            deviation is taken from quartiles, which spikes do not widen.
         window: How many of the newest applied steps say what is usual.
         every_n_steps: Steps between two snapshots; by default as few as cost less than 1 % of the run.
         max_rewinds: How often to go back without getting past the same place.
@@ -82,20 +77,7 @@ class SpikeRecovery(StabilityCallback):
         action: Literal["rewind", "skip"] = "rewind",
     ) -> None:
         super().__init__()
-        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 1.0 <= sigma < math.inf:
-            raise MisconfigurationException(
-                f"SpikeRecovery(sigma={sigma!r}): expected a finite number of at least 1; 8 is usual."
-            )
-        numbers = {"window": (window, 16), "max_rewinds": (max_rewinds, 1)}
-        if every_n_steps is not None:
-            numbers["every_n_steps"] = (every_n_steps, 1)
-        for name, (value, least) in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise MisconfigurationException(
-                    f"SpikeRecovery({name}={value!r}): expected a whole number of at least {least}."
-                )
-        if action not in ("rewind", "skip"):
-            raise MisconfigurationException(f'SpikeRecovery(action={action!r}): expected "rewind" or "skip".')
+        check_options(sigma, window, every_n_steps, max_rewinds, action)
         self.sigma = float(sigma)
         self.window = window
         self.every_n_steps = every_n_steps
@@ -116,7 +98,6 @@ class SpikeRecovery(StabilityCallback):
         self._place = -1  # the position at which trouble came
         self._attempts = 0  # rewinds since that place was passed
         self._restored_at = -1  # the position that the last one went back to
-        self._resumes_after_a_stop = False
         self._fit: SpikeFit | None = None
 
     # A fit.
@@ -138,22 +119,15 @@ class SpikeRecovery(StabilityCallback):
             session.set_limits(index, *limits)
             self._set_limits(index, self._range(index))
         fit.end = SpikeEnd(trainer)
-        if self._resumes_after_a_stop:
-            SavePoints.of(trainer).listen(self, saves=False)
+        fit.resume.start(trainer)
         if self.action == "rewind":
-            state = RunState(trainer, lambda: _others(trainer))
+            state = RunState(trainer, lambda: callbacks_with_state(trainer))
             need, free = 2 * state.nbytes(), free_host_memory()
             if trainer.strategy.reduce_boolean_decision(free is not None and need > free, all=False):
                 self._refuse_run(trainer, memory_message(need, free))
                 return
             agree = partial(trainer.strategy.reduce_boolean_decision, all=True)
             fit.snapshots = Snapshots(state, device, HostSnapshot, agree)
-
-    def on_place(self, trainer: Any, place: SavePoint) -> None:
-        """Nothing: what is listened for is where a resumed run begins."""
-
-    def on_resumed(self, trainer: Any) -> None:
-        """Nothing."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note which batch it is; have a snapshot taken after it if one is due."""
@@ -207,7 +181,6 @@ class SpikeRecovery(StabilityCallback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what became of the spikes."""
-        SavePoints.of(trainer).leave(self)
         if self.spikes or self.rewinds:
             rank_zero_info(
                 f"SpikeRecovery: {self.spikes} steps skipped, {self.rewinds} rewinds, {self.left_out} batches left out."
@@ -220,29 +193,25 @@ class SpikeRecovery(StabilityCallback):
             fit.indices.stop()
             if fit.end is not None:
                 fit.end.restore()
-        if self.session is not None:
-            SavePoints.of(self.session.trainer).leave(self)
+            if self.session is not None:
+                fit.resume.leave(self.session.trainer)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Continue right after the batch that a run was ended with."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        if trainer.state.fn != "fit" or trainer.fast_dev_run or not is_of_a_stop(checkpoint):
-            return
-        others = ("FractionalCheckpoint", "NaNEarlyStop")  # they do so too
-        if not any(is_instance_by_name(other, *others) for other in trainer.callbacks):
-            SavePoints.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
-            self._resumes_after_a_stop = True
+        if self._fit is not None:
+            self._fit.resume.load(trainer, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """The ranges and the counts."""
         if self.session is not None:
             self.session.drain()
-        counts = {name: getattr(self, name) for name in _COUNTS}
+        counts = {name: getattr(self, name) for name in COUNTS}
         return {**counts, "ranges": {index: usual.state_dict() for index, usual in self._ranges.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with them."""
-        for name in _COUNTS:
+        for name in COUNTS:
             setattr(self, name, state_dict[name])
         for index, state in state_dict["ranges"].items():
             self._range(int(index)).load_state_dict(state)
@@ -292,7 +261,7 @@ class SpikeRecovery(StabilityCallback):
         is_of_data = self._attempts > 0 and self._position == self._restored_at
         if is_up and self.action == "rewind" and not is_of_data:
             up = f"the loss was out of its range in {usual.loss_up} of the last {len(usual.recent)} steps"
-            self._go_back("spike", f"{up}: {self._what(record)}", record)
+            self._go_back("spike", f"{up}: {how_far_out(record, usual.loss, usual.norm)}", record)
         else:  # it is no spike but another level
             usual.forget()
             self._set_limits(record.optimizer, usual)
@@ -301,16 +270,14 @@ class SpikeRecovery(StabilityCallback):
                 f" {record.epoch}, global step {record.step}). The new level is taken for the usual one from now on."
             )
 
-    def _what(self, record: StepRecord) -> str:
-        usual = self._range(record.optimizer)
-        return how_far_out(record, usual.loss, usual.norm)
-
     def _say_spike(self, record: StepRecord, usual: StepRange) -> None:
         assert self.session is not None
         self.spikes += 1
         if not usual.skips:  # the first of several
             where = f"epoch {record.epoch}, batch {record.batch_idx}, global step {record.step}"
-            warn_always(f"SpikeRecovery: an update was skipped: {self._what(record)} ({where}).")
+            warn_always(
+                f"SpikeRecovery: an update was skipped: {how_far_out(record, usual.loss, usual.norm)} ({where})."
+            )
 
     def _on_bad_step(self, record: StepRecord) -> None:
         session = self.session
@@ -329,14 +296,9 @@ class SpikeRecovery(StabilityCallback):
     def on_nonfinite_contents(self, restored: list[str], lost: list[str], all_ranks: bool) -> None:
         """Weights became non-finite, and no step since has shown it."""
         session, fit = self.session, self._fit
-        if (
-            session is None
-            or fit is None
-            or not lost
-            or not all_ranks
-            or self.action == "skip"
-            or self._ending is not None
-        ):
+        if session is None or fit is None or session.restores_next or self._ending is not None:
+            return
+        if not lost or not all_ranks or self.action == "skip":
             return
         fit.found_in_contents = True
         self._go_back("weight", made_nonfinite(lost, session.trainer))
@@ -437,12 +399,3 @@ class SpikeRecovery(StabilityCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_fit": None}
-
-
-_COUNTS = ("spikes", "rewinds", "left_out", "_position", "_place", "_attempts", "_restored_at")
-
-
-def _others(trainer: Any) -> list[Any]:
-    """Callbacks whose tensors belong to what is trained."""
-    callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, SessionMember)]
-    return [callback for callback in callbacks if not is_instance_by_name(callback, *_NO_TRAINED_STATE)]

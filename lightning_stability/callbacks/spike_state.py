@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_stability import internals
-from lightning_stability.callbacks.spike_end import SpikeEnd
+from lightning_stability._compat import is_instance_by_name
+from lightning_stability.callbacks.base import SessionMember
+from lightning_stability.callbacks.spike_end import ResumeAfterEnd, SpikeEnd
 from lightning_stability.checkpointing.loaders import training_iterator
 from lightning_stability.checkpointing.sample_indices import SampleIndices
 from lightning_stability.health import StepRecord
@@ -24,6 +26,7 @@ RATE_JUMP = 1.5
 FIRST_SNAPSHOT, MOST_STEPS, SHARE = 25, 2000, 0.01
 """Steps before the first snapshot and at most between two of them; what share of the run they may cost."""
 NAMED_SAMPLES = 10_000
+_NO_TRAINED_STATE = ("Checkpoint", "EarlyStopping", "ProgressBar", "Session")
 
 
 @dataclass
@@ -81,6 +84,7 @@ class SpikeFit:
     """By optimizer: of the norm and of the loss, on the device."""
     snapshots: Snapshots | None = None
     end: SpikeEnd | None = None
+    resume: ResumeAfterEnd = field(default_factory=ResumeAfterEnd)
     interval: int = FIRST_SNAPSHOT
     is_measured: bool = False
     taken_at: int = 0
@@ -88,13 +92,18 @@ class SpikeFit:
     started_at: tuple[int, float] | None = None
     is_out: bool = False
     found_in_contents: bool = False
+    known_in: tuple[int, bool] | None = None
+    """An epoch, and whether the samples of its batches are known."""
     batches: deque[tuple[int, int, int, list[int] | None]] = field(default_factory=deque)
     """Number, epoch, place in it and samples of each batch since the trusted snapshot."""
 
     def note_batch(self, number: int, trainer: Any, batch_idx: int) -> None:
         assert self.snapshots is not None
-        samples = self.indices.take(training_iterator(trainer))
-        self.batches.append((number, trainer.current_epoch, batch_idx, samples))
+        samples, epoch = self.indices.take(training_iterator(trainer)), trainer.current_epoch
+        if self.known_in is None or self.known_in[0] != epoch:
+            # (in what is left of an epoch that the run was resumed in the indices are those from its start)
+            self.known_in = epoch, batch_idx == 0
+        self.batches.append((number, epoch, batch_idx, samples if self.known_in[1] else None))
         trusted = self.snapshots.trusted
         while self.batches and trusted is not None and self.batches[0][0] <= trusted.batch:
             self.batches.popleft()
@@ -123,3 +132,13 @@ class SpikeFit:
         steps = math.ceil(cost / (SHARE * seconds)) if seconds > 0 else MOST_STEPS
         wanted = min(max(steps, FIRST_SNAPSHOT), MOST_STEPS)
         self.interval = int(trainer.strategy.broadcast(wanted))
+
+
+def callbacks_with_state(trainer: Any) -> list[Any]:
+    """Callbacks whose tensors belong to what is trained."""
+    callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, SessionMember)]
+    return [callback for callback in callbacks if not is_instance_by_name(callback, *_NO_TRAINED_STATE)]
+
+
+COUNTS = ("spikes", "rewinds", "left_out", "_position", "_place", "_attempts", "_restored_at")
+"""What SpikeRecovery keeps in a checkpoint, besides the ranges."""

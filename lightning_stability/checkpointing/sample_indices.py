@@ -67,6 +67,9 @@ class SampleIndices:
             return list(batch)
         return None  # an IterableDataset's has none, and a loader without batches of its own one for the whole batch
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SampleIndices, ()  # what it has heard belongs to this process's loaders
+
     def note(self, iterator: Any, index: Any) -> None:
         """An iterator has asked its sampler."""
         asked = self._asked.setdefault(iterator, _Asked())

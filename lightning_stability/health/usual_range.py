@@ -12,20 +12,22 @@ ENOUGH = 40
 """With fewer values nothing is known of the range, and there is no limit."""
 REFRESH = 8
 """The limit is computed anew after so many values."""
-TAIL = 0.96
-"""This quantile of the window says how far a healthy run strays; 5 spikes of 128 do not move it much."""
-TAIL_FACTOR = 3.0
-"""A limit is at least so many times as far from the median as that quantile is."""
-LEAST_FACTOR = 1.2
-"""And at least this multiple of the median, for a number that hardly varies."""
+LEVEL = 32
+"""The level is the median of so many of the newest values, so that a loss that falls does not widen its range."""
+TAIL, TAIL_FACTOR = 0.96, 3.0
+"""This quantile of the distances from the level says how far a healthy run strays: a limit is at least so many times as
+far. The 5 largest of 128 do not move it."""
+LEAST_FACTOR = 1.1
+"""And at least this multiple of the level, for a number that hardly varies."""
 
 
 class UsualRange:
     """The limit above which a value is far outside of what the last ones were; robust, so that no spike widens it.
 
-    The limit is `sigma` standard deviations above the median, where the standard deviation is 1.4826 times the median
-    distance from the median (MAD), as it is for a normal distribution. Where the values have a heavy tail, the limit
-    lies further out. Values that are not finite are left out.
+    The limit is `sigma` standard deviations above the level, the median of the newest values. Distances are those of
+    the values from the level of their time. Their standard deviation is 1.4826 times what lies between their median and
+    their upper quartile, as it is for a normal distribution. Where they have a heavy tail, the limit lies further out.
+    Values that are not finite are left out.
 
     Args:
         sigma: How many standard deviations.
@@ -47,49 +49,60 @@ class UsualRange:
     def __init__(self, sigma: float = 8.0, window: int = 128, of_logs: bool = False) -> None:
         self.sigma = sigma
         self.limit = math.inf
-        self.median = math.nan
-        """NaN while too little is known."""
+        self._level: float | None = None
         self._of_logs = of_logs
-        self._values: deque[float] = deque(maxlen=window)
+        self._newest: deque[float] = deque(maxlen=min(LEVEL, window))
+        self._distances: deque[float] = deque(maxlen=window)  # from the level of their time
         self._since = 0
         self._enough = min(ENOUGH, window)
+
+    @property
+    def level(self) -> float:
+        """What the values usually are; NaN while too little is known."""
+        if self._level is None:
+            return math.nan
+        return math.exp(self._level) if self._of_logs else self._level
 
     def add(self, value: float) -> None:
         """Take in the value of a step that was applied."""
         if not math.isfinite(value) or (self._of_logs and value <= 0.0):
             return
-        self._values.append(value)
+        value = math.log(value) if self._of_logs else value
+        self._newest.append(value)
+        if self._level is not None:
+            self._distances.append(value - self._level)
         self._since += 1
-        if len(self._values) >= self._enough and (self._since >= REFRESH or self.limit == math.inf):
+        if self._since >= REFRESH:
             self._since = 0
-            self._set_limit()
+            self._level = float(np.median(self._newest))
+            if len(self._distances) + REFRESH >= self._enough:
+                self._set_limit(self._level)
 
     def forget(self) -> None:
         """Another range begins: the values so far say nothing of it."""
-        self._values.clear()
-        self._since, self.limit, self.median = 0, math.inf, math.nan
+        self._newest.clear()
+        self._distances.clear()
+        self._since, self.limit, self._level = 0, math.inf, None
 
-    def _set_limit(self) -> None:
-        values = np.array(self._values)
+    def _set_limit(self, level: float) -> None:
+        distances = np.array(self._distances)
+        # (of the upper half alone: a loss that falls leaves its distances in the lower one)
+        median, upper, tail = np.quantile(distances, (0.5, 0.75, TAIL))
+        deviation = 1.4826 * float(upper - median)
+        least = math.log(LEAST_FACTOR) if self._of_logs else max((LEAST_FACTOR - 1.0) * abs(level), 1e-12)
+        limit = level + max(self.sigma * deviation, TAIL_FACTOR * float(tail), least)
         if self._of_logs:
-            values = np.log(values)
-        median, tail = np.quantile(values, (0.5, TAIL))
-        deviation = 1.4826 * float(np.median(np.abs(values - median)))
-        distance = max(self.sigma * deviation, TAIL_FACTOR * float(tail - median))
-        if self._of_logs:
-            self.median = math.exp(median)
-            log_limit = median + max(distance, math.log(LEAST_FACTOR))
-            self.limit = math.exp(log_limit) if log_limit < 700.0 else math.inf
-        else:
-            self.median = float(median)
-            self.limit = float(median) + max(distance, (LEAST_FACTOR - 1.0) * abs(float(median)), 1e-12)
+            limit = math.exp(limit) if limit < 700.0 else math.inf
+        self.limit = limit
 
     def state_dict(self) -> dict[str, Any]:
         """What the next limit depends on."""
-        return {"values": list(self._values), "since": self._since, "limit": self.limit, "median": self.median}
+        own = {"since": self._since, "level": self._level, "limit": self.limit}
+        return {"newest": list(self._newest), "distances": list(self._distances), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; with a shorter window from its newest values."""
-        self._values.clear()
-        self._values.extend(state["values"])
-        self._since, self.limit, self.median = state["since"], state["limit"], state["median"]
+        self.forget()
+        self._newest.extend(state["newest"])
+        self._distances.extend(state["distances"])
+        self._since, self._level, self.limit = state["since"], state["level"], state["limit"]

@@ -12,8 +12,9 @@ from lightning_stability.events import EventLog
 from lightning_stability.health import StepRecord
 from lightning_stability.runtime.containment import contain_hooks
 from lightning_stability.runtime.counts import Counts
-from lightning_stability.runtime.policies import DeliberateError, Policy
+from lightning_stability.runtime.policies import DeliberateError, Order, Policy
 from lightning_stability.runtime.record import Outcome
+from lightning_stability.runtime.trainers import refuse_optimizer
 
 _SKIPS = (Outcome.ORDINARY_SKIP, Outcome.BAD, Outcome.REJECTED, Outcome.SPIKE)
 _PROGRESS_SECONDS = 5.0
@@ -72,6 +73,11 @@ class Dispatch:
         return min((policy.patience for policy in self.policies), default=math.inf)
 
     @property
+    def rewinds(self) -> bool:
+        """Whether one restores an earlier state when patience is used up."""
+        return any(policy.order == Order.REWIND and policy.patience < math.inf for policy in self.policies)
+
+    @property
     def asked_for(self) -> bool:
         """Whether somebody named one of them."""
         return any(policy.asked_for for policy in self.policies)
@@ -102,6 +108,11 @@ class Dispatch:
         guarding = self.those_that_guard()
         if many and guarding:
             self.contain(guarding[0].on_many_skips, many, self.counts.RECENT, policy=guarding[0])
+
+    def skips_exception(self, error: Exception, batch: Any) -> bool:
+        """Tell all of an exception in a training step; whether any wants its batch left out."""
+        wishes = [self.contain(policy.skips_exception, error, batch, policy=policy) for policy in list(self.policies)]
+        return any(wishes)
 
     def nonfinite_contents(self, restored: list[str], lost: list[str], all_ranks: bool) -> None:
         """Parameters or buffers became non-finite outside of a bad step."""
@@ -156,6 +167,17 @@ class Dispatch:
         )
 
     # Errors.
+
+    def may_guard(self, optimizers: list[Any]) -> bool:
+        """Whether a policy wants updates guarded. If they cannot be, automatic policies leave; others refuse."""
+        guarding = self.those_that_guard()
+        try:
+            for optimizer in optimizers if guarding else ():
+                refuse_optimizer(optimizer)
+        except MisconfigurationException as refusal:
+            self.refuse_to_guard(refusal)
+            return False
+        return bool(guarding)
 
     def refuse_to_guard(self, refusal: MisconfigurationException) -> None:
         """Updates cannot be guarded: raise it; if only automatic policies wanted that, they disable themselves."""

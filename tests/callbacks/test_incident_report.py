@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_stability import IncidentReport, InputCheck, NaNEarlyStop, PrecisionFallback
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.diagnosis import capture_state, diagnose, read_incident
-from lightning_stability.runtime.watch import Watch
+from lightning_stability.runtime import watch
 from lightning_stability.status.report import look
 from lightning_stability.status.run import Run
 from tests import runs
@@ -110,7 +110,7 @@ FAST_STATES = [
 @pytest.mark.parametrize(("kind", "place", "lag"), some_slow(FAST_STATES, STATES))
 def test_the_state_is_that_from_before_the_window(one, tmp_path, monkeypatch, kind, place, lag):
     accumulate, batch = place
-    monkeypatch.setattr(Watch, "_lag", lambda self, retries: lag)  # as on a GPU
+    monkeypatch.setattr(watch, "read_lag", lambda trainer, retries: lag)  # as on a GPU
     watcher = Watcher(one)
     callbacks = [watcher, IncidentReport(tmp_path, budget_seconds=0), NaNEarlyStop(patience=2)]
     train(one, {batch: kind}, callbacks, fused, accumulate_grad_batches=accumulate)
@@ -137,7 +137,7 @@ FAST_RUNS = [("fp32", False, 0), ("fp16", True, 0), ("accumulation", False, 0), 
 
 @pytest.mark.parametrize(("case", "with_fallback", "lag"), some_slow(FAST_RUNS, RUNS))
 def test_a_run_that_continues_is_bit_equal_to_one_without(one, tmp_path, monkeypatch, case, with_fallback, lag):
-    monkeypatch.setattr(Watch, "_lag", lambda self, retries: lag)
+    monkeypatch.setattr(watch, "read_lag", lambda trainer, retries: lag)
     results = []
     for report in ([IncidentReport(tmp_path, max_incidents=3)], []):
         options = dict(CASES[case])
