@@ -34,7 +34,13 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 from torchdata.stateful_dataloader import StatefulDataLoader  # noqa: E402
 
-from lightning_stability import FractionalCheckpoint, IncidentReport, NaNEarlyStop, PrecisionFallback  # noqa: E402
+from lightning_stability import (  # noqa: E402
+    FractionalCheckpoint,
+    IncidentReport,
+    NaNEarlyStop,
+    PrecisionFallback,
+    SpikeRecovery,
+)
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#777777"
 
@@ -47,6 +53,7 @@ def main() -> None:
         "precision_fallback": precision_fallback,
         "input_check": input_check,
         "incident_report": incident_report,
+        "spike_recovery": spike_recovery,
     }
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10})
     warnings.simplefilter("ignore")
@@ -320,6 +327,35 @@ def precision_fallback() -> Any:
     columns[0, 0].set_ylabel("training loss")
     columns[1, 0].set_ylabel("loss scale")
     columns[0, 0].legend(frameon=False)
+    return figure
+
+
+class Spiking(Model):
+    """Two batches have a loss 200 times too large; later the weights of a layer are spoilt, as by one bad update."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.global_step == 120:
+            with torch.no_grad():
+                self.net[4].weight.mul_(-40)
+        return super().training_step(batch, batch_idx) * (200 if self.global_step in (60, 61) else 1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+
+def spike_recovery() -> Any:
+    """Two spikes at steps 60 and 61, and spoilt weights at step 120."""
+    runs = {
+        "without callbacks": fit(Spiking(), max_epochs=10),
+        "SpikeRecovery()": fit(Spiking(), SpikeRecovery(every_n_steps=10), max_epochs=10),
+    }
+    figure, rows = plt.subplots(2, 1, figsize=(8.6, 3.6), sharex=True, sharey=True, layout="constrained")
+    for axis, (name, model) in zip(rows, runs.items(), strict=True):
+        draw_losses(axis, model.losses)
+        axis.set_title(name, loc="left", fontweight="bold")
+        axis.set_yscale("log")
+    rows[0].set_ylabel("training loss")
+    rows[1].set_xlabel("batch")
     return figure
 
 
