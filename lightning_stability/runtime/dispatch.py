@@ -14,6 +14,7 @@ from lightning_stability.runtime.containment import contain_hooks
 from lightning_stability.runtime.counts import Counts
 from lightning_stability.runtime.policies import DeliberateError, Policy
 from lightning_stability.runtime.record import Outcome
+from lightning_stability.runtime.trainers import refuse_optimizer
 
 _SKIPS = (Outcome.ORDINARY_SKIP, Outcome.BAD, Outcome.REJECTED, Outcome.SPIKE)
 _PROGRESS_SECONDS = 5.0
@@ -103,6 +104,11 @@ class Dispatch:
         if many and guarding:
             self.contain(guarding[0].on_many_skips, many, self.counts.RECENT, policy=guarding[0])
 
+    def skips_exception(self, error: Exception, batch: Any) -> bool:
+        """Tell all of an exception in a training step; whether any wants its batch left out."""
+        wishes = [self.contain(policy.skips_exception, error, batch, policy=policy) for policy in list(self.policies)]
+        return any(wishes)
+
     def nonfinite_contents(self, restored: list[str], lost: list[str], all_ranks: bool) -> None:
         """Parameters or buffers became non-finite outside of a bad step."""
         trainer = self._trainer()
@@ -156,6 +162,17 @@ class Dispatch:
         )
 
     # Errors.
+
+    def may_guard(self, optimizers: list[Any]) -> bool:
+        """Whether a policy wants updates guarded. If they cannot be, automatic policies leave; others refuse."""
+        guarding = self.those_that_guard()
+        try:
+            for optimizer in optimizers if guarding else ():
+                refuse_optimizer(optimizer)
+        except MisconfigurationException as refusal:
+            self.refuse_to_guard(refusal)
+            return False
+        return bool(guarding)
 
     def refuse_to_guard(self, refusal: MisconfigurationException) -> None:
         """Updates cannot be guarded: raise it; if only automatic policies wanted that, they disable themselves."""

@@ -119,6 +119,10 @@ class Losses:
         else:  # manual optimization may run backward twice in a batch
             self.of_batches[-1] = self.of_batches[-1] + loss
 
+    def note_exception(self, what: str, error: Exception) -> None:
+        """What has raised it, for the record."""
+        self.exception = f"{what} raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
     def first_nonfinite(self) -> Tensor:
         """Which of the batches was the first with a non-finite loss; one past the last if none was."""
         bad = torch.isfinite(torch.stack(self.of_batches)).logical_not_()

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stability import internals
-from lightning_stability._compat import MisconfigurationException
 from lightning_stability.health import StepRecord
 from lightning_stability.internals import Overrides
 from lightning_stability.recovery import Guard, MetricUndo
@@ -24,7 +23,7 @@ from lightning_stability.runtime.optimizers import UnknownOptimizers
 from lightning_stability.runtime.pipeline import Pipeline
 from lightning_stability.runtime.record import Limits, Outcome
 from lightning_stability.runtime.retry import Retries
-from lightning_stability.runtime.trainers import read_lag, refuse_optimizer, say_what_it_costs
+from lightning_stability.runtime.trainers import read_lag, say_what_it_costs
 from lightning_stability.runtime.windows import BadStep, UncastBatch, Windows
 
 
@@ -112,7 +111,7 @@ class Watch:
         for optimizer in trainer.optimizers:
             self.pipeline.watch(optimizer)
         self._unknown = UnknownOptimizers(module, self.pipeline.watch)
-        if self._shall_guard():
+        if self._dispatch.may_guard(trainer.optimizers):
             self.pipeline.guard = Guard(module, self.results, trainer.world_size > 1)
             self._contents = Contents(module, lambda: trainer.optimizers)
             self._contents.reference()
@@ -305,25 +304,18 @@ class Watch:
             return original(*args, **kwargs)
         except Exception as error:
             known, self._explained = id(error) == self._explained, id(error)
-            if known or self.guard is None or not self._is_ours() or not self._skips_exception(error, batch):
+            if known or self.guard is None or not self._is_ours():
                 raise
-            loss = torch.full((), math.nan, device=self._trainer.strategy.root_device)
-            self.guard.fail_batch(loss.device)
-            self.pipeline.add_loss(loss)
-            said = (str(error).splitlines() or [""])[0][:200]
-            self.pipeline.losses.exception = f"{what} raised {type(error).__name__}: {said}"
+            if not self._dispatch.skips_exception(error, batch) or not self.can_skip_a_batch:
+                raise
+            device = self._trainer.strategy.root_device
+            self.guard.fail_batch(device)
+            self.pipeline.add_loss(torch.full((), math.nan, device=device))
+            self.pipeline.losses.note_exception(what, error)
             return None
 
-    def _skips_exception(self, error: Exception, batch: Any) -> bool:
-        policies = list(self._dispatch.policies)
-        answers = [self._dispatch.contain(p.skips_exception, error, batch, policy=p) for p in policies]
-        return self.can_skip_a_batch and any(answers)
-
     def _on_record(self, record: StepRecord) -> None:
-        if self.retries is None:
-            self._deliver(record)
-        else:
-            self.retries.add(record)
+        (self._deliver if self.retries is None else self.retries.add)(record)
 
     def _deliver(self, record: StepRecord) -> None:
         if record.outcome == Outcome.BAD:
@@ -335,17 +327,6 @@ class Watch:
         hooks, self._hooks = self._hooks, None
         if hooks is not None:
             hooks.remove()
-
-    def _shall_guard(self) -> bool:
-        """Whether a policy wants updates guarded. If they cannot be, automatic policies leave; others refuse."""
-        guarding = self._dispatch.those_that_guard()
-        try:
-            for optimizer in self._trainer.optimizers if guarding else ():
-                refuse_optimizer(optimizer)
-        except MisconfigurationException as refusal:
-            self._dispatch.refuse_to_guard(refusal)
-            return False
-        return bool(guarding)
 
     def _make_retries(self) -> None:
         """Keep the batches of the open window where somebody may need them again."""

@@ -25,7 +25,7 @@ def written() -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("write", "_write") and node.args:
                 name = getattr(node.args[0], "value", None)
-                if isinstance(name, str) and re.fullmatch(r"progress|[a-z]+(_[a-z]+)+", name):
+                if isinstance(name, str) and re.fullmatch(r"progress|rewound|[a-z]+(_[a-z]+)+", name):
                     found.setdefault(name, set()).update(k.arg for k in node.keywords if k.arg is not None)
     return found
 
@@ -49,5 +49,7 @@ def test_the_events_of_a_run_have_the_fields_that_the_table_gives(tmp_path: Path
     for event in events:
         assert event.keys() - COMMON - table[event["event"]] == set(), event
         if event["event"] != "training_ended":
-            values = {"guard", "GradScaler", "InputCheck"}  # what a field holds, not a field
+            values = {"guard", "GradScaler", "InputCheck", "spike"}  # what a field holds, not a field
+            if event["event"] == "training_stopped":
+                values |= {"by", "rewinds"}  # SpikeRecovery's own
             assert table[event["event"]] - values <= event.keys(), event
