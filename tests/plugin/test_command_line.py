@@ -23,6 +23,7 @@ OPTIONS = {
     "FractionalCheckpoint": ("every_n_epochs", 0.5),
     "PrecisionFallback": ("to", "bf16-mixed"),
     "InputCheck": ("max_abs", 5.0),
+    "SpikeRecovery": ("max_rewinds", 2),
 }
 
 
