@@ -91,8 +91,8 @@ def test_a_saved_range_continues_as_the_one_that_was_not(seed: int, count: int, 
 
 @given(SEEDS)
 def test_a_loss_that_falls_does_not_widen_the_range(seed: int) -> None:
-    usual = filled([8.0 * math.exp(-step / 40) + value for step, value in enumerate(noise(seed, 200, std=0.02))])
-    assert usual.limit < 3.0
+    usual = filled([8.0 * math.exp(-step / 20) + value for step, value in enumerate(noise(seed, 200, std=0.02))])
+    assert usual.limit < 2.5
 
 
 def test_a_number_that_hardly_varies_has_room() -> None:
