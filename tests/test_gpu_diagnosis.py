@@ -27,6 +27,8 @@ MAKE_CPU_TENSORS = {
     "a_target_that_is_masked",
     "an_overflow_behind_a_mask",
     "a_mask_that_is_multiplied_with_infinity",
+    "a_sparse_gradient",
+    "a_sparse_product",
 }
 
 

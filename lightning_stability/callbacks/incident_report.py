@@ -77,6 +77,10 @@ class IncidentReport(StabilityCallback):
         self._indices_known = False
         self._samples: deque[tuple[int, list[int] | None]] = deque()
 
+    def is_needed(self, trainer: Any) -> bool:
+        """Not where it came with the environment and the run has no folder to write to."""
+        return not self.automatic or self.dirpath is not None or bool(trainer.loggers)
+
     # A fit.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -378,8 +378,7 @@ class SpikeRecovery(StabilityCallback):
             usual.recent.clear()
         if self._attempts >= self.max_rewinds:
             assert fit.end is not None
-            keeps = kept.position > 0
-            fit.end.begin(trouble, fit.place(trainer), kept.step, self.rewinds, self._attempts, keeps)
+            fit.end.begin(trouble, fit.place(trainer), kept.step, self.rewinds, self._attempts, kept.position > 0)
             session.end()
             return
         self._attempts += 1

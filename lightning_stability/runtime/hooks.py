@@ -50,6 +50,8 @@ class StepListener(Protocol):
 
     def backward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any: ...
 
+    def backward_was_skipped(self) -> bool: ...
+
 
 class PluginHooks:
     """Stands in for methods of one precision plugin and of the strategy until `remove`."""
@@ -71,8 +73,13 @@ class PluginHooks:
 
     def step(self, optimizer: Any, model: Any, closure: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
         """One try of an optimizer step."""
+
+        def run_closure() -> Any:
+            result = closure()
+            return None if self._listener.backward_was_skipped() else result  # a GradScaler has nothing to unscale then
+
         self._listener.on_step_begin(optimizer)
-        result = self._originals["optimizer_step"](optimizer, model=model, closure=closure, **kwargs)
+        result = self._originals["optimizer_step"](optimizer, model=model, closure=run_closure, **kwargs)
         self._listener.on_step_end()
         return result
 

@@ -49,6 +49,7 @@ class Watch:
         self._contents: Contents | None = None
         self._hooks: PluginHooks | None = None
         self._unknown: UnknownOptimizers | None = None
+        self._skipped_backward = False
         self._explained = 0  # the id of an exception on its way from the backward pass through `training_step`
         self.ending = False
         """Set by a policy that ends the run: a held update stays held."""
@@ -168,7 +169,7 @@ class Watch:
     def begin_batch(self, batch: Any) -> None:
         """A batch is about to enter `training_step`."""
         if self.guard is not None:
-            self._explained = 0
+            self._explained, self._skipped_backward = 0, False
             self._recent.append((internals.batch_number(self._trainer), batch))
             self.guard.begin_batch()
 
@@ -290,14 +291,20 @@ class Watch:
 
     def backward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The same for the backward pass: of a non-finite loss some modules make one without a graph."""
-        return self._call(original, args, kwargs, "the backward pass", self._recent[-1][1] if self._recent else None)
+        self._call(original, args, kwargs, "the backward pass", self._recent[-1][1] if self._recent else None)
+
+    def backward_was_skipped(self) -> bool:
+        """Whether the batch's backward pass has raised and was skipped."""
+        return self._skipped_backward
 
     # Parts of the above.
 
     @property
     def can_skip_a_batch(self) -> bool:
         """Whether a batch on which `training_step` has raised can be left out."""
-        return self._trainer.world_size == 1 and bool(self._trainer.lightning_module.automatic_optimization)
+        automatic = bool(self._trainer.lightning_module.automatic_optimization)
+        # (who detects anomalies wants their exceptions)
+        return self._trainer.world_size == 1 and automatic and not torch.is_anomaly_enabled()
 
     def _call(self, original: Callable[..., Any], args: Any, kwargs: Any, what: str, batch: Any) -> Any:
         try:
@@ -312,6 +319,7 @@ class Watch:
             self.guard.fail_batch(device)
             self.pipeline.add_loss(torch.full((), math.nan, device=device))
             self.pipeline.losses.note_exception(what, error)
+            self._skipped_backward = what != "`training_step`"
             return None
 
     def _on_record(self, record: StepRecord) -> None:

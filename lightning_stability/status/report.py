@@ -73,6 +73,7 @@ def look(run: Run, now: float | None = None) -> Report:
         ("layers", _layers(run)),
         ("incidents", str(run.incidents)),
         *(("", _incident(event)) for event in run.newest_incidents),
+        ("recorded steps", _recorded(run)),
         ("missing events", _missing_events(run)),
         ("last good checkpoint", _checkpoint(run, now)),
         ("unreadable lines", str(run.unreadable) if run.unreadable else ""),
@@ -300,7 +301,6 @@ def _incident(event: dict[str, Any]) -> str:
         "update_skipped": "update skipped by {by}: {why}",
         "gradient_norm_rising": "gradient norm {norm:.3g}, {ratio:.3g} times its usual value, most in {group}",
         "precision_changed": "precision {precision_from} -> {precision_to}: {why}",
-        "incident_recorded": "recorded in {path}: {origin}",
         "many_skips": "{skipped} of the last {of} updates were skipped",
         "precision_kept": "precision {precision} kept: {why}",
         "rewound": "rewound from step {from_step} to the state of step {to_step}: {why}",
@@ -314,6 +314,15 @@ def _incident(event: dict[str, Any]) -> str:
     if not text:
         text = f"{name}: {event['why']}" if "why" in event else name
     return f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  step {event['step']:,}  {text}"
+
+
+def _recorded(run: Run) -> str:
+    """How many steps IncidentReport has recorded, and where the newest is."""
+    event = run.newest_recorded
+    if event is None:
+        return ""
+    origin = f": {event['origin']}" if event["origin"] else ""
+    return f"{run.recorded}; the newest, of step {event['step']:,}, in {event['path']}{origin}"
 
 
 def _checkpoint(run: Run, now: float) -> str:

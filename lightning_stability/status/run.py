@@ -16,7 +16,7 @@ from lightning_stability.processes import is_alive
 _DEPTH = 4
 _NO_INCIDENTS = (
     *("training_started", "training_ended", "training_stopped", "checkpoint_saved", "progress"),
-    *("input_scales", "input_flagged"),  # they have lines of their own
+    *("input_scales", "input_flagged", "incident_recorded"),  # they have lines of their own
 )
 _INPUT_CHECK = "InputCheck"
 _SAME_START = 2.0
@@ -59,6 +59,9 @@ class Run:
         self.newest_flagged: dict[str, Any] | None = None
         self.far_layers: list[dict[str, Any]] = []
         """What InputCheck's check of the layers warned of."""
+        self.recorded = 0
+        self.newest_recorded: dict[str, Any] | None = None
+        """The `incident_recorded` of IncidentReport."""
         self.lost = 0
         """Events that could not be written."""
         self.incidents = 0
@@ -123,6 +126,9 @@ class Run:
             self.newest_flagged = event
         elif name == "input_scales":
             self.far_layers = event["far_from_unit_scale"]
+        elif name == "incident_recorded":
+            self.recorded += 1
+            self.newest_recorded = event
         elif name == "precision_changed":
             self.precision_changed = event
         if name not in _NO_INCIDENTS and not event.get("ordinary") and event.get("by") != _INPUT_CHECK:

@@ -5,9 +5,13 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_stability import GradNormMonitor
+from lightning_stability import GradNormMonitor, InputCheck
 from lightning_stability._compat import MisconfigurationException
+from lightning_stability.checkpointing.finite import FiniteCheck
+from lightning_stability.checkpointing.loaders import TrainingData
 from lightning_stability.notices import warn
 from lightning_stability.plugin import AutomaticCallbacks
 from tests import runs
@@ -139,3 +143,80 @@ def test_a_fit_that_failed_in_on_exception_leaves_nothing_in_the_next(pl, monkey
     trainer.fit_loop.epoch_progress.reset()
     trainer.fit(runs.make_module(pl), runs.data())
     assert is_as_made(trainer)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(runs.data())
+
+
+def fit_saving(pl, folder, data=None, **options):
+    options = {"logger": False, "enable_checkpointing": True, "default_root_dir": folder, **options}
+    trainer = runs.trainer(pl, **options)
+    module = runs.make_module(pl)
+    trainer.fit(module, runs.data() if data is None else data)
+    assert is_as_made(trainer)
+    assert not [
+        name for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop) for name in vars(loop) if "adv" in name
+    ]
+    return module.net.head.weight.detach().clone()
+
+
+def test_data_without_a_length_disables_the_automatic_checkpoint_in_words(pl, monkeypatch, tmp_path, recwarn):
+    monkeypatch.setenv(VARIABLE, "FractionalCheckpoint")
+    fit_saving(pl, tmp_path, DataLoader(Stream(), batch_size=None), max_steps=3)
+    [line] = said(recwarn)
+    assert line.startswith("lightning-stability: FractionalCheckpoint disables itself in this run: Fractional")
+    assert "has to know how long an epoch is" in line
+
+
+@pytest.mark.parametrize("part", [(TrainingData, "before_fetch"), (FiniteCheck, "after_first_batch")])
+def test_a_failure_at_a_save_point_disables_what_saves_there(pl, monkeypatch, tmp_path, recwarn, part):
+    monkeypatch.setenv(VARIABLE, "none")
+    bare = fit_saving(pl, tmp_path / "bare")
+    monkeypatch.setenv(VARIABLE, "FractionalCheckpoint,NaNEarlyStop")
+    monkeypatch.setattr(*part, fails_after(getattr(*part)))
+    assert torch.equal(fit_saving(pl, tmp_path / "ours"), bare)
+    [line] = said(recwarn)
+    assert "FractionalCheckpoint disables itself in this run: RuntimeError('on purpose')" in line
+
+
+def test_sparse_gradients_that_lightning_does_not_clip_are_not_clipped(pl, monkeypatch, tmp_path):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(5, 4, sparse=True), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.head(self.words(x[:, 0].abs().long() % 5))
+
+    for value in ("none", "NaNEarlyStop,GradNormMonitor"):
+        monkeypatch.setenv(VARIABLE, value)
+        module = runs.make_module(pl, Words(), lambda self: torch.optim.SGD(self.parameters(), 0.1))
+        trainer = runs.trainer(pl, gradient_clip_val=0.1, default_root_dir=tmp_path)
+        with pytest.raises(NotImplementedError, match="Sparse"):
+            trainer.fit(module, runs.data())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_callback_that_fails_inside_a_window_leaves_the_retry_of_another_whole(pl, monkeypatch, tmp_path, fails):
+    original = InputCheck.on_before_backward
+
+    def on_before_backward(self, trainer, *args):
+        original(self, trainer, *args)
+        if fails and trainer.fit_loop.epoch_loop.batch_progress.current.ready == 3:  # of the window of batches 2 and 3
+            raise RuntimeError("on purpose")
+
+    weights = []
+    for names in ("PrecisionFallback", "PrecisionFallback,InputCheck"):
+        monkeypatch.setattr(InputCheck, "on_before_backward", on_before_backward)
+        monkeypatch.setenv(VARIABLE, names)
+        data = runs.data(16)
+        data.dataset.tensors[0][6] *= 1e6
+        module = runs.make_module(pl)
+        plugins = runs.fp16(pl, init_scale=256.0)
+        trainer = runs.trainer(pl, plugins=plugins, accumulate_grad_batches=2, default_root_dir=tmp_path)
+        trainer.fit(module, data)
+        assert str(trainer.precision) == "32-true"
+        weights.append(module.net.head.weight.detach().clone())
+    assert torch.equal(*weights)

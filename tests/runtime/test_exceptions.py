@@ -29,7 +29,7 @@ def by_hand(self, batch, batch_idx):
     optimizer.step()
 
 
-def train(step, bad=(2,), callbacks=(), **attributes):
+def train(step, bad=(2,), callbacks=(), options=None, **attributes):
     torch.manual_seed(1)
     x = torch.randn(12, 6)
     for batch in bad:
@@ -37,7 +37,7 @@ def train(step, bad=(2,), callbacks=(), **attributes):
     module = runs.make_module(pl, training_step=step)
     for name, value in attributes.items():
         setattr(module, name, value)
-    trainer = runs.trainer(pl, callbacks=[*callbacks], max_epochs=1)
+    trainer = runs.trainer(pl, callbacks=[*callbacks], max_epochs=1, **(options or {}))
     trainer.fit(module, DataLoader(TensorDataset(x), batch_size=2))
     return module, trainer
 
@@ -48,13 +48,19 @@ RAISES = pytest.mark.parametrize(
 
 
 @RAISES
-def test_a_non_finite_batch_that_raises_is_left_out_and_named(step, what, recwarn):
-    module, trainer = train(step, callbacks=[NaNEarlyStop()])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_non_finite_batch_that_raises_is_left_out_and_named(step, what, fp16, recwarn):
+    def options():
+        return {"plugins": runs.fp16(pl, init_scale=256.0)} if fp16 else {}
+
+    module, trainer = train(step, callbacks=[NaNEarlyStop()], options=options())
     [said] = [str(one.message) for one in recwarn if "an update was skipped" in str(one.message)]
     assert f"{what} raised" in said
     assert "`batch[0]` (sample 1, column 3) (epoch 0, batch 2, global step 2)" in said
     assert bool(trainer.callback_metrics["loss_epoch"].isfinite())
-    reference, _ = train(lambda self, batch, i: None if batch[0].isnan().any() else step(self, batch, i))
+    reference, _ = train(
+        lambda self, batch, i: None if batch[0].isnan().any() else step(self, batch, i), options=options()
+    )
     for name, weight in reference.state_dict().items():
         assert torch.equal(module.state_dict()[name], weight), name
 
@@ -76,5 +82,15 @@ def test_an_exception_over_a_finite_batch_is_the_users_own():
 def test_in_manual_optimization_it_is_named_and_ends_the_run(recwarn):
     with pytest.raises(RuntimeError, match="does not require grad"):
         train(by_hand, callbacks=[NaNEarlyStop()], automatic_optimization=False)
+    [said] = [str(one.message) for one in recwarn if "raised RuntimeError" in str(one.message)]
+    assert "`batch[0]` (sample 1, column 3)" in said
+
+
+def test_who_detects_anomalies_gets_the_exception(recwarn):
+    def step(self, batch, batch_idx):
+        return self.net(batch[0]).pow(2).mean()
+
+    with pytest.raises(RuntimeError, match="returned nan values"):
+        train(step, callbacks=[NaNEarlyStop()], options={"detect_anomaly": True})
     [said] = [str(one.message) for one in recwarn if "raised RuntimeError" in str(one.message)]
     assert "`batch[0]` (sample 1, column 3)" in said

@@ -81,10 +81,14 @@ def record(program: Program, callbacks: Any = ()) -> tuple[RecordedStep | None, 
     if program.precision == "16-mixed":
         scaler = torch.amp.GradScaler("cpu", init_scale=program.loss_scale)
         options = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[*callbacks, recorder], **(options | program.options),
-    )  # fmt: skip
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    defaults = {"accelerator": "cpu", "max_epochs": 1, "callbacks": [*callbacks, recorder], **quiet}
+    trainer = pl.Trainer(**(defaults | options | program.options))
     with contextlib.suppress(Stop):
         trainer.fit(program.module, program.data)
     return recorder.step, recorder
