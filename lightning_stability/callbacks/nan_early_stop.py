@@ -331,6 +331,7 @@ class NaNEarlyStop(StabilityCallback):
                 "training_stopped",
                 incident.step,
                 incident.epoch,
+                by="NaNEarlyStop",
                 what=incident.what,
                 why=incident.why,
                 batch_idx=incident.batch_idx,

@@ -24,6 +24,7 @@ OPTIONS = {
     "PrecisionFallback": ("to", "bf16-mixed"),
     "InputCheck": ("max_abs", 5.0),
     "IncidentReport": ("max_incidents", 3),
+    "SpikeRecovery": ("max_rewinds", 2),
 }
 
 
