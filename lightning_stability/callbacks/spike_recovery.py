@@ -87,12 +87,9 @@ class SpikeRecovery(StabilityCallback):
         self._clear()
 
     def _clear(self) -> None:
-        self.spikes = 0
-        """Steps that were skipped since they spiked."""
+        self.spikes = 0  # steps that were skipped
         self.rewinds = 0
-        """How often the run has gone back."""
-        self.left_out = 0
-        """Batches that were left out with it."""
+        self.left_out = 0  # batches since the snapshots that were restored
         self._ranges: dict[int, StepRange] = {}
         self._position = 0  # updates that have made the state what it is
         self._place = -1  # the position at which trouble came
@@ -132,11 +129,9 @@ class SpikeRecovery(StabilityCallback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note which batch it is; have a snapshot taken after it if one is due."""
         fit, session = self._fit, self.session
-        if fit is None or session is None:
-            return
-        if self._ending is not None:
+        if self._ending is not None and session is not None:
             self._ending.stop(session)
-        if fit.snapshots is None:
+        if fit is None or session is None or fit.snapshots is None:
             return
         number, snapshots = internals.batch_number(trainer), fit.snapshots
         if snapshots.trusted is None:  # (now everything is restored that a checkpoint may hold)
