@@ -56,6 +56,8 @@ class Incident:
     def of(cls, record: StepRecord, batch: Any, several_ranks: bool) -> Incident:
         """Say of a skipped step what was wrong with it."""
         what, why = _explain(record, batch)
+        if record.restored:
+            why += f"; restored from a copy: {listed(record.restored)}"
         rank = record.bad_loss_ranks[0] if several_ranks and record.bad_loss_ranks else None
         return cls(what, why, record.step, record.epoch, record.batch_idx, rank)
 

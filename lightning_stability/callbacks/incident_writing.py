@@ -142,7 +142,7 @@ def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
         with bad.before():
             origin = find_origin(to_recorded_step(bad), budget_seconds)
     except Exception as error:  # the message is about the stop, whatever this fails with
-        return f"Where it came from was not looked for: {_reason(error)}."
+        return f"Where it came from was not found: {_reason(error)}."
     if origin is None and several:
         return "Run again on this rank alone, the same step is finite: it came from another rank."
     if origin is None:

@@ -24,12 +24,14 @@ def stop_message(
     lines = [f"NaNEarlyStop ended the run: {incident.why}.", f"  where: {incident.place}"]
     if origin is not None:
         lines.append(f"  origin: {origin}")
-    lines.append(f"  updates: {counts.updates} applied, {counts.skipped} skipped")
+    counted = counts.outcomes.total() > 0  # (where an engine owns the update, nothing is)
+    if counted:
+        lines.append(f"  updates: {counts.updates} applied, {counts.skipped} skipped")
     if checkpoint is not None:
         lines += [f"  last good checkpoint: {checkpoint}", f"  resume: {resume_command(checkpoint)}"]
-    elif not counts.updates:
+    elif counted and not counts.updates:
         lines.append("  no update was ever applied: there is nothing to resume from; find the cause first")
-    elif incident.what == "weight":
+    elif not counted or incident.what == "weight":
         lines.append("  no ModelCheckpoint has written a checkpoint")
     else:
         lines.append("  no ModelCheckpoint has written a checkpoint; parameters and buffers in memory are finite")

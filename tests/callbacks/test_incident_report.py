@@ -326,5 +326,5 @@ def test_a_stop_says_why_the_origin_was_not_looked_for(one):
         return self.net(batch[0]).pow(2).mean() * (torch.nan if len(self.trainer.val_dataloaders or []) == 0 else 1.0)
 
     module = runs.make_module(one, training_step=training_step)
-    with pytest.warns(UserWarning, match="origin: Where it came from was not looked for: .*trainer.val_dataloaders"):
+    with pytest.warns(UserWarning, match="origin: Where it came from was not found: .*trainer.val_dataloaders"):
         runs.trainer(one, callbacks=[NaNEarlyStop(patience=0)]).fit(module, runs.data())
