@@ -143,7 +143,7 @@ class NaNEarlyStop(StabilityCallback):
                 " values; check how they are initialised or which checkpoint they were loaded from.",
             )
             return
-        self._run_end = RunEnd(trainer, self._goes_on_after_a_stop)
+        self._run_end = RunEnd(trainer, self._goes_on_after_a_stop, self.on_failure)
 
     def on_record(self, record: StepRecord) -> None:
         """One bad step too many ends the run; each one is said."""
@@ -287,7 +287,7 @@ class NaNEarlyStop(StabilityCallback):
         where = f"epoch {trainer.current_epoch}, batch {batch_index(trainer)}, global step {trainer.global_step}"
         weights = f"weights: {listed(bad_weights)}" if bad_weights else ""
         held = "; ".join(filter(None, [where_nonfinite(batch), weights]))
-        what = f"`training_step` raised {type(exception).__name__} at {where}; non-finite values are in {held}."
+        what = f"a training step raised {type(exception).__name__} at {where}; non-finite values are in {held}."
         warn_always(f"NaNEarlyStop: {what}", on_this_rank=True)
         return False
 
