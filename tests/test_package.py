@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "status": {"events", "processes"},
     "callbacks": {
         *("_compat", "checkpointing", "diagnosis", "events", "flagged_inputs", "health", "internals", "notices"),
-        *("recovery", "runtime"),
+        *("processes", "recovery", "runtime"),
     },
     "plugin": {"_compat", "callbacks"},
     "tuab": {""},

@@ -187,6 +187,7 @@ def test_an_epoch_that_begins_again_is_saved_in_like_any_other(tmp_path: Path) -
     assert steps(tmp_path / "b") == [7, 8, 9, 10]
 
 
+@pytest.mark.slow
 def test_where_one_rank_does_not_find_its_place_all_begin_the_epoch_again(tmp_path: Path, processes: fits.Fits) -> None:
     options = {"data": "ranks", "augment": False, "validate": False, "max_epochs": 1, "ranks": 2}
     run = ranked(processes)

@@ -14,6 +14,7 @@ from tests.distributed_incident import KINDS, adamw
 from tests.recovery import poison
 from tests.test_distributed import two_ranks
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "distributed_incident.py"
 
 

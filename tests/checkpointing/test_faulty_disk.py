@@ -65,7 +65,6 @@ def test_one_fault_anywhere_in_a_save_costs_at_most_that_save(
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the checkpoint of a stop is not written by writing.write_file yet", strict=False)
 def test_one_fault_anywhere_in_a_stops_save_leaves_the_stop_before_it(
     faults: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from lightning_stability import GradNormMonitor, NaNEarlyStop
 from tests import runs
 
+pytestmark = pytest.mark.xdist_group("fsdp1")  # one worker, so that the ranks start once
 SCRIPT = Path(__file__).with_name("fsdp1_norms.py")
 ROOT = SCRIPT.parents[2]
 

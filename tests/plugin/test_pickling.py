@@ -95,7 +95,6 @@ trainer.save_checkpoint("checkpoint-.torch")
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="what the runtime sets on the precision plugin cannot be pickled")
 def test_a_trainer_pickled_while_it_trains_loads_without_the_package(pickled):
     loaded = pickled("Save.what = 'plugin', 'trainer'\nmake(callbacks=[Save()]).fit(BoringModel())")
     assert loaded == ["during"] * 14

@@ -396,7 +396,6 @@ def test_too_many_skips_are_shown(tmp_path: Path) -> None:
     assert "step 1,200  51 of the last 1000 updates were skipped" in str(report)
 
 
-@pytest.mark.xfail(strict=False, reason="another branch: read_events passes broken lines over")
 def test_broken_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
     start(tmp_path)
     with (tmp_path / FILE_NAME).open("a") as file:
@@ -421,7 +420,6 @@ def test_a_run_whose_file_was_begun_anew_is_one_run(tmp_path: Path) -> None:
     assert line(report, "incidents") == str(len(written))
 
 
-@pytest.mark.xfail(strict=False, reason="the session writes it")
 @pytest.mark.parametrize("model", [Model, TwoOptimizers])
 def test_a_real_fit_writes_its_progress(tmp_path: Path, model: Any) -> None:
     train(tmp_path, model=model(), callbacks=[NaNEarlyStop(patience=0)], max_epochs=2)
