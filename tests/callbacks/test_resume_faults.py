@@ -317,7 +317,8 @@ class Model(BoringModel):
 
 if __name__ == "__main__":
     LightningCLI(Model, trainer_defaults=dict(max_epochs=1, logger=False, enable_progress_bar=False, accelerator="cpu",
-        enable_model_summary=False, limit_val_batches=0, callbacks=[NaNEarlyStop()]), save_config_callback=None)
+        enable_model_summary=False, limit_val_batches=0,
+        callbacks=[NaNEarlyStop(patience=0)]), save_config_callback=None)
 """
 
 
