@@ -228,7 +228,7 @@ def text(case: str, seed: int, device: str, steps: int) -> Workload:
 
     workload = Workload(module, Batches((x.to(target), y.to(target)), size.batch), evaluate, bad)
     if case in ("weight", "moment"):
-        span = steps - QUIET_START - 60
+        span = max(1, steps - QUIET_START - 60)
         workload.fault_at = QUIET_START + int(torch.randint(span, (), generator=random_numbers(seed + 7)))
         workload.callbacks = [FlipsBit(case, workload.fault_at, seed)]
     return workload
