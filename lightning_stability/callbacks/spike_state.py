@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_stability import internals
@@ -136,7 +137,7 @@ class SpikeFit:
         limits, wanted = self.limits.get(optimizer, []), (usual.norm.limit, usual.loss.limit)
         for limit, value in zip(limits, wanted, strict=False):
             if wanted != usual.on_device:
-                limit.fill_(value)
+                limit.fill_(value if value < torch.finfo(limit.dtype).max else math.inf)
         usual.on_device = wanted if limits else (math.inf, math.inf)
 
     def make_snapshots(self, trainer: Any) -> str | None:
