@@ -76,7 +76,7 @@ class Account(StabilityCallback):
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_whatever_comes_the_state_is_finite_and_every_batch_accounted_for(data: st.DataObject) -> None:
     one, batches = runs.load_namespace("pytorch_lightning"), 90

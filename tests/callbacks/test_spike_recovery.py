@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from lightning_stability import NaNEarlyStop, NonFiniteError, SpikeRecovery
 from lightning_stability._compat import Callback, MisconfigurationException
+from lightning_stability.callbacks.spike_state import SpikeFit
 from lightning_stability.events import read_events
 from tests import runs
 from tests.test_distributed import two_ranks
@@ -327,6 +328,14 @@ def test_a_step_that_spikes_is_skipped(one: Any, tmp_path: Path, kind: str, prec
         assert_same(after[name], before[name], name)
     assert_same(after["optimizers"][0]["state"], before["optimizers"][0]["state"])
     assert recovery.rewinds == 0
+
+
+def test_a_limit_beyond_single_precision_is_none() -> None:
+    recovery, limit = SpikeRecovery(), torch.zeros(())
+    usual, fit_of_it = recovery._range(0), SpikeFit(limits={0: [limit]})
+    usual.norm.limit = 1e300
+    fit_of_it.set_limits(0, usual)
+    assert limit == math.inf
 
 
 def test_a_spike_writes_no_running_statistics(one: Any, tmp_path: Path) -> None:
