@@ -125,7 +125,10 @@ def restore_state(state: State, module: nn.Module, optimizers: Iterable[Optimize
     for path, values in state["metrics"].items():
         metric = module.get_submodule(path)
         for name, value in values.items():
-            setattr(metric, name, copy.deepcopy(value))
+            there = [
+                element.to(metric.device, copy=True) for element in ([value] if isinstance(value, Tensor) else value)
+            ]
+            setattr(metric, name, there[0] if isinstance(value, Tensor) else there)
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=False):
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
 
