@@ -123,7 +123,7 @@ def _serve() -> None:
     import traceback
 
     import pytorch_lightning
-    import pytorch_lightning.cli
+    import pytorch_lightning.cli  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401 - each script with a logger would import it anew
 
     with contextlib.suppress(ImportError):
