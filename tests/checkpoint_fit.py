@@ -383,6 +383,7 @@ def serve() -> None:
         print(children[0], flush=True)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(next((status for status in statuses if status), 0), flush=True)
+    os._exit(0)
 
 
 def fork(options: dict[str, Any], rank: int, ranks: int) -> int:

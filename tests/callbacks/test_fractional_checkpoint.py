@@ -240,7 +240,7 @@ def storm(tmp_path: Path, processes: fits.Fits, kills: int, async_save: bool) ->
         path = last_good_checkpoint(folder / "checkpoints")
         pid = processes.start(folder, ckpt_path=None if path is None else str(path), seed=kill, **options)
         started = time.monotonic()
-        while time.monotonic() - started < 30:  # until it saves
+        while time.monotonic() - started < 300:  # until it saves
             newer = [info.step or 0 for info in list_checkpoints(folder / "checkpoints") if info.is_good]
             if newer and max(newer) > newest:
                 break
