@@ -40,8 +40,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"  # a bare Trainer shall be bare where the package is installed
 
 from common import machine, quiet, save, spread  # noqa: E402
-from grad_norm import KeepNothing, SameBatch, synchronise  # noqa: E402
-from overhead import Net, make_workload  # noqa: E402
+from grad_norm import KeepNothing, SameBatch  # noqa: E402
+from overhead import BARE, RARELY, BetweenSaves, Clock, Net, make_workload  # noqa: E402
 
 from lightning_stability import (  # noqa: E402
     FractionalCheckpoint,
@@ -54,23 +54,12 @@ from lightning_stability import (  # noqa: E402
 
 FOLDER = tempfile.TemporaryDirectory()
 CUDA = torch.cuda.is_available()
-BARE = "the bare step again"
 ALL = "all"
 LIGHTNINGS = "Lightning's SpikeDetection"
 """For comparison: it puts collectives of its own on each step, so that the count is seen to count."""
-RARELY = 10**6
-"""Steps until the next save or snapshot: what those cost is not the steady step's."""
 BETWEEN_SNAPSHOTS = 25
 PROFILED = 8  # steps; as many as share one reading
 NAMES = "LIGHTNING_STABILITY_SCALE"
-
-
-class BetweenSaves(FractionalCheckpoint):
-    """Without the save at the end of a fit: a block ends too soon after it began."""
-
-    def on_place(self, trainer: Any, place: Any) -> None:
-        if not place.ending:
-            super().on_place(trainer, place)
 
 
 def saving() -> list[Any]:
@@ -113,20 +102,6 @@ def ways_of(options: argparse.Namespace) -> dict[str, Callable[[], list[Any]]]:
 
 
 # One process.
-
-
-class Clock(pl.Callback):
-    """Times the steps of a block, from the start of one batch to that of another."""
-
-    WARM_UP = 3
-
-    def __init__(self, device: torch.device, steps: int) -> None:
-        self.device, self.steps, self.start, self.seconds = device, steps, 0.0, 0.0
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx in (self.WARM_UP, self.WARM_UP + self.steps):
-            synchronise(self.device)
-            self.seconds, self.start = time.perf_counter() - self.start, time.perf_counter()
 
 
 class Sharded(Net):
@@ -181,7 +156,7 @@ class Ranks:
             default_root_dir=FOLDER.name,
         )
         trainer.fit(module, DataLoader(SameBatch(self.batch), batch_size=None))
-        return clock.seconds / steps
+        return clock.mean
 
     def agree(self, flag: bool) -> bool:
         """What the first rank says."""
