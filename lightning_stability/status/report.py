@@ -303,6 +303,7 @@ def _incident(event: dict[str, Any]) -> str:
         "precision_changed": "precision {precision_from} -> {precision_to}: {why}",
         "many_skips": "{skipped} of the last {of} updates were skipped",
         "precision_kept": "precision {precision} kept: {why}",
+        "number_restored": "a number of {parameter} ({number}) had become {was:.4g}, restored to {restored:.4g}",
         "rewound": "rewound from step {from_step} to the state of step {to_step}: {why}",
         "checkpoint_failed": "checkpoint {path} could not be written: {error}",
         "checkpoint_refused": "no checkpoint: {nonfinite_tensors} tensors are not finite",
