@@ -341,7 +341,7 @@ def _rows_of(whole: Tensor, view: Tensor) -> tuple[tuple[int, ...], int]:
     places = (~torch.isfinite(view)).nonzero()
     offsets = (places * torch.tensor(view.stride(), device=places.device)).sum(dim=1)
     rows = (offsets + int(view.storage_offset()) - int(whole.storage_offset())) // stride
-    return tuple(rows.unique().tolist()), len(whole)
+    return tuple(sorted(set(rows.tolist()))), len(whole)
 
 
 def _arguments(schema: Any, short: str, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
