@@ -15,11 +15,12 @@ from lightning_stability.diagnosis.incident import write_incident
 from lightning_stability.diagnosis.plain import NotPlainError, to_plain
 from lightning_stability.diagnosis.report import make_report, one_sentence, write_report
 from lightning_stability.diagnosis.search import find_origin
-from lightning_stability.diagnosis.step import REJECTED, RecordedStep
+from lightning_stability.diagnosis.step import REJECTED, RecordedStep, capture_state
 from lightning_stability.events import EventLog
 from lightning_stability.health import StepRecord
 from lightning_stability.health.record import ParameterGroups
-from lightning_stability.runtime import BadStep, Outcome
+from lightning_stability.internals import trained_before_toggle
+from lightning_stability.runtime import BadStep, ManualWindow, Outcome
 
 _TRAINER = (
     *("current_epoch", "global_step", "max_epochs", "max_steps", "num_training_batches"),
@@ -159,7 +160,7 @@ def to_recorded_step(bad: BadStep) -> RecordedStep:
     """
     trainer, record, window = bad.trainer, bad.record, bad.window
     if window is None or not window.batches:
-        why = "manual optimization" if window is None else "its window of accumulated batches is too long"
+        why = "its window of accumulated batches is too long" if window else "they are of an earlier batch"
         raise DiagnosisError(f"the step's batches are not kept: {why}")
     optimizers = list(trainer.optimizers)
     losses = [float(loss) for loss in record.batch_losses]
@@ -179,6 +180,9 @@ def to_recorded_step(bad: BadStep) -> RecordedStep:
         clip_algorithm=str(getattr(trainer.gradient_clip_algorithm, "value", None) or "norm"),
         trainer={name: value for name in _TRAINER if isinstance(value := getattr(trainer, name, None), (int, float))},
         notes=_notes(bad),
+        state=_state_within_a_batch(trainer, window) if isinstance(window, ManualWindow) else None,
+        steps_before=window.steps_before if isinstance(window, ManualWindow) else 0,
+        schedulers=_schedulers(trainer),
         extra_state=_extra_state(trainer, record),
     )
 
@@ -189,6 +193,23 @@ def _notes(bad: BadStep) -> list[str]:
     changed = ["`training_step` changes its batch in place: the replay is not exact"]
     late = ["another update was made before this step's verdict was known: the weights are those after it"]
     return changed * bad.window.changed_in_place() + late * bad.is_late
+
+
+def _state_within_a_batch(trainer: Any, window: ManualWindow) -> dict[str, Any]:
+    """In manual optimization `training_step` is under way: what it has changed so far is told from what it was."""
+    module = trainer.lightning_module
+    state = capture_state(module, trainer.optimizers, copies=False)
+    trained = trained_before_toggle(module)
+    state["requires_grad"] = {name: trained.get(id(p), p.requires_grad) for name, p in module.named_parameters()}
+    state["buffers"] |= window.buffers_before
+    return state
+
+
+def _schedulers(trainer: Any) -> list[int]:
+    """The optimizer of each scheduler, by its index."""
+    of_each = [getattr(config.scheduler, "optimizer", None) for config in trainer.lr_scheduler_configs]
+    indices = (next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), 0) for optimizer in of_each)
+    return list(indices) if trainer.optimizers else []
 
 
 def _extra_state(trainer: Any, record: StepRecord) -> dict[str, Any]:

@@ -71,6 +71,9 @@ class Replay:
         self._outcome = Outcome()
         self._trace: Trace | None = None
         self._batch = 0
+        self._left_out = step.steps_before
+        self._loss: tuple[int, Tensor] | None = None
+        self._has_stepped = False
 
     def run(self, trace: Trace | None = None) -> Outcome:
         """Run the step once; a replay is used once.
@@ -104,16 +107,18 @@ class Replay:
         attach(self)
         for number, batch in enumerate(self._batches):
             self._batch = number
+            index = step.batch_indices[self._batch]
+            module.on_train_batch_start(batch, index)
             step.random_states[self._batch].restore()
             if self._trace is not None:
                 self._trace.name_batch(batch)
-            index = step.batch_indices[self._batch]
-            module.on_train_batch_start(batch, index)
             with self.plugin.train_step_context():
                 output = module.training_step(batch, index) if _takes_index(module) else module.training_step(batch)
             loss = output if isinstance(output, Tensor) or output is None else output.get("loss")
             if automatic and loss is not None:
                 self._backward(loss / step.loss_divisor)
+            elif not automatic and not self._left_out:  # of optimizers that Lightning does not know, too
+                self._check("weight", list(self.module.named_parameters()))
             self._check("buffer", self._new_buffers())
         if automatic:
             self.update(self.optimizers[step.optimizer] if self.optimizers else None)
@@ -133,10 +138,31 @@ class Replay:
             args: Passed on.
             kwargs: Passed on.
         """
-        self._check("loss", [("loss", loss.detach())])
         scale = self.step.loss_scale
+        if not self._left_out:
+            self._check("loss", [("loss", loss.detach())])
         run(loss if scale is None else loss * scale, *args, **kwargs)
-        self._check("gradient", self._gradients())
+        if not self._left_out:
+            self._check("gradient", self._gradients())
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The same in manual optimization, where a batch may have several.
+
+        Args:
+            loss: Not scaled.
+            args: Passed on.
+            kwargs: Passed on.
+        """
+        if self._has_stepped:
+            self._has_stepped = False
+            self._outcome.losses.clear()
+        batch, before = self._loss or (-1, loss)
+        total = loss.detach() if batch != self._batch else before + loss.detach()  # summed as the recording's
+        if batch == self._batch:
+            self._outcome.losses.pop()
+        self._loss = self._batch, total
+        self._outcome.losses.append(float(total.sum()))
+        self.backward(loss, cast(Any, self.module).backward, *args, **kwargs)
 
     def update(self, optimizer: Optimizer | None) -> None:
         """What Lightning does between the backward pass and the next batch.
@@ -146,6 +172,10 @@ class Replay:
         """
         step, module = self.step, cast(Any, self.module)
         if optimizer is None:
+            return
+        self._loss, self._has_stepped = None, True  # (a second optimizer may step on the same losses)
+        if self._left_out:
+            self._left_out -= 1
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if step.loss_scale is not None:

@@ -43,6 +43,9 @@ class RecordedStep:
         trainer: What `training_step` may read of its Trainer, by name: `current_epoch`, `global_step`, ...
         environment: What `capture_environment` gave; empty for the process of now.
         notes: What makes a replay inexact, such as a batch that `training_step` changed in place.
+        steps_before: How many optimizer steps the window had before this one, in manual optimization: `state` is that
+            after them, so a replay leaves them out.
+        schedulers: The optimizer of each of the Trainer's schedulers, by its index.
         extra_state: What `state.pt` shall hold besides, for the reader: a replay does not need it.
     """
 
@@ -63,6 +66,8 @@ class RecordedStep:
     trainer: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    steps_before: int = 0
+    schedulers: list[int] = field(default_factory=list)
     extra_state: State = field(default_factory=dict)
 
     def __post_init__(self) -> None:
