@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_stability.callbacks.base import warn_always
+from lightning_stability.callbacks.validation_watch import ValidationBatch
 from lightning_stability.diagnosis.errors import DiagnosisError
 from lightning_stability.diagnosis.incident import write_incident
 from lightning_stability.diagnosis.plain import NotPlainError, to_plain
@@ -55,11 +60,25 @@ class IncidentWriter:
             records: Of the steps before.
             dataset_indices: Of the samples of each batch; None where they are not known.
         """
-        try:
+        with _said(f"the step at {_place(bad.record)}"):
             self._write(bad, records, dataset_indices)
-        except Exception as error:
-            place = _place(bad.record)
-            warn_always(f"IncidentReport: the step at {place} was not recorded: {_reason(error)}.", on_this_rank=True)
+
+    def write_validation(self, trainer: Any, bad: ValidationBatch, records: list[StepRecord]) -> None:
+        """The same of a batch of the validation.
+
+        Args:
+            trainer: The Trainer.
+            bad: The batch.
+            records: Of the steps before.
+        """
+        loader = f" of loader {bad.loader}" if bad.loader else ""
+        epoch, global_step = trainer.current_epoch, trainer.global_step
+        what = f"validation batch {bad.batch_idx}{loader} at epoch {epoch}, global step {global_step}"
+        with _said(what), torch.inference_mode(False):
+            step = _validation_step(trainer, bad)
+            details = {"step": global_step, "epoch": epoch, "batch_idx": bad.batch_idx}
+            path, left_out = self._save(trainer, global_step, step, records, details)
+            self._tell(what, path, left_out, step, self._diagnose(step), details)
 
     def _write(self, bad: BadStep, records: list[StepRecord], dataset_indices: list[list[int] | None]) -> None:
         trainer, record = bad.trainer, bad.record
@@ -74,14 +93,25 @@ class IncidentWriter:
             if diagnosed[0]["reproduced"] is False:
                 return
         details = _details(record) | {"dataset_indices": dataset_indices}
-        path, left_out = self._save(bad, step, records, details)
-        report, sentence = diagnosed or self._diagnose(step)
+        path, left_out = self._save(trainer, record.step, step, records, details)
+        self._tell(f"the step at {_place(record)}", path, left_out, step, diagnosed or self._diagnose(step), details)
+
+    def _tell(
+        self,
+        what: str,
+        path: Path,
+        left_out: dict[str, str],
+        step: RecordedStep,
+        diagnosed: tuple[dict[str, Any], str | None],
+        details: dict[str, Any],
+    ) -> None:
+        report, sentence = diagnosed
         write_report(path, report)
         self.events.write(
             "incident_recorded",
-            record.step,
-            record.epoch,
-            batch_idx=record.batch_idx,
+            details["step"],
+            details["epoch"],
+            batch_idx=details["batch_idx"],
             what=step.failed,
             path=str(path),
             reproduced=report["reproduced"],
@@ -91,16 +121,16 @@ class IncidentWriter:
         kept = "".join(f" {name} was not kept: {why}." for name, why in left_out.items())
         found = f" {sentence[0].upper()}{sentence[1:]}." if sentence else ""
         warn_always(
-            f"IncidentReport: the step at {_place(record)} was recorded in {path}.{found}{kept} Run it again:"
+            f"IncidentReport: {what} was recorded in {path}.{found}{kept} Run it again:"
             f" lightning-stability diagnose {path}",
             on_this_rank=True,
         )
 
     def _save(
-        self, bad: BadStep, step: RecordedStep, records: list[StepRecord], details: dict[str, Any]
+        self, trainer: Any, number_of_step: int, step: RecordedStep, records: list[StepRecord], details: dict[str, Any]
     ) -> tuple[Path, dict[str, str]]:
         """Write it under the next free number; nothing that is there is replaced."""
-        trainer, name = bad.trainer, f"step{bad.record.step}"
+        name = f"step{number_of_step}"
         rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         history = [history_row(record) for record in records]
         for number in itertools.count(self.number):
@@ -127,6 +157,15 @@ class IncidentWriter:
             return make_report(None, None, step.failed, [_reason(error), *step.notes]), None
         report = make_report(origin is not None, origin, step.failed, step.notes)
         return report, None if origin is None else one_sentence(origin)
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Whatever fails in recording, the run continues."""
+    try:
+        yield
+    except Exception as error:
+        warn_always(f"IncidentReport: {what} was not recorded: {_reason(error)}.", on_this_rank=True)
 
 
 def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
@@ -178,13 +217,32 @@ def to_recorded_step(bad: BadStep) -> RecordedStep:
         loss_scale=record.loss_scale,
         clip_value=trainer.gradient_clip_val,
         clip_algorithm=str(getattr(trainer.gradient_clip_algorithm, "value", None) or "norm"),
-        trainer={name: value for name in _TRAINER if isinstance(value := getattr(trainer, name, None), (int, float))},
+        trainer=_of_trainer(trainer),
         notes=_notes(bad),
         state=_state_within_a_batch(trainer, window) if isinstance(window, ManualWindow) else None,
         steps_before=window.steps_before if isinstance(window, ManualWindow) else 0,
         schedulers=_schedulers(trainer),
         extra_state=_extra_state(trainer, record),
     )
+
+
+def _validation_step(trainer: Any, bad: ValidationBatch) -> RecordedStep:
+    return RecordedStep(
+        module=trainer.lightning_module,
+        batches=[bad.batch],
+        random_states=[bad.random],
+        batch_indices=[bad.batch_idx],
+        precision=str(trainer.precision_plugin.precision),
+        failed="validation",
+        optimizers=list(trainer.optimizers),
+        trainer=_of_trainer(trainer) | {"training": False, "validating": True},
+        validation_loader=bad.loader,
+    )
+
+
+def _of_trainer(trainer: Any) -> dict[str, Any]:
+    values = {name: getattr(trainer, name, None) for name in _TRAINER}
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 def _notes(bad: BadStep) -> list[str]:

@@ -28,6 +28,7 @@ _TYPES: dict[str, Any] = {
     "clip_algorithm": (str, type(None)),
     "steps_before": int,
     "schedulers": list,
+    "validation_loader": (int, type(None)),
     "losses": list,
     "batch_indices": list,
     "trainer": dict,

@@ -41,7 +41,7 @@ _SPARE_BYTES = 64 * 2**20
 _IN_STATE = {"parameters", "requires_grad", "buffers", "metrics", "optimizers", "schedulers", "scaler"}
 _FROM_STEP = (
     *("precision", "failed", "optimizer", "loss_divisor", "loss_scale", "clip_value", "clip_algorithm"),
-    *("steps_before", "schedulers"),
+    *("steps_before", "schedulers", "validation_loader"),
 )
 
 

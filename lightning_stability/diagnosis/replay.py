@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.diagnosis.errors import DiagnosisError, OutOfTimeError
-from lightning_stability.diagnosis.replayed_module import ReplayedOptimizer, attach
+from lightning_stability.diagnosis.replayed_module import ReplayedOptimizer, attach, note_logged
 from lightning_stability.diagnosis.step import RecordedStep, restore_state
 from lightning_stability.diagnosis.trace import Trace
+from lightning_stability.diagnosis.validation import metric_states, reset_metrics, spoilt_outputs
 from lightning_stability.health.values import nonfinite_names
 from lightning_stability.recovery.random_state import RandomState
 
@@ -36,7 +37,7 @@ class Failure(Exception):
     """What became non-finite first in a replay; ends it."""
 
     what: str
-    """`"loss"`, `"gradient"`, `"buffer"` or `"weight"`."""
+    """`"loss"`, `"gradient"`, `"buffer"`, `"weight"` or `"validation"`."""
     tensors: list[tuple[str, Tensor]]
     batch: int
     """Which of the window's."""
@@ -88,7 +89,7 @@ class Replay:
         self._nonfinite_buffers = set(nonfinite_names(self.module.named_buffers()))
         with _same_process_afterwards(), trace or contextlib.nullcontext(), torch.enable_grad():
             try:
-                self._run_window()
+                self._run_window() if self.step.validation_loader is None else self._run_validation()
             except Failure as failure:
                 self._outcome.failure = failure
             except OutOfTimeError:
@@ -96,8 +97,9 @@ class Replay:
             except torch.OutOfMemoryError as error:
                 raise DiagnosisError("there was not enough memory to run the step again") from error
             except Exception as error:
+                where = "training_step" if self.step.validation_loader is None else "validation_step"
                 raise DiagnosisError(
-                    f"the step could not be run again: {type(error).__name__} in training_step: {error}"
+                    f"the step could not be run again: {type(error).__name__} in {where}: {error}"
                 ) from error
         return self._outcome
 
@@ -113,7 +115,7 @@ class Replay:
             if self._trace is not None:
                 self._trace.name_batch(batch)
             with self.plugin.train_step_context():
-                output = module.training_step(batch, index) if _takes_index(module) else module.training_step(batch)
+                output = module.training_step(*((batch, index) if _takes_index(module.training_step) else (batch,)))
             loss = output if isinstance(output, Tensor) or output is None else output.get("loss")
             if automatic and loss is not None:
                 self._backward(loss / step.loss_divisor)
@@ -122,6 +124,26 @@ class Replay:
             self._check("buffer", self._new_buffers())
         if automatic:
             self.update(self.optimizers[step.optimizer] if self.optimizers else None)
+
+    def _run_validation(self) -> None:
+        """The modules are in the modes that they were recorded in."""
+        step, module, [batch] = self.step, cast(Any, self.module), self._batches
+        attach(self)
+        logged = note_logged(module)
+        reset_metrics(module)
+        before = set(nonfinite_names(metric_states(module)))
+        arguments = [batch, step.batch_indices[0]]
+        if _takes(module.validation_step, "dataloader_idx"):
+            arguments.append(cast(int, step.validation_loader))
+        elif not _takes_index(module.validation_step):
+            arguments.pop()
+        step.random_states[0].restore()
+        if self._trace is not None:
+            self._trace.name_batch(batch)
+        with self.plugin.val_step_context(), torch.no_grad():
+            output = module.validation_step(*arguments)
+        states = [(name, state) for name, state in metric_states(module) if name not in before]
+        self._check("validation", [*spoilt_outputs(output), *logged, *states])
 
     def _backward(self, loss: Tensor) -> None:
         module = cast(Any, self.module)
@@ -261,8 +283,12 @@ def same_losses(recorded: list[float], replayed: list[float]) -> bool:
     return len(replayed) > 0
 
 
-def _takes_index(module: Any) -> bool:
-    parameters = list(inspect.signature(module.training_step).parameters.values())
+def _takes(method: Any, name: str) -> bool:
+    return name in inspect.signature(method).parameters
+
+
+def _takes_index(method: Any) -> bool:
+    parameters = list(inspect.signature(method).parameters.values())
     several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     return len(parameters) >= 2 or several
 

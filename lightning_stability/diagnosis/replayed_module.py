@@ -67,6 +67,30 @@ def give_trainer(module: nn.Module, recorded: dict[str, Any], optimizers: list[O
             object.__setattr__(part, "_fabric", None)
 
 
+def note_logged(module: Any) -> list[tuple[str, Tensor]]:
+    """From now on note what a LightningModule logs.
+
+    Args:
+        module: The copied module.
+
+    Returns:
+        The names and values, added as they come.
+    """
+    logged: list[tuple[str, Tensor]] = []
+
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(value, Tensor):
+            logged.append((name, value))
+
+    def log_dict(values: Any, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(values).items():
+            log(name, value)
+
+    object.__setattr__(module, "log", log)
+    object.__setattr__(module, "log_dict", log_dict)
+    return logged
+
+
 class ReplayedOptimizer:
     """An optimizer that manual optimization steps.
 
