@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_stability._compat import is_instance_by_name
-from lightning_stability.diagnosis.errors import DiagnosisError, OutOfTimeError
+from lightning_stability.diagnosis.errors import DiagnosisError, OutOfTimeError, memory_for
 from lightning_stability.diagnosis.replayed_module import ReplayedOptimizer, attach, note_logged
 from lightning_stability.diagnosis.step import RecordedStep, restore_state
 from lightning_stability.diagnosis.trace import Trace
@@ -87,15 +87,14 @@ class Replay:
         """
         self._trace = trace
         self._nonfinite_buffers = set(nonfinite_names(self.module.named_buffers()))
-        with _same_process_afterwards(), trace or contextlib.nullcontext(), torch.enable_grad():
+        again = memory_for("run the step again")
+        with _same_process_afterwards(), again, trace or contextlib.nullcontext(), torch.enable_grad():
             try:
                 self._run_window() if self.step.validation_loader is None else self._run_validation()
             except Failure as failure:
                 self._outcome.failure = failure
             except OutOfTimeError:
                 raise
-            except torch.OutOfMemoryError as error:
-                raise DiagnosisError("there was not enough memory to run the step again") from error
             except Exception as error:
                 where = "training_step" if self.step.validation_loader is None else "validation_step"
                 raise DiagnosisError(
@@ -297,11 +296,12 @@ def _copy(step: RecordedStep) -> tuple[nn.Module, list[Optimizer]]:
     """The module and its optimizers in the recorded state, apart from the run's own."""
     memo = _memo(step.module)
     try:
-        module, optimizers = copy.deepcopy((step.module, step.optimizers), memo)
-        if step.state is not None:
-            restore_state(step.state, module, optimizers)
-    except torch.OutOfMemoryError as error:
-        raise DiagnosisError("there was not enough memory for a second copy of the module") from error
+        with memory_for("make a second copy of the module"):
+            module, optimizers = copy.deepcopy((step.module, step.optimizers), memo)
+            if step.state is not None:
+                restore_state(step.state, module, optimizers)
+    except DiagnosisError:
+        raise
     except ValueError as error:  # restore_state's
         raise DiagnosisError(str(error)) from error
     except Exception as error:
