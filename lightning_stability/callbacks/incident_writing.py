@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_stability.callbacks.base import warn_always
+from lightning_stability.callbacks.validation_watch import ValidationBatch
 from lightning_stability.diagnosis.errors import DiagnosisError
 from lightning_stability.diagnosis.incident import write_incident
 from lightning_stability.diagnosis.plain import NotPlainError, to_plain
 from lightning_stability.diagnosis.report import make_report, one_sentence, write_report
 from lightning_stability.diagnosis.search import find_origin
-from lightning_stability.diagnosis.step import REJECTED, RecordedStep
+from lightning_stability.diagnosis.step import REJECTED, RecordedStep, capture_state
 from lightning_stability.events import EventLog
 from lightning_stability.health import StepRecord
 from lightning_stability.health.record import ParameterGroups
-from lightning_stability.runtime import BadStep, Outcome
+from lightning_stability.internals import trained_before_toggle
+from lightning_stability.runtime import BadStep, ManualWindow, Outcome
 
 _TRAINER = (
     *("current_epoch", "global_step", "max_epochs", "max_steps", "num_training_batches"),
@@ -54,11 +60,25 @@ class IncidentWriter:
             records: Of the steps before.
             dataset_indices: Of the samples of each batch; None where they are not known.
         """
-        try:
+        with _said(f"the step at {_place(bad.record)}"):
             self._write(bad, records, dataset_indices)
-        except Exception as error:
-            place = _place(bad.record)
-            warn_always(f"IncidentReport: the step at {place} was not recorded: {_reason(error)}.", on_this_rank=True)
+
+    def write_validation(self, trainer: Any, bad: ValidationBatch, records: list[StepRecord]) -> None:
+        """The same of a batch of the validation.
+
+        Args:
+            trainer: The Trainer.
+            bad: The batch.
+            records: Of the steps before.
+        """
+        loader = f" of loader {bad.loader}" if bad.loader else ""
+        epoch, global_step = trainer.current_epoch, trainer.global_step
+        what = f"validation batch {bad.batch_idx}{loader} at epoch {epoch}, global step {global_step}"
+        with _said(what), torch.inference_mode(False):
+            step = _validation_step(trainer, bad)
+            details = {"step": global_step, "epoch": epoch, "batch_idx": bad.batch_idx}
+            path, left_out = self._save(trainer, global_step, step, records, details)
+            self._tell(what, path, left_out, step, self._diagnose(step), details)
 
     def _write(self, bad: BadStep, records: list[StepRecord], dataset_indices: list[list[int] | None]) -> None:
         trainer, record = bad.trainer, bad.record
@@ -73,14 +93,25 @@ class IncidentWriter:
             if diagnosed[0]["reproduced"] is False:
                 return
         details = _details(record) | {"dataset_indices": dataset_indices}
-        path, left_out = self._save(bad, step, records, details)
-        report, sentence = diagnosed or self._diagnose(step)
+        path, left_out = self._save(trainer, record.step, step, records, details)
+        self._tell(f"the step at {_place(record)}", path, left_out, step, diagnosed or self._diagnose(step), details)
+
+    def _tell(
+        self,
+        what: str,
+        path: Path,
+        left_out: dict[str, str],
+        step: RecordedStep,
+        diagnosed: tuple[dict[str, Any], str | None],
+        details: dict[str, Any],
+    ) -> None:
+        report, sentence = diagnosed
         write_report(path, report)
         self.events.write(
             "incident_recorded",
-            record.step,
-            record.epoch,
-            batch_idx=record.batch_idx,
+            details["step"],
+            details["epoch"],
+            batch_idx=details["batch_idx"],
             what=step.failed,
             path=str(path),
             reproduced=report["reproduced"],
@@ -90,16 +121,16 @@ class IncidentWriter:
         kept = "".join(f" {name} was not kept: {why}." for name, why in left_out.items())
         found = f" {sentence[0].upper()}{sentence[1:]}." if sentence else ""
         warn_always(
-            f"IncidentReport: the step at {_place(record)} was recorded in {path}.{found}{kept} Run it again:"
+            f"IncidentReport: {what} was recorded in {path}.{found}{kept} Run it again:"
             f" lightning-stability diagnose {path}",
             on_this_rank=True,
         )
 
     def _save(
-        self, bad: BadStep, step: RecordedStep, records: list[StepRecord], details: dict[str, Any]
+        self, trainer: Any, number_of_step: int, step: RecordedStep, records: list[StepRecord], details: dict[str, Any]
     ) -> tuple[Path, dict[str, str]]:
         """Write it under the next free number; nothing that is there is replaced."""
-        trainer, name = bad.trainer, f"step{bad.record.step}"
+        name = f"step{number_of_step}"
         rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         history = [history_row(record) for record in records]
         for number in itertools.count(self.number):
@@ -126,6 +157,15 @@ class IncidentWriter:
             return make_report(None, None, step.failed, [_reason(error), *step.notes]), None
         report = make_report(origin is not None, origin, step.failed, step.notes)
         return report, None if origin is None else one_sentence(origin)
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Whatever fails in recording, the run continues."""
+    try:
+        yield
+    except Exception as error:
+        warn_always(f"IncidentReport: {what} was not recorded: {_reason(error)}.", on_this_rank=True)
 
 
 def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
@@ -159,7 +199,7 @@ def to_recorded_step(bad: BadStep) -> RecordedStep:
     """
     trainer, record, window = bad.trainer, bad.record, bad.window
     if window is None or not window.batches:
-        why = "manual optimization" if window is None else "its window of accumulated batches is too long"
+        why = "its window of accumulated batches is too long" if window else "they are of an earlier batch"
         raise DiagnosisError(f"the step's batches are not kept: {why}")
     optimizers = list(trainer.optimizers)
     losses = [float(loss) for loss in record.batch_losses]
@@ -177,10 +217,32 @@ def to_recorded_step(bad: BadStep) -> RecordedStep:
         loss_scale=record.loss_scale,
         clip_value=trainer.gradient_clip_val,
         clip_algorithm=str(getattr(trainer.gradient_clip_algorithm, "value", None) or "norm"),
-        trainer={name: value for name in _TRAINER if isinstance(value := getattr(trainer, name, None), (int, float))},
+        trainer=_of_trainer(trainer),
         notes=_notes(bad),
+        state=_state_within_a_batch(trainer, window) if isinstance(window, ManualWindow) else None,
+        steps_before=window.steps_before if isinstance(window, ManualWindow) else 0,
+        schedulers=_schedulers(trainer),
         extra_state=_extra_state(trainer, record),
     )
+
+
+def _validation_step(trainer: Any, bad: ValidationBatch) -> RecordedStep:
+    return RecordedStep(
+        module=trainer.lightning_module,
+        batches=[bad.batch],
+        random_states=[bad.random],
+        batch_indices=[bad.batch_idx],
+        precision=str(trainer.precision_plugin.precision),
+        failed="validation",
+        optimizers=list(trainer.optimizers),
+        trainer=_of_trainer(trainer) | {"training": False, "validating": True},
+        validation_loader=bad.loader,
+    )
+
+
+def _of_trainer(trainer: Any) -> dict[str, Any]:
+    values = {name: getattr(trainer, name, None) for name in _TRAINER}
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 def _notes(bad: BadStep) -> list[str]:
@@ -189,6 +251,23 @@ def _notes(bad: BadStep) -> list[str]:
     changed = ["`training_step` changes its batch in place: the replay is not exact"]
     late = ["another update was made before this step's verdict was known: the weights are those after it"]
     return changed * bad.window.changed_in_place() + late * bad.is_late
+
+
+def _state_within_a_batch(trainer: Any, window: ManualWindow) -> dict[str, Any]:
+    """In manual optimization `training_step` is under way: what it has changed so far is told from what it was."""
+    module = trainer.lightning_module
+    state = capture_state(module, trainer.optimizers, copies=False)
+    trained = trained_before_toggle(module)
+    state["requires_grad"] = {name: trained.get(id(p), p.requires_grad) for name, p in module.named_parameters()}
+    state["buffers"] |= window.buffers_before
+    return state
+
+
+def _schedulers(trainer: Any) -> list[int]:
+    """The optimizer of each scheduler, by its index."""
+    of_each = [getattr(config.scheduler, "optimizer", None) for config in trainer.lr_scheduler_configs]
+    indices = (next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), 0) for optimizer in of_each)
+    return list(indices) if trainer.optimizers else []
 
 
 def _extra_state(trainer: Any, record: StepRecord) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from lightning_fabric.utilities import move_data_to_device
 from torch import nn
 
 from lightning_stability.diagnosis.environment import capture_environment, differences, settings_of
-from lightning_stability.diagnosis.errors import DiagnosisError
+from lightning_stability.diagnosis.errors import DiagnosisError, memory_for
 from lightning_stability.diagnosis.incident import Incident, read_incident, to_step
 from lightning_stability.diagnosis.rebuild import from_factory, make_optimizers, rebuild
 from lightning_stability.diagnosis.replay import Outcome, Replay, make_precision, same_losses
@@ -53,10 +53,11 @@ def diagnose(
         lightning_stability.diagnosis.errors.DiagnosisError: no_such_folder is no incident folder: ...
     """
     progress("reading the incident")
-    incident = read_incident(incident_dir)
+    with memory_for(f"read the incident {incident_dir}"):
+        incident = read_incident(incident_dir)
     progress("making the module")
     recorded = incident.about["environment"]
-    with settings_of(recorded):
+    with settings_of(recorded), memory_for(f"run the step of {incident_dir} again, which is as it was"):
         step, notes = _rebuild(incident, module)
         report = _diagnose(step, notes, progress)
     try:
