@@ -258,6 +258,7 @@ def fit(
         "epoch": made.current_epoch,
         "metrics": {name: float(value) for name, value in made.callback_metrics.items()},
         "precision": [str(made.precision), made.precision_plugin.state_dict()],
+        "proved": getattr(saver, "_proved", None) and (saver._proved[0] is None, saver._proved[1]),
     }
     torch.save(state, folder / RESULT.format(rank=made.global_rank))
     return made
