@@ -41,9 +41,17 @@ def show_checkpoints(words: list[str]) -> int:
     )
     parser.add_argument("folder", type=Path, help="such as lightning_logs/version_0/checkpoints")
     parser.add_argument("--verify", action="store_true", help="read every byte: check sums, and that all is finite")
+    parser.add_argument(
+        "--replay", type=int, metavar="N", help="train the N steps after the newest good one again, twice, and compare"
+    )
+    parser.add_argument("--module", help="for --replay: package.module:function, which makes the module and its data")
     given = parser.parse_args(words[1:])
     if not given.folder.exists():
         raise MisconfigurationException(f"There is no folder {given.folder}.")
+    if given.replay is not None:
+        from lightning_stability.replay_steps import replay  # slow to import
+
+        return replay(given.folder, given.replay, given.module)
     folders = checkpoint_folders(given.folder)
     if not folders:
         raise MisconfigurationException(f"There are no checkpoints (*.ckpt) in {given.folder} or its runs' folders.")

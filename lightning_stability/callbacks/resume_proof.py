@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -41,18 +41,29 @@ Answer = tuple[Difference | None, int]
 """The first difference on a rank, and how many steps were equal there."""
 
 
+class FingerprintSink(Protocol):
+    """Where fingerprints go: `StepFile`, or what stands for it."""
+
+    def begin(self, window: Window) -> None: ...
+
+    def add(self, n: int, fields: dict[str, Any]) -> None: ...
+
+
 class ResumeProof:
     """The fingerprints of one fit on one rank.
 
     Args:
-        trainer: A Trainer of either namespace, in `on_train_start`.
-        folder: Of the checkpoints; None to write nothing.
         events: Where the outcome is written.
         drain: Has the records of all steps so far handed over.
+        file: Where fingerprints are written; None to write none.
+        limit: How many steps after a save leave one.
     """
 
-    def __init__(self, trainer: Any, folder: Path | None, events: EventLog, drain: Callable[[], None]) -> None:
-        self._file = None if folder is None else StepFile(folder, trainer.global_rank)
+    def __init__(
+        self, events: EventLog, drain: Callable[[], None], file: FingerprintSink | None, limit: int = STEPS
+    ) -> None:
+        self._file = file
+        self._limit = limit
         self._events = events
         self._drain_records = drain
         self._reads = LateReads()
@@ -131,14 +142,14 @@ class ResumeProof:
             self._report(trainer)
         elif self._is_certain(trainer):
             self._report(trainer)
-        if self._n >= STEPS:
+        if self._n >= self._limit:
             self._contained(self._reads.drain)
             self._n = None
 
     def on_record(self, record: StepRecord) -> None:
         """A step has been measured, for somebody else."""
         n = self._numbers.get(record.step)
-        if n is not None and n <= STEPS and record.optimizer == 0:
+        if n is not None and n <= self._limit and record.optimizer == 0:
             self._contained(lambda: self._note(n, {"norm": record.total_norm}))
 
     def finish(self, trainer: Any) -> None:
@@ -338,7 +349,8 @@ class ProvesResume:
             self._proof.on_record(record)
 
     def _begin_proof(self, trainer: Any, folder: str, events: EventLog, drain: Callable[[], None]) -> None:
-        self._proof = ResumeProof(trainer, Path(folder) if is_local(folder) else None, events, drain)
+        file = StepFile(Path(folder), trainer.global_rank) if is_local(folder) else None
+        self._proof = ResumeProof(events, drain, file)
 
     def _note_resume(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
         path, section = str(trainer.ckpt_path or ""), checkpoint[SECTION]
