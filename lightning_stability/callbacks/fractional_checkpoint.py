@@ -22,7 +22,7 @@ from lightning_stability.checkpointing.listing import list_checkpoints
 from lightning_stability.checkpointing.loops import SavePoint, SavePoints
 from lightning_stability.checkpointing.own_objects import allow_own_hyperparameters
 from lightning_stability.checkpointing.resume import SECTION
-from lightning_stability.checkpointing.saving import PendingSave, Saver
+from lightning_stability.checkpointing.saving import PendingSave, Saver, can_write_in_background
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
 from lightning_stability.checkpointing.section import make_section, nonfinite_on_any_rank
 from lightning_stability.checkpointing.stopping import checkpoint_folder
@@ -151,7 +151,7 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
         self._begin_fit()
         if self.session is not None:
             self._events = self.session.events
-        if self.async_save and not internals.writes_one_file(trainer):
+        if self.async_save and not can_write_in_background(trainer, str(self.dirpath)):
             raise MisconfigurationException(
                 f"FractionalCheckpoint(async_save=True) cannot be used with {type(trainer.strategy).__name__} and"
                 f" {type(trainer.strategy.checkpoint_io).__name__}, which write in their own way; leave async_save out."
@@ -279,7 +279,8 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
 
     def _dump(self, trainer: Any, place: SavePoint, epochs: Fraction) -> tuple[dict[str, Any], dict[str, Any] | None]:
         with trainer.profiler.profile("save_checkpoint"):
-            checkpoint = internals.dump_checkpoint(trainer, self.save_weights_only)
+            dump = internals.dump_shards if internals.writes_shards(trainer) else internals.dump_checkpoint
+            checkpoint = dump(trainer, self.save_weights_only)
         if self.save_weights_only:
             return checkpoint, None
         # after everybody's `on_save_checkpoint`, which may draw random numbers

@@ -93,6 +93,10 @@ from lightning_stability.internals.resume import (
     window_is_incomplete,
     writes_one_file,
 )
+from lightning_stability.internals.sharding import (
+    dump_shards,
+    writes_shards,
+)
 from lightning_stability.internals.training import (
     active_results,
     batch_index,
@@ -133,6 +137,7 @@ __all__ = [
     "default_store",
     "delivers_in_order",
     "dump_checkpoint",
+    "dump_shards",
     "epoch_is_over",
     "epoch_of_loaders",
     "epochs_processed",
@@ -197,5 +202,6 @@ __all__ = [
     "window_is_open",
     "within_compiled",
     "writes_one_file",
+    "writes_shards",
     "zero_without_hooks",
 ]
