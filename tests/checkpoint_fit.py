@@ -164,7 +164,7 @@ def make_sharded(pl: Any) -> Any:
         def configure_model(self) -> None:
             from torch.distributed.fsdp import fully_shard
 
-            if not hasattr(self.net[0].weight, "full_tensor"):
+            if self.device_mesh is not None and not hasattr(self.net[0].weight, "full_tensor"):
                 fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
                 fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
@@ -436,6 +436,8 @@ def fork(options: dict[str, Any], rank: int, ranks: int) -> int:
         if ranks > 1:  # as torchrun does, so that Lightning starts no processes of its own
             place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": options.pop("port")}
             os.environ.update({name: str(value) for name, value in place.items()})
+            if options.pop("killed_rank", rank) != rank:
+                options = {name: value for name, value in options.items() if not name.startswith("kill_")}
             options.update(devices=ranks, strategy=options.get("strategy", "ddp"), seed=options.get("seed", 1) + rank)
         log = os.open(Path(options["folder"]) / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)

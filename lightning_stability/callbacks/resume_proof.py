@@ -364,7 +364,7 @@ class ProvesResume:
 
     def _fingerprint_from_here(self, trainer: Any, section: dict[str, Any] | None) -> None:
         if self._proof is not None and section is not None:
-            self._proof.begin(trainer, save_name(section))
+            self._proof.begin(trainer, trainer.strategy.broadcast(save_name(section)))
 
     def _end_proof(self, trainer: Any, all_ranks: bool = True) -> None:
         proof, self._proof = self._proof, None

@@ -95,6 +95,7 @@ from lightning_stability.internals.resume import (
 )
 from lightning_stability.internals.sharding import (
     dump_shards,
+    load_all_shards,
     writes_shards,
 )
 from lightning_stability.internals.training import (
@@ -157,6 +158,7 @@ __all__ = [
     "iterators",
     "last_saved",
     "leaves_with_paths",
+    "load_all_shards",
     "load_loader_states",
     "load_loaders_of_epoch",
     "load_loop_progress",

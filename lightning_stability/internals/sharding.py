@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning_stability.internals.overrides import Overrides
@@ -36,3 +37,13 @@ def dump_shards(trainer: Any, weights_only: bool) -> dict[str, Any]:
         return dump_checkpoint(trainer, weights_only)
     finally:
         overrides.restore()
+
+
+def load_all_shards(path: Path) -> dict[str, Any]:
+    """A folder of torch's distributed checkpoint with every tensor put together, and Lightning's rest of it.
+
+    It loads the folder's index with pickle: look into it first.
+    """
+    from lightning_fabric.utilities.load import _load_distributed_checkpoint
+
+    return _load_distributed_checkpoint(path)
