@@ -6,6 +6,7 @@ looks whether all files are there, and moves the folder into place.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,11 @@ class ShardWriter:
 
     def close(self) -> None:
         """Give the memory back."""
-        if self._stager is not None:
-            self._stager.close()
+        with contextlib.suppress(Exception):  # other ranks may be gone
+            if self._stager is not None:
+                self._stager.close()
+            if self._group is not None:
+                torch.distributed.destroy_process_group(self._group)
 
     def _write(self, tensors: Any, rest: Any, part: Path, path: str, trainer: Any) -> None:
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
