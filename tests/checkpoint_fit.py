@@ -149,6 +149,46 @@ def make_module(
     return Module()
 
 
+def make_sharded(pl: Any) -> Any:
+    """A network that FSDP2 shards, with dropout, and rows that ranks cannot share evenly."""
+    base = type(make_module(pl))
+
+    class Sharded(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Dropout(0.3), nn.Linear(7, 1))
+            self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+            self.seen: list[list[int]] = []
+            self.at_start: dict[str, Any] = {}
+
+        def configure_model(self) -> None:
+            from torch.distributed.fsdp import fully_shard
+
+            if self.device_mesh is not None and not hasattr(self.net[0].weight, "full_tensor"):
+                fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def on_train_start(self) -> None:
+            self.at_start = whole(self.state_dict())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.seen.append(batch[1].tolist())
+            loss = (self.net(batch[0]) - batch[0].sum(1, keepdim=True)).pow(2).mean()
+            self.log("train_loss", loss, on_step=True, on_epoch=True)
+            return loss
+
+        configure_optimizers = base.configure_optimizers
+
+    return Sharded()
+
+
+def whole(state: Any) -> Any:
+    """A copy with every sharded tensor put together; all ranks have to ask."""
+    if isinstance(state, Tensor):
+        return getattr(state, "full_tensor", lambda: state)().detach().clone()
+    return {key: whole(value) for key, value in state.items()} if isinstance(state, dict) else state
+
+
 def file_logger(pl: Any, folder: Path) -> Any:
     """A logger that a kill takes nothing from."""
 
@@ -218,6 +258,9 @@ def fit(
     pl = runs.load_namespace(namespace)
     torch.manual_seed(0)
     model = module(pl) if callable(module) else make_module(pl, **(module or {}))
+    if trainer.get("strategy") == "fsdp2":
+        model, size = make_sharded(pl), trainer["devices"]
+        trainer["strategy"] = pl.strategies.ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -250,14 +293,16 @@ def fit(
         validation = None
     made.fit(model, training, validation, ckpt_path=ckpt_path)
     state = {
-        "module": model.state_dict(),
-        "optimizers": [optimizer.state_dict().get("state") for optimizer in made.optimizers],
+        "module": whole(model.state_dict()),
+        "at_start": getattr(model, "at_start", {}),
+        "optimizers": [whole(optimizer.state_dict().get("state")) for optimizer in made.optimizers],
         "random": [torch.rand(3), random.random(), float(np.random.rand())],
         "seen": model.seen,
         "global_step": made.global_step,
         "epoch": made.current_epoch,
         "metrics": {name: float(value) for name, value in made.callback_metrics.items()},
         "precision": [str(made.precision), made.precision_plugin.state_dict()],
+        "proved": getattr(saver, "_proved", None) and (saver._proved[0] is None, saver._proved[1]),
     }
     torch.save(state, folder / RESULT.format(rank=made.global_rank))
     return made
@@ -392,7 +437,9 @@ def fork(options: dict[str, Any], rank: int, ranks: int) -> int:
         if ranks > 1:  # as torchrun does, so that Lightning starts no processes of its own
             place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": options.pop("port")}
             os.environ.update({name: str(value) for name, value in place.items()})
-            options.update(devices=ranks, strategy="ddp", seed=options.get("seed", 1) + rank)
+            if options.pop("killed_rank", rank) != rank:
+                options = {name: value for name, value in options.items() if not name.startswith("kill_")}
+            options.update(devices=ranks, strategy=options.get("strategy", "ddp"), seed=options.get("seed", 1) + rank)
         log = os.open(Path(options["folder"]) / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -77,7 +77,8 @@ MAY_IMPORT = {
     },
     "plugin": {"_compat", "callbacks"},
     "tuab": {""},
-    "commands": {"_compat", "checkpointing", "diagnosis", "tuab"},
+    "replay_steps": {"_compat", "callbacks", "checkpointing", "events"},
+    "commands": {"_compat", "checkpointing", "diagnosis", "replay_steps", "tuab"},
     "cli": {"callbacks", "checkpointing", "commands", "diagnosis", "plugin", "status", "tuab"},
     "": {"callbacks"},  # `__init__.py`: the public names
     "__main__": {"cli", "status"},

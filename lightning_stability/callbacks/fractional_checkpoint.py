@@ -16,19 +16,20 @@ from lightning_stability._compat import MisconfigurationException
 from lightning_stability.callbacks.base import SessionMember, warn, warn_always, warn_of_forgotten_precision
 from lightning_stability.callbacks.checkpoint_messages import warn_of_inexact_data, why_refused
 from lightning_stability.callbacks.ranked_checkpoint import RankedCheckpoint, refuse_other_triggers
+from lightning_stability.callbacks.resume_proof import ProvesResume
 from lightning_stability.checkpointing import writing
 from lightning_stability.checkpointing.listing import list_checkpoints
 from lightning_stability.checkpointing.loops import SavePoint, SavePoints
 from lightning_stability.checkpointing.own_objects import allow_own_hyperparameters
 from lightning_stability.checkpointing.resume import SECTION
-from lightning_stability.checkpointing.saving import PendingSave, Saver
+from lightning_stability.checkpointing.saving import PendingSave, Saver, can_write_in_background
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
 from lightning_stability.checkpointing.section import make_section, nonfinite_on_any_rank
 from lightning_stability.checkpointing.stopping import checkpoint_folder
 from lightning_stability.events import EventLog
 
 
-class FractionalCheckpoint(SessionMember, RankedCheckpoint):
+class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
     """Saves every `every_n_epochs` epochs, fractions included, and resumes as if nothing had happened.
 
     A `ModelCheckpoint` with another trigger: `monitor`, `save_top_k`, `save_last`, `filename`, `dirpath` and remote
@@ -150,7 +151,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         self._begin_fit()
         if self.session is not None:
             self._events = self.session.events
-        if self.async_save and not internals.writes_one_file(trainer):
+        if self.async_save and not can_write_in_background(trainer, str(self.dirpath)):
             raise MisconfigurationException(
                 f"FractionalCheckpoint(async_save=True) cannot be used with {type(trainer.strategy).__name__} and"
                 f" {type(trainer.strategy.checkpoint_io).__name__}, which write in their own way; leave async_save out."
@@ -174,6 +175,9 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         self._warn_of_refusal(points)
         if not self.save_weights_only:
             warn_of_inexact_data(points)
+            self._begin_proof(
+                trainer, str(self.dirpath), self._events, self.session.drain if self.session else _nothing
+            )
 
     def on_place(self, trainer: Any, place: SavePoint) -> None:
         """Save if it is due."""
@@ -190,15 +194,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         self._schedule.go_back_to(self._epochs_at_start(trainer))  # if its epoch begins again
         if self.monitor is not None:
             self._ranked = trainer.callback_metrics.get(self.monitor)
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: a batch is not over here."""
-
-    def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: an epoch is not over here."""
-
-    def on_validation_end(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the batch that a validation follows is not over here."""
+        self._compare_from_here(trainer)
 
     def disable(self, trainer: Any, reason: object) -> None:
         """Leave the Trainer as it was, and the run."""
@@ -213,6 +209,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Wait for what is being written."""
         self._finish_pending(trainer)
+        self._end_proof(trainer)
         SavePoints.of(trainer).leave(self)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -229,6 +226,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         warn_of_forgotten_precision(self, trainer, checkpoint)
         if SECTION in checkpoint and trainer.state.fn == "fit":
             SavePoints.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
+            self._note_resume(trainer, checkpoint)
         states = checkpoint.get("callbacks", {})
         if self.state_key not in states:  # the interval is part of the key: it is another one now
             ours = [s for key, s in states.items() if key.startswith(f"{type(self).__qualname__}{{")]
@@ -256,6 +254,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
             self._refuse(trainer, bad)
             return
         pending = PendingSave(job, before, float(epochs), trainer.global_step, trainer.current_epoch)
+        self._fingerprint_from_here(trainer, section)
         self._saver.submit(trainer, pending, checkpoint)
         pending.seconds = time.perf_counter() - started
         if not self.async_save:
@@ -280,7 +279,8 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
 
     def _dump(self, trainer: Any, place: SavePoint, epochs: Fraction) -> tuple[dict[str, Any], dict[str, Any] | None]:
         with trainer.profiler.profile("save_checkpoint"):
-            checkpoint = internals.dump_checkpoint(trainer, self.save_weights_only)
+            dump = internals.dump_shards if internals.writes_shards(trainer) else internals.dump_checkpoint
+            checkpoint = dump(trainer, self.save_weights_only)
         if self.save_weights_only:
             return checkpoint, None
         # after everybody's `on_save_checkpoint`, which may draw random numbers
@@ -365,6 +365,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         return place.epochs(self._batches_per_epoch(trainer))
 
     def _leave(self, trainer: Any) -> None:
+        self._end_proof(trainer, all_ranks=False)
         SavePoints.of(trainer).leave(self)
         if self._saver is not None:
             self._finish_pending(trainer, together=False, may_raise=False)  # without the other ranks, which may be gone
@@ -379,7 +380,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
     def __getstate__(self) -> dict[str, Any]:
         # A copy, here or in another process, has no fit under way. `log` and `log_dict` belong to the module.
         state = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
-        return {**state, "_saver": None, "_ranked": None}
+        return {**state, "_saver": None, "_ranked": None, "_proof": None}
 
 
 def _above_zero(option: str, value: float) -> float:
@@ -389,3 +390,7 @@ def _above_zero(option: str, value: float) -> float:
             f" {0.25 if option == 'every_n_epochs' else 1000}."
         )
     return value
+
+
+def _nothing() -> None:
+    pass

@@ -93,6 +93,11 @@ from lightning_stability.internals.resume import (
     window_is_incomplete,
     writes_one_file,
 )
+from lightning_stability.internals.sharding import (
+    dump_shards,
+    load_all_shards,
+    writes_shards,
+)
 from lightning_stability.internals.training import (
     active_results,
     batch_index,
@@ -134,6 +139,7 @@ __all__ = [
     "default_store",
     "delivers_in_order",
     "dump_checkpoint",
+    "dump_shards",
     "epoch_is_over",
     "epoch_of_loaders",
     "epochs_processed",
@@ -153,6 +159,7 @@ __all__ = [
     "iterators",
     "last_saved",
     "leaves_with_paths",
+    "load_all_shards",
     "load_loader_states",
     "load_loaders_of_epoch",
     "load_loop_progress",
@@ -199,5 +206,6 @@ __all__ = [
     "window_is_open",
     "within_compiled",
     "writes_one_file",
+    "writes_shards",
     "zero_without_hooks",
 ]

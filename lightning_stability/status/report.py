@@ -64,6 +64,7 @@ def look(run: Run, now: float | None = None) -> Report:
         ("state", said),
         ("progress", _progress(run, step)),
         ("estimated end", _end(run, estimate, now) if state == "running" else ""),
+        ("resume", _resume(run)),
         ("loss", _newest(run, "loss")),
         ("gradient norm", _newest(run, "grad_norm")),
         ("precision", _precision(run)),
@@ -247,6 +248,14 @@ def trend(values: list[float]) -> str:
     if abs(new - old) <= _STEADY * max(abs(new), abs(old)):
         return "steady"
     return "rising" if new > old else "falling"
+
+
+def _resume(run: Run) -> str:
+    """Whether the steps that were taken again were the same."""
+    event = run.resume
+    if event is None:
+        return ""
+    return str(event["why"]) if event["event"] == "resume_verified" else f"not exact: {event['why']}"
 
 
 def _precision(run: Run) -> str:

@@ -59,6 +59,7 @@ def assert_same(resumed: dict[str, Any], reference: dict[str, Any]) -> None:
         assert len(ours) == len(theirs), key
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, key
+    assert resumed["proved"] is None or resumed["proved"][0], "steps that were the same are said to differ"
     count = len(resumed["seen"])
     assert resumed["seen"] == reference["seen"][len(reference["seen"]) - count :]
 
