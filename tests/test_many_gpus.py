@@ -85,7 +85,11 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=STRATEGIES)
+# (a worker of pytest-xdist has all tests of one launch)
+GROUPS = [pytest.param(name, marks=pytest.mark.xdist_group(f"many-{name}")) for name in STRATEGIES]
+
+
+@pytest.fixture(scope="module", params=GROUPS)
 def faults(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.TempPathFactory) -> Faults:
     return Faults(tmp_path_factory.mktemp(f"{device}-{request.param}"), device, request.param)
 
