@@ -33,6 +33,7 @@ also:
   {PROG} demo [options of fit]         train, validate and test the probe on synthetic EEG, in about two minutes
   {PROG} synthetic FOLDER [options]    write a synthetic corpus of EDF files
   {PROG} checkpoints FOLDER [--verify] list checkpoints: step, epoch, size, complete, finite, metrics
+  {PROG} checkpoints FOLDER --replay N train the N steps after the newest good one again, and compare
   {PROG} status FOLDER [--watch]       say how a run is doing: running or dead, step, loss, incidents, checkpoint
   {PROG} diagnose INCIDENT             say where the first non-finite value of a recorded step was made
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -189,12 +189,46 @@ def test_progress_and_results_are_found(pl: Any, tmp_path: Path) -> None:
         assert all(hasattr(internals.logger_connector(trainer), name) for name in internals.METRIC_STATE)
         assert hasattr(internals.training_results(trainer), "items")
         assert internals.writes_one_file(trainer)
+        assert not internals.writes_shards(trainer)
         assert internals.dump_checkpoint(trainer, weights_only=True).keys() >= {"state_dict", "global_step"}
         flags = internals.epoch_is_over(trainer), internals.window_is_incomplete(trainer)
         return *flags, internals.can_stop_early(trainer)
 
     assert in_second_epoch(pl, check) == (False, False, True)
     assert internals.last_saved(pl.callbacks.ModelCheckpoint(tmp_path)) == ""
+
+
+def test_a_strategy_with_shards_says_so_and_dumps_them_where_they_are(pl: Any, tmp_path: Path) -> None:
+    class Shards(pl.LightningModule):
+        def configure_model(self) -> None:
+            self.net = nn.Linear(2, 1)
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters())
+
+        def on_train_end(self) -> None:
+            assert internals.writes_shards(self.trainer)
+            dumped.update(internals.dump_shards(self.trainer, weights_only=False))
+            held.append(self.net.weight.to_local().data_ptr())
+
+    dumped, held = {}, []
+    strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    trainer = runs.trainer(pl, strategy=strategy, max_steps=1)
+    try:
+        trainer.fit(Shards(), DataLoader(torch.ones(2, 2)))
+        trainer.strategy.save_checkpoint(dict(dumped), tmp_path / "folder")
+    finally:
+        torch.distributed.destroy_process_group()
+    weight = dumped["state_dict"]["net.weight"]
+    assert weight.to_local().data_ptr() == held[0]
+    assert "net.weight" in dumped["optimizer_states"][0]["state"]
+    loaded = internals.load_all_shards(tmp_path / "folder")
+    assert torch.equal(loaded["state_dict"]["net.weight"], weight.to_local())
+    assert loaded["global_step"] == 1
 
 
 def test_progress_is_loaded_and_the_end_of_fit_runs_alone(pl: Any) -> None:
