@@ -65,7 +65,7 @@ def odd_numbers_message(restored: list[OddNumber], step: int, where: str) -> str
     more = f"; and {len(restored) - 3} more" if len(restored) > 3 else ""
     return (
         f"{shown}{more}. No update moves one number so far beyond all others of its tensor; a flipped bit"
-        f" in memory does. Nothing else was changed; the value is that of global step {step} ({where})."
+        f" in memory does. It and what the optimizer keeps of it are those of global step {step} ({where})."
     )
 
 

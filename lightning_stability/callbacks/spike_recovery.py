@@ -248,7 +248,7 @@ class SpikeRecovery(StabilityCallback):
             self._position += 1
             usual.learn(record, loss_is_up)
             self._set_limits(record.optimizer, usual)
-        elif usual.skips_in_a_row == 1 and self._fit is not None and self._fit.snapshots is not None:
+        if usual.is_suspicious(record):
             self.session.between_steps(self._repair, restores=False)
         # (a state that was healthy and makes no good step since it was restored: the data have changed)
         is_of_data = self._attempts > 0 and self._position == self._restored_at

@@ -26,6 +26,8 @@ from lightning_stability.recovery.snapshots import CONFIRMED_BY, RunState, Snaps
 
 RECENT_STEPS = 16
 """Steps of which it counts how many were out of their range."""
+HIGH, HIGH_IN_A_ROW = 1 / 3, 3
+"""A loss is high that has gone so far from its level to its limit; so many in a row make the state suspicious."""
 RATE_JUMP = 1.5
 """A learning rate that grows by more from one update to the next begins another range."""
 FIRST_SNAPSHOT, FEWEST_STEPS, MOST_STEPS, SHARE = 25, CONFIRMED_BY, 2000, 0.01
@@ -42,6 +44,8 @@ class StepRange:
     norm: UsualRange
     recent: deque[tuple[bool, bool]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     """Of the newest steps: whether the loss was out of its range, and whether the step was skipped."""
+    high: int = 0
+    """So many of the newest steps in a row had a loss that is high, though maybe within its range."""
     rate: float = 0.0
     on_device: tuple[float, float] = (math.inf, math.inf)
 
@@ -56,6 +60,13 @@ class StepRange:
     @property
     def skips_in_a_row(self) -> int:
         return len(list(itertools.takewhile(lambda flags: flags[1], reversed(self.recent))))
+
+    def is_suspicious(self, record: StepRecord) -> bool:
+        """Whether one number of the state may have gone wrong: the first spike of a row, or the third high loss."""
+        level, limit = self.loss.level, self.loss.limit
+        is_high = record.loss is not None and record.loss > level + HIGH * (limit - level)
+        self.high = self.high + 1 if is_high else 0
+        return self.skips_in_a_row == 1 or self.high == HIGH_IN_A_ROW
 
     def learn(self, record: StepRecord, loss_is_up: bool) -> None:
         """Take in the numbers of a step that was applied."""

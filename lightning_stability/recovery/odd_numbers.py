@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 MOST = 4
-"""More of them at once are no flipped bit: then the training itself went wrong."""
+"""More of a kind at once, such as weights, are no flipped bit: then the training itself went wrong."""
 TIMES_LARGEST, TIMES_MOVES = 4.0, 100.0
 """A number is odd if it has moved by more than so many times the largest of its tensor, and so many times as far as the
 others have moved on average."""
@@ -48,7 +49,7 @@ def restore_odd_numbers(trained: dict[str, Any], kept: dict[str, Any], names: Ma
         names: Of the parameters.
 
     Returns:
-        The numbers that were odd; none if there are none, or more than `MOST` places.
+        The numbers that were odd, of each kind of which there were no more than `MOST`.
     """
     pairs = _pairs(trained, kept, names)
     looks = [(name, what, *_look(now, then)) for name, of in pairs.items() for what, now, then in of]
@@ -56,8 +57,9 @@ def restore_odd_numbers(trained: dict[str, Any], kept: dict[str, Any], names: Ma
     for name, what, places, odd in looks:
         if odd is not None:
             found += [(name, what, place) for place, flag in zip(places.tolist(), odd.tolist(), strict=True) if flag]
-    if len({(name, place) for name, _, place in found}) > MOST:
-        return []
+    # (large gradients, which a wrong weight brings about, make many second moments odd)
+    of_kind = Counter(what for _, what, _ in found)
+    found = [odd for odd in found if of_kind[odd[1]] <= MOST]
     restored = []
     for name, what, place in found:
         now, then = next((now, then) for key, now, then in pairs[name] if key == what)
