@@ -69,8 +69,9 @@ MAY_IMPORT = {
     "recovery": {"_compat", "health", "internals"},
     "checkpointing": {"_compat", "atomic", "health", "internals", "notices", "processes", "recovery"},
     "runtime": {"_compat", "events", "health", "internals", "notices", "recovery"},
-    "diagnosis": {"", "_compat", "atomic", "checkpointing", "health", "internals", "recovery"},
-    "status": {"events", "processes"},
+    "pages": set(),
+    "diagnosis": {"", "_compat", "atomic", "checkpointing", "health", "internals", "pages", "recovery"},
+    "status": {"atomic", "events", "pages", "processes"},
     "callbacks": {
         *("_compat", "checkpointing", "diagnosis", "events", "flagged_inputs", "health", "internals", "notices"),
         *("processes", "recovery", "runtime"),

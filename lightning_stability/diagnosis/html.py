@@ -13,6 +13,7 @@ from lightning_stability.atomic import replace_file
 from lightning_stability.diagnosis.html_samples import sample_section
 from lightning_stability.diagnosis.incident import Incident, read_incident
 from lightning_stability.pages import what_is_missing
+from lightning_stability.pages.numbers import as_number, is_wide_ranging
 
 FILE_NAME = "report.html"
 _MAX_BYTES = 1_450_000
@@ -172,36 +173,15 @@ def _history(incident: Incident) -> dict[str, Any] | None:
         return None
     step = incident.about["details"].get("step")
     marks = [Mark(step, "bad")] if isinstance(step, int) else []
-    charts = []
+    steps = [row["step"] for row in rows] + [int(mark.x) for mark in marks]
+    span, charts = (min(steps), max(steps)), []
     for name, key in (("Loss", "loss"), ("Gradient norm, before clipping", "grad_norm"), ("Loss scale", "loss_scale")):
         told = [(row["step"], as_number(row[key])) for row in rows if row.get(key) is not None]
         if told:
             x, y = [at for at, _ in told], [value for _, value in told]
-            charts.append((name, curves(name, [Series("", x, y)], marks, is_wide_ranging(y))))
+            charts.append((name, curves(name, [Series(x, y)], marks, is_wide_ranging(y), span)))
     caption = f"The last {len(rows):,} steps. The dashed line is the step that went wrong."
     return {"caption": caption, "charts": charts} if charts else None
-
-
-def as_number(value: Any) -> float:
-    """A number of a JSON file, in which one that is not finite is a word; nan for anything else.
-
-    Args:
-        value: What stands there.
-    """
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def is_wide_ranging(values: list[float]) -> bool:
-    """Whether values are better drawn on a log scale.
-
-    Args:
-        values: Those that are not finite do not count.
-    """
-    finite = [value for value in values if math.isfinite(value)]
-    return bool(finite) and min(finite) > 0 and max(finite) > 300 * min(finite)
 
 
 def _layers(report: dict[str, Any]) -> dict[str, Any] | None:

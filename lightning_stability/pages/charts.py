@@ -51,13 +51,11 @@ class Series:
     """One curve.
 
     Attributes:
-        name: In the legend; empty for none.
         x: Steps.
         y: Values; those that are not finite are gaps.
         colour: Of the page.
     """
 
-    name: str
     x: Sequence[float]
     y: Sequence[float]
     colour: str = "accent"
@@ -119,7 +117,12 @@ class _Size:
 
 
 def curves(
-    title: str, series: Sequence[Series], marks: Sequence[Mark] = (), log: bool = False, height: int = 170
+    title: str,
+    series: Sequence[Series],
+    marks: Sequence[Mark] = (),
+    log: bool = False,
+    span: tuple[float, float] | None = None,
+    height: int = 170,
 ) -> Markup:
     """A chart of curves over steps, with marks where something happened.
 
@@ -128,6 +131,7 @@ def curves(
         series: The curves.
         marks: What happened.
         log: Whether the values are on a log scale.
+        span: The first and the last step that is shown.
         height: In pixels.
     """
 
@@ -135,7 +139,7 @@ def curves(
         for one in series:
             x, y = _thinned(one.x, one.y)
             points = "." if len(x) < 2 else None
-            axes.plot(x, y, color=_COLOURS[one.colour], label=one.name, marker=points)
+            axes.plot(x, y, color=_COLOURS[one.colour], marker=points)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(ticker.LogLocator(numticks=5))
@@ -151,8 +155,8 @@ def curves(
             axes.yaxis.set_major_formatter(
                 ticker.FuncFormatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}")
             )
-        if sum(bool(one.name) for one in series) > 1:
-            axes.legend(frameon=False, fontsize=11, loc="upper left", ncols=1 if size.is_narrow else 3)
+        if span is not None and span[0] < span[1]:
+            axes.set_xlim(span[0] - 0.01 * (span[1] - span[0]), span[1] + 0.01 * (span[1] - span[0]))
 
     return _both(title, draw, height, margin=52)
 
@@ -363,7 +367,7 @@ def _both(
     for name, size in (("wide", _Size(_WIDE)), ("narrow", _Size(_NARROW, True))):
         tall = height if isinstance(height, int) else height(size)
         with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"{title}{name}"}):
-            figure = Figure(figsize=(size.width / 72, tall / 72), layout="none" if margin else "constrained")
+            figure = Figure(figsize=(size.width / 72, tall / 72), layout=None if margin else "constrained")
             if margin:  # alike in all charts of a page, so that a step is at one place in all of them
                 ends = {"left": margin / size.width, "right": 1 - 8 / size.width}
                 figure.subplots_adjust(bottom=24 / tall, top=1 - 8 / tall, **ends)
