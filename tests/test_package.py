@@ -177,6 +177,7 @@ def test_every_dependency_is_pinned_in_the_constraints():
     asked = [
         *project["dependencies"],
         *project["optional-dependencies"]["tuab"],
+        *project["optional-dependencies"]["report"],
         *project["optional-dependencies"]["dev"],
     ]
     assert {re.match(r"[\w-]+", requirement)[0].lower() for requirement in asked} <= pinned

@@ -100,7 +100,7 @@ def _is_image(value: Tensor) -> bool:
 
 
 def _image(value: Tensor) -> str:
-    from lightning_stability.pages.charts import picture
+    from lightning_stability.pages.picture import picture
 
     while value.dim() > 3:
         value = value[0]

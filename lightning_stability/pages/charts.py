@@ -1,48 +1,18 @@
-"""Charts as inline SVG whose colours are those of the page, in a wide and in a narrow form."""
+"""The charts of the reports: curves over steps, ranges of layers, signals and rows."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib import ticker
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-_COLOURS = {
-    "ink": "#010203", "muted": "#010204", "line": "#010205", "sunken": "#010206",
-    "accent": "#010207", "bad": "#010208", "warn": "#010209", "good": "#01020a",
-    "second": "#01020b", "third": "#01020c",
-}  # fmt: skip
-"""Stand-ins for the page's colours in what matplotlib writes."""
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a layer's name is no formula
-    "axes.edgecolor": _COLOURS["line"],
-    "axes.labelcolor": _COLOURS["muted"],
-    "axes.linewidth": 1.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.unicode_minus": False,
-    "axes.formatter.useoffset": False,
-    "xtick.color": _COLOURS["line"],
-    "ytick.color": _COLOURS["line"],
-    "xtick.labelcolor": _COLOURS["muted"],
-    "ytick.labelcolor": _COLOURS["muted"],
-    "grid.color": _COLOURS["line"],
-    "grid.linewidth": 0.7,
-    "text.color": _COLOURS["ink"],
-    "font.size": 12.0,
-    "lines.linewidth": 1.8,
-    "path.simplify": True,
-}
-_WIDE, _NARROW = 880, 350
+from lightning_stability.pages.svg import COLOURS, Size, draw_both
+
 _MOST_POINTS = 600
 
 
@@ -110,12 +80,6 @@ class Limit:
     value: float
 
 
-@dataclass
-class _Size:
-    width: int
-    is_narrow: bool = field(default=False)
-
-
 def curves(
     title: str,
     series: Sequence[Series],
@@ -135,11 +99,11 @@ def curves(
         height: In pixels.
     """
 
-    def draw(axes: Axes, size: _Size) -> None:
+    def draw(axes: Axes, size: Size) -> None:
         for one in series:
             x, y = _thinned(one.x, one.y)
             points = "." if len(x) < 2 else None
-            axes.plot(x, y, color=_COLOURS[one.colour], marker=points)
+            axes.plot(x, y, color=COLOURS[one.colour], marker=points)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(ticker.LogLocator(numticks=5))
@@ -158,7 +122,7 @@ def curves(
         if span is not None and span[0] < span[1]:
             axes.set_xlim(span[0] - 0.01 * (span[1] - span[0]), span[1] + 0.01 * (span[1] - span[0]))
 
-    return _both(title, draw, height, margin=52)
+    return draw_both(title, draw, height, margin=52)
 
 
 def ranges(title: str, spans: Sequence[Span], limits: Sequence[Limit], axis: str) -> Markup:
@@ -172,7 +136,7 @@ def ranges(title: str, spans: Sequence[Span], limits: Sequence[Limit], axis: str
     """
     low, high = _decades(spans, limits)
 
-    def draw(axes: Axes, size: _Size) -> None:
+    def draw(axes: Axes, size: Size) -> None:
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         axes.set_ylim(len(spans) - 0.4, -0.8)
@@ -193,10 +157,10 @@ def ranges(title: str, spans: Sequence[Span], limits: Sequence[Limit], axis: str
         else:
             axes.set_yticks(range(len(spans)), [_cut(span.name, 34) for span in spans])
             for label, span in zip(axes.get_yticklabels(), spans, strict=True):
-                label.set_color(_COLOURS["bad" if span.marked else "muted"])
+                label.set_color(COLOURS["bad" if span.marked else "muted"])
                 label.set_fontweight("bold" if span.marked else "normal")
 
-    return _both(title, draw, lambda size: 62 + len(spans) * (34 if size.is_narrow else 22))
+    return draw_both(title, draw, lambda size: 62 + len(spans) * (34 if size.is_narrow else 22))
 
 
 def signals(title: str, channels: Sequence[Sequence[float]], names: Sequence[str], height: int = 0) -> Markup:
@@ -209,21 +173,21 @@ def signals(title: str, channels: Sequence[Sequence[float]], names: Sequence[str
         height: In pixels; 0 for one that fits.
     """
 
-    def draw(axes: Axes, size: _Size) -> None:
+    def draw(axes: Axes, size: Size) -> None:
         finite = [abs(v) for values in channels for v in values if math.isfinite(v)]
         scale = max(finite, default=0.0) or 1.0
         for place, values in enumerate(channels):
             x, y = _thinned(range(len(values)), values)
-            axes.plot(x, [place - 0.45 * v / scale for v in y], color=_COLOURS["accent"], linewidth=1.1)
+            axes.plot(x, [place - 0.45 * v / scale for v in y], color=COLOURS["accent"], linewidth=1.1)
             bad = [i for i, v in enumerate(values) if not math.isfinite(v)][:_MOST_POINTS]
-            axes.plot(bad, [place] * len(bad), "x", color=_COLOURS["bad"], markersize=6)
+            axes.plot(bad, [place] * len(bad), "x", color=COLOURS["bad"], markersize=6)
         axes.set_ylim(len(channels) - 0.4, -0.6)
         axes.set_yticks(range(len(channels)), [_cut(name, 10 if size.is_narrow else 20) for name in names])
         axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(4 if size.is_narrow else 8, integer=True))
 
-    return _both(title, draw, height or 50 + 34 * len(channels))
+    return draw_both(title, draw, height or 50 + 34 * len(channels))
 
 
 def bars(title: str, values: Sequence[float], names: Sequence[str]) -> Markup:
@@ -235,15 +199,15 @@ def bars(title: str, values: Sequence[float], names: Sequence[str]) -> Markup:
         names: Of its columns; none of them are shown where there are too many.
     """
 
-    def draw(axes: Axes, size: _Size) -> None:
+    def draw(axes: Axes, size: Size) -> None:
         places = range(len(values))
-        axes.bar(places, [v if math.isfinite(v) else 0.0 for v in values], color=_COLOURS["accent"], width=0.7)
+        axes.bar(places, [v if math.isfinite(v) else 0.0 for v in values], color=COLOURS["accent"], width=0.7)
         bad = [place for place in places if not math.isfinite(values[place])]
-        axes.plot(bad, [0.0] * len(bad), "x", color=_COLOURS["bad"], markersize=7)
+        axes.plot(bad, [0.0] * len(bad), "x", color=COLOURS["bad"], markersize=7)
         largest = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
         if largest > 1e4:
             axes.set_yscale("symlog", linthresh=1.0)
-        axes.axhline(0.0, color=_COLOURS["line"], linewidth=1.0)
+        axes.axhline(0.0, color=COLOURS["line"], linewidth=1.0)
         most = 8 if size.is_narrow else 24
         axes.xaxis.set_major_locator(ticker.MaxNLocator(most, integer=True))
         if names and len(names) <= most:
@@ -251,7 +215,7 @@ def bars(title: str, values: Sequence[float], names: Sequence[str]) -> Markup:
         axes.tick_params(length=0)
         axes.grid(axis="y")
 
-    return _both(title, draw, 150)
+    return draw_both(title, draw, 150)
 
 
 def _draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:
@@ -262,23 +226,23 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:
         by_colour.setdefault(mark.colour, []).append(mark.x)
     for colour, places in by_colour.items():
         for x in places if few else ():
-            axes.axvline(x, color=_COLOURS[colour], linewidth=1.1, linestyle=(0, (3, 2)))
+            axes.axvline(x, color=COLOURS[colour], linewidth=1.1, linestyle=(0, (3, 2)))
         if not few:
             shown = sorted(set(places))[:: max(1, len(set(places)) // _MOST_POINTS)]
             axes.plot(
                 shown,
                 [0.03] * len(shown),
                 "|",
-                color=_COLOURS[colour],
+                color=COLOURS[colour],
                 markersize=9,
                 transform=axes.get_xaxis_transform(),
             )
 
 
-def _draw_span(axes: Axes, place: int, span: Span, size: _Size, low: float, high: float) -> None:
-    colour = _COLOURS["bad" if span.marked or span.nonfinite else "accent"]
+def _draw_span(axes: Axes, place: int, span: Span, size: Size, low: float, high: float) -> None:
+    colour = COLOURS["bad" if span.marked or span.nonfinite else "accent"]
     if span.marked:
-        axes.axhspan(place - 0.5, place + 0.5, color=_COLOURS["sunken"], linewidth=0, zorder=0)
+        axes.axhspan(place - 0.5, place + 0.5, color=COLOURS["sunken"], linewidth=0, zorder=0)
     if span.high is not None:
         start, end = max(span.low or span.high, low), max(span.high, low)
         axes.plot([start, end], [place, place], color=colour, linewidth=6, solid_capstyle="round", alpha=0.45)
@@ -286,7 +250,7 @@ def _draw_span(axes: Axes, place: int, span: Span, size: _Size, low: float, high
             axes.plot([max(span.middle, low)], [place], "o", color=colour, markersize=5)
     right = f"{span.nonfinite:,} not finite" if span.nonfinite else ""
     if right:
-        axes.text(high, place, right, color=_COLOURS["bad"], ha="right", va="center", fontsize=10.5)
+        axes.text(high, place, right, color=COLOURS["bad"], ha="right", va="center", fontsize=10.5)
     if size.is_narrow:
         name = f"{_cut(span.name, 30)}{'  (origin)' if span.marked else ''}"
         weight = "bold" if span.marked else "normal"
@@ -294,13 +258,13 @@ def _draw_span(axes: Axes, place: int, span: Span, size: _Size, low: float, high
             low,
             place - 0.3,
             name,
-            color=_COLOURS["bad" if span.marked else "muted"],
+            color=COLOURS["bad" if span.marked else "muted"],
             va="bottom",
             fontsize=10.5,
             fontweight=weight,
         )
     elif span.marked and not right:
-        axes.text(high, place, "origin", color=_COLOURS["bad"], ha="right", va="center", fontsize=10.5)
+        axes.text(high, place, "origin", color=COLOURS["bad"], ha="right", va="center", fontsize=10.5)
 
 
 def _of_sizes() -> Any:
@@ -314,16 +278,16 @@ def _of_sizes() -> Any:
 
 def _draw_limit(axes: Axes, limit: Limit, high: float) -> None:
     if limit.value <= high:
-        axes.axvline(limit.value, color=_COLOURS["warn"], linewidth=1.4)
+        axes.axvline(limit.value, color=COLOURS["warn"], linewidth=1.4)
         axes.text(
-            limit.value, -0.8, f"{limit.name} ends ", color=_COLOURS["warn"], ha="right", va="bottom", fontsize=10.5
+            limit.value, -0.8, f"{limit.name} ends ", color=COLOURS["warn"], ha="right", va="bottom", fontsize=10.5
         )
     else:
         axes.text(
             high,
             -0.8,
             f"{limit.name} ends at {limit.value:.2g} \u2192",
-            color=_COLOURS["warn"],
+            color=COLOURS["warn"],
             ha="right",
             va="bottom",
             fontsize=10.5,
@@ -357,63 +321,3 @@ def _cut(name: str, most: int) -> str:
     """The end of a long name says more than its beginning."""
     name = "".join(c if c.isprintable() else " " for c in name)
     return name if len(name) <= most else f"\u2026{name[1 - most :]}"
-
-
-def _both(
-    title: str, draw: Callable[[Axes, _Size], None], height: int | Callable[[_Size], int], margin: int = 0
-) -> Markup:
-    """A chart for a wide and for a narrow window; the page shows one of them."""
-    shown = []
-    for name, size in (("wide", _Size(_WIDE)), ("narrow", _Size(_NARROW, True))):
-        tall = height if isinstance(height, int) else height(size)
-        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"{title}{name}"}):
-            figure = Figure(figsize=(size.width / 72, tall / 72), layout=None if margin else "constrained")
-            if margin:  # alike in all charts of a page, so that a step is at one place in all of them
-                ends = {"left": margin / size.width, "right": 1 - 8 / size.width}
-                figure.subplots_adjust(bottom=24 / tall, top=1 - 8 / tall, **ends)
-            axes = figure.add_subplot()
-            axes.set_facecolor("none")
-            draw(axes, size)
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        shown.append(f'<div class="chart {name}">{_inline(buffer.getvalue(), title)}</div>')
-    return Markup("".join(shown))
-
-
-def _inline(svg: str, title: str) -> str:
-    """An SVG document as an element of a page, in the page's colours and font."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r'<svg[^>]*?viewBox="([^"]*)"[^>]*>',
-        rf'<svg viewBox="\1" role="img"><title>{escape(title)}</title>',
-        svg,
-        count=1,
-    )
-    for name, stand_in in _COLOURS.items():
-        svg = svg.replace(stand_in, f"var(--{name})")
-    svg = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", svg)
-    return re.sub(r"\n\s*", "\n", svg)
-
-
-def picture(pixels: Any) -> str:
-    """An image as the text of a data URI; pixels that are not finite are red.
-
-    Args:
-        pixels: An array of [height, width] or [height, width, 3].
-    """
-    import base64
-
-    import numpy as np
-    from matplotlib.image import imsave
-
-    values = np.asarray(pixels, dtype=np.float64)
-    finite = np.isfinite(values)
-    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 1.0)
-    scaled = np.where(finite, (np.where(finite, values, low) - low) / ((high - low) or 1.0), 0.0)
-    colours = np.repeat(scaled[..., None], 3, axis=-1) if scaled.ndim == 2 else scaled
-    bad = ~finite if finite.ndim == 2 else ~finite.all(axis=-1)
-    colours[bad] = (0.85, 0.1, 0.15)
-    buffer = io.BytesIO()
-    imsave(buffer, colours, format="png")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
