@@ -11,7 +11,9 @@ from typing import Any
 
 from lightning_stability.callbacks.base import warn_always
 from lightning_stability.diagnosis.errors import DiagnosisError
+from lightning_stability.diagnosis.html import write_page
 from lightning_stability.diagnosis.incident import write_incident
+from lightning_stability.diagnosis.layers import measure_layers
 from lightning_stability.diagnosis.plain import NotPlainError, to_plain
 from lightning_stability.diagnosis.report import make_report, one_sentence, write_report
 from lightning_stability.diagnosis.search import find_origin
@@ -75,7 +77,10 @@ class IncidentWriter:
         details = _details(record) | {"dataset_indices": dataset_indices}
         path, left_out = self._save(bad, step, records, details)
         report, sentence = diagnosed or self._diagnose(step)
+        if self.budget_seconds:
+            report["layers"] = measure_layers(step)
         write_report(path, report)
+        write_page(path, report)
         self.events.write(
             "incident_recorded",
             record.step,

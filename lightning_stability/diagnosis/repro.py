@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
 import sys
 import tempfile
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lightning_stability.atomic import replace_file
 from lightning_stability.diagnosis.calls import CallRecorder
 from lightning_stability.diagnosis.errors import DiagnosisError
 from lightning_stability.diagnosis.origin import Origin
@@ -19,7 +20,7 @@ from lightning_stability.diagnosis.repro_mends import mends
 from lightning_stability.diagnosis.repro_optimizer import optimizer_scripts
 from lightning_stability.diagnosis.repro_plan import CannotReproduceError, Plan, Slice, choose, make_plan
 from lightning_stability.diagnosis.repro_shrink import fails_alike, is_mended, shrink
-from lightning_stability.diagnosis.repro_text import Mend, Script, Writer, plain_line
+from lightning_stability.diagnosis.repro_text import Script, Writer, plain_line
 from lightning_stability.diagnosis.step import RecordedStep
 
 FAILING, MENDED, DATA = "repro.py", "repro_mended.py", "repro.pt"
@@ -58,23 +59,25 @@ def _write(folder: Path, step: RecordedStep, origin: Origin) -> dict[str, Any]:
         found = next((mend for mend in mends(plan) if is_mended(plan, mend)), None)
         candidates = [] if found is None else [(found.remedy, Writer(plan, found).write())]
     with tempfile.TemporaryDirectory() as place:
-        part = Path(place)
-        head = _head(origin)
+        part, head = Path(place), _head(origin)
         text = _text(first, head)
         (part / FAILING).write_text(text, encoding="utf-8")
-        if first.saved:
-            torch.save(first.saved, part / DATA)
-        status, message = _run(part / FAILING)
-        if status != 1 or not message.startswith("AssertionError"):
-            raise CannotReproduceError(f"the script that was made did not fail as the step did: {message}")
+        torch.save(first.saved, part / DATA)
+        others = [part / f"mended_{number}.py" for number in range(len(candidates))]
+        for path, (remedy, script) in zip(others, candidates, strict=True):
+            path.write_text(_text(script, [*head, f"# Mended: {plain_line(remedy)}."]), encoding="utf-8")
+        message, *rest = _run([part / FAILING, *others])
+        if not message.startswith("AssertionError"):
+            raise CannotReproduceError(
+                f"the script that was made did not fail as the step did: {message or 'it passed'}"
+            )
+        files = {FAILING: text.encode()} | ({DATA: (part / DATA).read_bytes()} if first.saved else {})
         report: dict[str, Any] = {"path": FAILING, "lines": len(text.splitlines()), "message": message, "mended": None}
-        for remedy, script in candidates:
-            (part / MENDED).write_text(_text(script, [*head, f"# Mended: {plain_line(remedy)}."]), encoding="utf-8")
-            if _run(part / MENDED)[0] == 0:
-                report |= {"mended": MENDED, "remedy": remedy}
-                break
-            (part / MENDED).unlink()
-        _move(part, folder)
+        passed = next((number for number, said in enumerate(rest) if not said), None)
+        if passed is not None:
+            files[MENDED] = others[passed].read_bytes()
+            report |= {"mended": MENDED, "remedy": candidates[passed][0]}
+    _put(folder, files)
     return report
 
 
@@ -118,25 +121,38 @@ def _text(script: Script, head: list[str]) -> str:
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def _run(path: Path) -> tuple[int, str]:
-    """The status of a script in a process of its own, and the last line of what it says."""
+_RUNNER = """
+import json, runpy, sys
+for path in sys.argv[1:]:
+    said = ""
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+    print(json.dumps(said), file=sys.stderr, flush=True)
+"""
+
+
+def _run(paths: list[Path]) -> list[str]:
+    """Run scripts in a process of their own; what each of them fails with, empty if it passes."""
+    command = [sys.executable, "-c", _RUNNER, *map(str, paths)]
     try:
         done = subprocess.run(
-            [sys.executable, path.name], cwd=path.parent, capture_output=True, text=True, timeout=_SECONDS, check=False
+            command, cwd=paths[0].parent, capture_output=True, text=True, timeout=_SECONDS, check=False
         )
-    except subprocess.TimeoutExpired:
-        return -1, f"it ran for more than {_SECONDS:.0f} s"
-    return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
+    except subprocess.TimeoutExpired as error:
+        raise CannotReproduceError(f"the script that was made runs for more than {_SECONDS:.0f} s") from error
+    said = [line for line in done.stderr.splitlines() if line.startswith('"')]
+    if len(said) != len(paths):
+        raise CannotReproduceError(f"the process that ran the script ended with the status {done.returncode}")
+    return [json.loads(line) for line in said]
 
 
-def _move(part: Path, folder: Path) -> None:
+def _put(folder: Path, files: dict[str, bytes]) -> None:
     for name in (FAILING, MENDED, DATA):
         (folder / name).unlink(missing_ok=True)
-        if (part / name).is_file():
-            data = (part / name).read_bytes()
-            temporary = folder / f".{name}.part"
-            temporary.write_bytes(data)
-            os.replace(temporary, folder / name)  # noqa: PTH105
+    for name, data in files.items():
+        replace_file(folder / name, lambda file, data=data: file.write(data))  # type: ignore[misc]
 
 
-__all__ = ["Mend", "write_repro"]
+__all__ = ["write_repro"]
