@@ -131,9 +131,12 @@ def _look_at(name: str, folder: Path, colour: str) -> Shown:
     starts = [event for event in events if event["event"] == "training_started"]
     first = next((event for event in starts if not event.get("repeated")), None)
     events = [event for event in events if not event.get("repeated") or first is None]
-    report = look(Run(folder))
-    said = next((text for line, text in report.lines if line == "state"), report.state)
-    return Shown(name, folder, events, report.state, said, count(events), colour)
+    try:
+        report = look(Run(folder))
+        state, said = report.state, next((text for line, text in report.lines if line == "state"), report.state)
+    except (KeyError, TypeError, ValueError):  # events of another program
+        state, said = "unknown", "unknown: its events are not those of this package"
+    return Shown(name, folder, events, state, said, count(events), colour)
 
 
 def _section(run: Shown, beside: Path) -> dict[str, Any]:
