@@ -147,7 +147,8 @@ def test_without_the_extra_the_command_says_what_to_install(tmp_path, capsys, mo
 def test_the_command_loads_neither_torch_nor_lightning(tmp_path):
     write(tmp_path / "version_0", EVENTFUL)
     program = (
-        "import sys; sys.argv = ['lightning-stability', 'report', 'version_0']; from lightning_stability.__main__ import main; main();"
+        "import sys; sys.argv = ['lightning-stability', 'report', 'version_0'];"
+        "from lightning_stability.__main__ import main; main();"
         "print([m for m in ('torch', 'pytorch_lightning', 'lightning') if m in sys.modules])"
     )
     done = run_python("-c", program, cwd=tmp_path)
