@@ -69,8 +69,9 @@ MAY_IMPORT = {
     "recovery": {"_compat", "health", "internals"},
     "checkpointing": {"_compat", "atomic", "health", "internals", "notices", "processes", "recovery"},
     "runtime": {"_compat", "events", "health", "internals", "notices", "recovery"},
-    "diagnosis": {"", "_compat", "atomic", "checkpointing", "health", "internals", "recovery"},
-    "status": {"events", "processes"},
+    "pages": set(),
+    "diagnosis": {"", "_compat", "atomic", "checkpointing", "health", "internals", "pages", "recovery"},
+    "status": {"atomic", "events", "pages", "processes"},
     "callbacks": {
         *("_compat", "checkpointing", "diagnosis", "events", "flagged_inputs", "health", "internals", "notices"),
         *("processes", "recovery", "runtime"),
@@ -177,6 +178,7 @@ def test_every_dependency_is_pinned_in_the_constraints():
     asked = [
         *project["dependencies"],
         *project["optional-dependencies"]["tuab"],
+        *project["optional-dependencies"]["report"],
         *project["optional-dependencies"]["dev"],
     ]
     assert {re.match(r"[\w-]+", requirement)[0].lower() for requirement in asked} <= pinned

@@ -16,7 +16,9 @@ import torch
 from lightning_stability.callbacks.base import warn_always
 from lightning_stability.callbacks.validation_watch import ValidationBatch
 from lightning_stability.diagnosis.errors import DiagnosisError
+from lightning_stability.diagnosis.html import write_page
 from lightning_stability.diagnosis.incident import write_incident
+from lightning_stability.diagnosis.layers import measure_layers
 from lightning_stability.diagnosis.plain import NotPlainError, to_plain
 from lightning_stability.diagnosis.report import make_report, one_sentence, write_report
 from lightning_stability.diagnosis.search import find_origin
@@ -106,7 +108,10 @@ class IncidentWriter:
         details: dict[str, Any],
     ) -> None:
         report, sentence = diagnosed
+        if self.budget_seconds:
+            report["layers"] = measure_layers(step)
         write_report(path, report)
+        write_page(path, report)
         self.events.write(
             "incident_recorded",
             details["step"],

@@ -12,11 +12,14 @@ from torch import nn
 
 from lightning_stability.diagnosis.environment import capture_environment, differences, settings_of
 from lightning_stability.diagnosis.errors import DiagnosisError, memory_for
+from lightning_stability.diagnosis.html import write_page
 from lightning_stability.diagnosis.incident import Incident, read_incident, to_step
+from lightning_stability.diagnosis.layers import measure_layers
 from lightning_stability.diagnosis.rebuild import from_factory, make_optimizers, rebuild
 from lightning_stability.diagnosis.replay import Outcome, Replay, make_precision, same_losses
 from lightning_stability.diagnosis.replayed_module import give_trainer
 from lightning_stability.diagnosis.report import make_report, write_report
+from lightning_stability.diagnosis.repro import write_repro
 from lightning_stability.diagnosis.search import trace_step
 from lightning_stability.diagnosis.step import REJECTED, RecordedStep
 
@@ -32,7 +35,8 @@ def diagnose(
 ) -> Report:
     """Run a recorded step again and find where its first non-finite value was made.
 
-    The report is also written into the folder, as `report.json` and `report.txt`, where that is possible.
+    The report is also written into the folder, as `report.json`, `report.txt` and `report.html`, where that is
+    possible, with a script `repro.py` that fails in the same way.
 
     Args:
         incident_dir: The incident's folder.
@@ -59,15 +63,20 @@ def diagnose(
     recorded = incident.about["environment"]
     with settings_of(recorded), memory_for(f"run the step of {incident_dir} again, which is as it was"):
         step, notes = _rebuild(incident, module)
-        report = _diagnose(step, notes, progress)
+        report = _diagnose(step, notes, progress, incident)
     try:
         write_report(incident.folder, report)
     except OSError as error:
         report["notes"].append(f"the report could not be written into the folder: {error}")
+        return report
+    progress("drawing the page")
+    why_not = write_page(incident.folder, report)
+    if why_not is not None:
+        report["notes"].append(why_not)
     return report
 
 
-def _diagnose(step: RecordedStep, notes: list[str], progress: Callable[[str], object]) -> Report:
+def _diagnose(step: RecordedStep, notes: list[str], progress: Callable[[str], object], incident: Incident) -> Report:
     device = next((p.device for p in step.module.parameters()), torch.device("cpu"))
     elsewhere = differences(step.environment, capture_environment(device))
     outcomes: list[Outcome] = []
@@ -88,6 +97,11 @@ def _diagnose(step: RecordedStep, notes: list[str], progress: Callable[[str], ob
     if any(outcome.failure for outcome in outcomes):
         progress("looking at every operation")
         origin, _ = trace_step(step)
+    progress("measuring every layer")
+    details["layers"] = measure_layers(step)
+    if origin is not None:
+        progress("making repro.py, and running it in a process of its own")
+        details["repro"] = write_repro(incident.folder, step, origin)
     progress("done")
     return make_report(reproduced, origin, step.failed, notes, exact, **details)
 

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
@@ -24,7 +24,6 @@ from lightning_stability._compat import is_instance_by_name
 from lightning_stability.diagnosis.errors import DiagnosisError, OutOfTimeError, memory_for
 from lightning_stability.diagnosis.replayed_module import ReplayedOptimizer, attach, note_logged
 from lightning_stability.diagnosis.step import RecordedStep, restore_state
-from lightning_stability.diagnosis.trace import Trace
 from lightning_stability.diagnosis.validation import metric_states, reset_metrics, spoilt_outputs
 from lightning_stability.health.values import nonfinite_names
 from lightning_stability.recovery.random_state import RandomState
@@ -51,6 +50,22 @@ class Outcome:
     failure: Failure | None = None
 
 
+class Watching(Protocol):
+    """What is told of a replay as it goes; active while it lasts."""
+
+    in_optimizer: bool
+    """Whether the optimizer's step is under way."""
+
+    def name_batch(self, batch: Any) -> None:
+        """The batch that is replayed next."""
+
+    def __enter__(self) -> Any:
+        """The replay begins."""
+
+    def __exit__(self, *error: Any) -> None:
+        """It is over."""
+
+
 class Replay:
     """A copy of a recorded module, in the state before the step.
 
@@ -70,13 +85,13 @@ class Replay:
         self.plugin = make_precision(step.precision, self._device.type)
         self._nonfinite_buffers: set[str] = set()
         self._outcome = Outcome()
-        self._trace: Trace | None = None
+        self._trace: Watching | None = None
         self._batch = 0
         self._left_out = step.steps_before
         self._loss: tuple[int, Tensor] | None = None
         self._has_stepped = False
 
-    def run(self, trace: Trace | None = None) -> Outcome:
+    def run(self, trace: Watching | None = None) -> Outcome:
         """Run the step once; a replay is used once.
 
         Args:

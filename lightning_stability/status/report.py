@@ -305,6 +305,15 @@ def _layers(run: Run) -> str:
 
 
 def _incident(event: dict[str, Any]) -> str:
+    return f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  step {event['step']:,}  {what_happened(event)}"
+
+
+def what_happened(event: dict[str, Any]) -> str:
+    """An event that changes a run, in words.
+
+    Args:
+        event: The event.
+    """
     name = event["event"]
     said = {
         "update_skipped": "update skipped by {by}: {why}",
@@ -323,7 +332,7 @@ def _incident(event: dict[str, Any]) -> str:
         text = ""
     if not text:
         text = f"{name}: {event['why']}" if "why" in event else name
-    return f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  step {event['step']:,}  {text}"
+    return text
 
 
 def _recorded(run: Run) -> str:
