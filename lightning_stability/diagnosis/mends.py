@@ -1,0 +1,165 @@
+"""Which changes of a line are worth trying: an epsilon, a clamp to the domain, a key that is never masked."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lightning_stability.diagnosis.mending import Mend, expressions_at, span
+from lightning_stability.diagnosis.operations import (
+    ACOS,
+    DIVISION,
+    EXPONENTIAL,
+    LINALG,
+    LOGARITHM,
+    POWER,
+    REDUCTION,
+    ROOT,
+    SOFTMAX,
+    family_of,
+)
+from lightning_stability.diagnosis.origin import Origin
+
+_MOST = 16
+"""Changes of one line that are tried."""
+_NAMES = {
+    LOGARITHM: {"log", "log2", "log10", "log1p", "logit", "lgamma", "digamma", "xlogy"},
+    ROOT: {"sqrt", "rsqrt", "sqrt_", "cdist", "norm", "vector_norm", "var", "std"},
+    ACOS: {"acos", "arccos", "asin", "arcsin", "atanh", "arctanh", "erfinv"},
+    POWER: {"pow", "pow_", "float_power"},
+    DIVISION: {"div", "true_divide", "div_", "reciprocal"},
+    EXPONENTIAL: {"exp", "exp2", "expm1", "sinh", "cosh"},
+    LINALG: {"svd", "svdvals", "eigh", "eigvalsh", "eig", "qr", "pinv", "inv", "inverse", "cholesky", "solve"},
+    SOFTMAX: {"softmax", "log_softmax", "logsumexp"},
+}
+_TINY = {"float16": "1e-3", "bfloat16": "1e-3"}
+
+
+def mends_of(origin: Origin) -> list[Mend]:
+    """Changes of the origin's line, the likeliest first; none where the line is not known or its operation has none.
+
+    Args:
+        origin: The origin.
+    """
+    family = family_of(origin)
+    if origin.file is None or origin.line is None or family is None:
+        return []
+    try:
+        source = Path(origin.file).read_bytes()
+        nodes, imported = expressions_at(source, origin.line)
+    except (OSError, SyntaxError, ValueError):
+        return []
+    found: dict[Mend, None] = {}
+    for node, make in _places(family, nodes, imported):
+        start, end = span(source, node)
+        text = source[start:end].decode()
+        for new in make(_grouped(node, text), origin):
+            found[Mend(origin.file, origin.line, start, end, new)] = None
+    return list(found)[:_MOST]
+
+
+Make = Callable[[str, Origin], list[str]]
+
+
+def _places(family: str, nodes: list[ast.expr], imported: set[str]) -> Iterator[tuple[ast.expr, Make]]:
+    """What is changed on the line, and into what."""
+    make = _MAKE[family]
+    if family == REDUCTION:
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        yield from ((node, _of_nothing) for node in calls)
+        return
+    for node in nodes:
+        if isinstance(node, ast.Call) and _name(node) in _NAMES[family]:
+            yield _operand(node, imported), make
+        elif isinstance(node, ast.BinOp) and family == DIVISION and isinstance(node.op, ast.Div):
+            yield node.right, make
+        elif isinstance(node, ast.BinOp) and family == POWER and isinstance(node.op, ast.Pow):
+            yield node.left, make
+    if family in (SOFTMAX, LINALG):
+        return
+    # the operation is within a function that the line calls: one of what it is given
+    for node in nodes:
+        if isinstance(node, ast.Call):
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            yield from ((value, make) for value in given if not isinstance(value, (ast.Constant, ast.Starred)))
+
+
+def _name(call: ast.Call) -> str:
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def _operand(call: ast.Call, imported: set[str]) -> ast.expr:
+    """What a function is applied to: `x` of `x.log()` and of `torch.log(x)`."""
+    function = call.func
+    if isinstance(function, ast.Attribute):
+        root: ast.expr = function.value
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        if not (isinstance(root, ast.Name) and root.id in imported):
+            return function.value
+    return call.args[0] if call.args else call
+
+
+def _grouped(node: ast.expr, text: str) -> str:
+    simple = isinstance(node, (ast.Name, ast.Attribute, ast.Call, ast.Subscript))
+    return text if simple or _is_in_brackets(text) else f"({text})"
+
+
+def _is_in_brackets(text: str) -> bool:
+    return text.startswith("(") and text.endswith(")") and text.count("(") == 1
+
+
+def _least(origin: Origin, usual: str) -> str:
+    return _TINY.get(origin.dtype or "", usual)
+
+
+def _positive(x: str, origin: Origin) -> list[str]:
+    return [f"{x}.clamp(min={_least(origin, '1e-6')})"]
+
+
+def _root(x: str, origin: Origin) -> list[str]:
+    return [f"{x}.clamp(min={_least(origin, '1e-12')})", f"({x} + {_least(origin, '1e-6')})"]
+
+
+def _between(x: str, origin: Origin) -> list[str]:
+    eps = _least(origin, "1e-6")
+    return [f"{x}.clamp(-1 + {eps}, 1 - {eps})"]
+
+
+def _denominator(x: str, origin: Origin) -> list[str]:
+    eps = _least(origin, "1e-6")
+    made = [f"{x}.clamp(min={eps})", f"({x} + {eps})"]
+    low = [r.min for r in origin.inputs[1:] if r.min == r.min]
+    return made if not low or min(low) >= 0 else made[::-1]
+
+
+def _small(x: str, origin: Origin) -> list[str]:
+    return [f"{x}.clamp(max={'10' if origin.dtype == 'float16' else '80'})"]
+
+
+def _apart(x: str, origin: Origin) -> list[str]:
+    import_free = f"{x}.new_tensor(range({x}.shape[-1]))"
+    return [f"({x} + 1e-3 * {import_free}.diag_embed())"]
+
+
+def _never_all(x: str, origin: Origin) -> list[str]:
+    return [f"{x}.clamp(min=-1e4)"]
+
+
+def _of_nothing(x: str, origin: Origin) -> list[str]:
+    return [f"{x}.nan_to_num()"]
+
+
+_MAKE: dict[str, Make] = {
+    LOGARITHM: _positive,
+    ROOT: _root,
+    ACOS: _between,
+    POWER: _positive,
+    DIVISION: _denominator,
+    EXPONENTIAL: _small,
+    LINALG: _apart,
+    SOFTMAX: _never_all,
+    REDUCTION: _of_nothing,
+}
