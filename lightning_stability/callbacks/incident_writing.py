@@ -12,9 +12,9 @@ from typing import Any
 from lightning_stability.callbacks.base import warn_always
 from lightning_stability.diagnosis.errors import DiagnosisError
 from lightning_stability.diagnosis.incident import write_incident
+from lightning_stability.diagnosis.investigation import investigate
 from lightning_stability.diagnosis.plain import NotPlainError, to_plain
-from lightning_stability.diagnosis.report import make_report, one_sentence, write_report
-from lightning_stability.diagnosis.search import find_origin
+from lightning_stability.diagnosis.report import cause_in_a_line, make_report, one_sentence, write_report
 from lightning_stability.diagnosis.step import REJECTED, RecordedStep
 from lightning_stability.events import EventLog
 from lightning_stability.health import StepRecord
@@ -67,14 +67,15 @@ class IncidentWriter:
             return
         step = to_recorded_step(bad)
         diagnosed: tuple[dict[str, Any], str | None] | None = None
+        about = {"history": [history_row(r) for r in records], "dataset_indices": dataset_indices}
         if several and not record.bad_loss_ranks and step.failed != REJECTED:
             # All ranks have the same non-finite gradients. The rank that they come from finds that in its own replay.
-            diagnosed = self._diagnose(step)
+            diagnosed = self._diagnose(step, about)
             if diagnosed[0]["reproduced"] is False:
                 return
         details = _details(record) | {"dataset_indices": dataset_indices}
         path, left_out = self._save(bad, step, records, details)
-        report, sentence = diagnosed or self._diagnose(step)
+        report, sentence = diagnosed or self._diagnose(step, about)
         write_report(path, report)
         self.events.write(
             "incident_recorded",
@@ -85,6 +86,7 @@ class IncidentWriter:
             path=str(path),
             reproduced=report["reproduced"],
             origin=sentence,
+            cause=cause_in_a_line(report),
             left_out=left_out,
         )
         kept = "".join(f" {name} was not kept: {why}." for name, why in left_out.items())
@@ -116,16 +118,16 @@ class IncidentWriter:
                     raise
         raise AssertionError("numbers do not end")
 
-    def _diagnose(self, step: RecordedStep) -> tuple[dict[str, Any], str | None]:
+    def _diagnose(self, step: RecordedStep, about: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         """The report, and the origin in a sentence."""
         if not self.budget_seconds:
             return make_report(None, None, step.failed, ["it was not run again in the run"]), None
         try:
-            origin = find_origin(step, self.budget_seconds)
+            found = investigate(step, budget_seconds=self.budget_seconds, may_differ=bool(step.notes), **about)
         except Exception as error:  # the run has to continue, whatever this fails with
             return make_report(None, None, step.failed, [_reason(error), *step.notes]), None
-        report = make_report(origin is not None, origin, step.failed, step.notes)
-        return report, None if origin is None else one_sentence(origin)
+        report = make_report(found.origin is not None, found.origin, step.failed, step.notes, **found.as_json())
+        return report, None if found.origin is None else one_sentence(found.origin)
 
 
 def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
@@ -140,15 +142,18 @@ def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
         return f"It came from rank {ranks[0]}."
     try:
         with bad.before():
-            origin = find_origin(to_recorded_step(bad), budget_seconds)
+            found = investigate(to_recorded_step(bad), budget_seconds=budget_seconds, may_differ=several)
     except Exception as error:  # the message is about the stop, whatever this fails with
         return f"Where it came from was not found: {_reason(error)}."
-    if origin is None and several:
+    if found.origin is None and several:
         return "Run again on this rank alone, the same step is finite: it came from another rank."
-    if origin is None:
+    if found.origin is None:
         return "Run again, the same step is finite: a transient fault, or something that is not recorded."
-    sentence = one_sentence(origin)
-    return f"{sentence[0].upper()}{sentence[1:]}."
+    sentence = one_sentence(found.origin)
+    first = found.causes[0]
+    remedy = first.remedy.splitlines()[0] if first.remedy else ""
+    cause = "" if first.cause == "unknown" else f"\n  cause: {first.cause}: {first.summary}."
+    return f"{sentence[0].upper()}{sentence[1:]}.{cause}" + (f"\n  remedy: {remedy}" if remedy and cause else "")
 
 
 def to_recorded_step(bad: BadStep) -> RecordedStep:

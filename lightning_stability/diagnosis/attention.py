@@ -1,4 +1,4 @@
-"""Attention with one thing changed, wherever it is computed: in the user's code, in torch's modules, or in one kernel."""
+"""Attention with one thing changed, wherever it is computed: by the user's code, by torch's modules, in one kernel."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a diagnosis concludes: the causes that origin, signs and trials speak for, likeliest first.
 
-A pure function of what was found. Each rule looks at one kind of cause and says how sure it is; a rule whose cure also
-works in the run's own number format, and that explains it by something further from normal, goes before one that does not.
+A pure function of what was found. Each rule looks at one kind of cause and says how sure it is. One whose cure also
+works in the run's own number format, and that explains it by something further from normal, goes first.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ class Cause:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The cause as the report has it."""
-        return asdict(self)
+        """The cause as the report has it; JSON has no infinity."""
+        facts = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.facts.items()}
+        return asdict(self) | {"facts": facts}
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,14 @@ class Case:
         origin: Where the first non-finite value was made; None if the step is finite now.
         signs: What the numbers say.
         trials: What was tried.
-        notes: What limits the answer, such as that the step was recorded on another machine.
+        may_differ: Whether the replay may be another step than the recorded one: on another machine, or one that is not
+            deterministic.
     """
 
     origin: Origin | None
     signs: Signs
     trials: list[Trial]
-    is_elsewhere: bool = False
+    may_differ: bool = False
 
     def cures(self, name: str) -> list[Trial]:
         """The trials of a kind that made the step finite."""
@@ -114,9 +116,9 @@ def _one_of_each(causes: list[Cause]) -> list[Cause]:
     seen: dict[str, Cause] = {}
     for cause in causes:
         seen.setdefault(cause.cause, cause)
-    first, *others = list(seen.values()) or [None]
-    if first is None:
+    if not seen:
         return []
+    first, *others = seen.values()
     return [
         first,
         *(replace(other, confidence=round(min(other.confidence, 1 - first.confidence), 3)) for other in others),
@@ -150,7 +152,7 @@ def _transient(case: Case) -> Cause | None:
     again = case.tried("same again")
     if case.origin is not None or not again or not again[0].finite or case.signs.failed == "rejected":
         return None
-    if case.signs.compiled or case.is_elsewhere:
+    if case.signs.compiled or case.may_differ:
         return None
     return _cause(case, "transient", 0.9)
 
@@ -299,8 +301,8 @@ def _deviation(signs: Signs, samples: list[int]) -> tuple[str | None, float]:
         usual = statistics.median(others) if others else 0.0
         least = min(values[index] for index in samples)
         found[entry] = least / usual if usual > 0 else (math.inf if least > 0 else 1.0)
-    entry = max(found, key=lambda name: found[name], default=None)
-    return entry, found[entry] if entry is not None else 1.0
+    furthest = max(found, key=lambda name: found[name], default=None)
+    return furthest, found[furthest] if furthest is not None else 1.0
 
 
 def _amplifier(signs: Signs, facts: dict[str, Any]) -> Amplifier | None:

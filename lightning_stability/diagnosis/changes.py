@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_stability.diagnosis.entries import replaced_columns, replaced_samples, with_entries
 from lightning_stability.diagnosis.mending import Mend, mended
 from lightning_stability.diagnosis.replay import Replay, make_precision
 from lightning_stability.diagnosis.step import RecordedStep
@@ -98,6 +99,58 @@ def _to_float(value: Any) -> Any:
     return value.float() if is_low else value
 
 
+def with_entry(name: str, entry: str, change: Callable[[Tensor], Tensor], words: str, **facts: Any) -> Change:
+    """An entry of every batch is another tensor.
+
+    Args:
+        name: Of the change.
+        entry: Such as `batch[0]`.
+        change: Returns what takes its place.
+        words: How it is changed.
+        facts: Of the trial.
+    """
+
+    def step(step: RecordedStep) -> RecordedStep:
+        return with_entries(step, lambda name, tensor: change(tensor) if name == entry else tensor)
+
+    return Change(name, words, step, facts={"tensor": entry, **facts})
+
+
+def with_other_samples(samples: list[int], size: int, number: int) -> Change:
+    """Other samples of the batch take the place of some.
+
+    Args:
+        samples: Positions in the batch.
+        size: Of the batch.
+        number: Which of the window's batches.
+    """
+    shown = ", ".join(map(str, samples[:8])) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
+
+    def step(step: RecordedStep) -> RecordedStep:
+        return with_entries(step, replaced_samples(samples, size), number)
+
+    words = f"other samples of the batch in the place of {shown}"
+    return Change("samples", words, step, facts={"samples": samples, "of": size})
+
+
+def with_other_columns(entry: str, columns: list[int], samples: list[int], size: int, number: int) -> Change:
+    """Columns or channels of another sample take the place of some of theirs.
+
+    Args:
+        entry: Of the batch.
+        columns: Positions in its second dimension.
+        samples: Positions in the batch.
+        size: Of the batch.
+        number: Which of the window's batches.
+    """
+
+    def step(step: RecordedStep) -> RecordedStep:
+        return with_entries(step, replaced_columns(entry, columns, samples, size), number)
+
+    words = f"columns {', '.join(map(str, columns[:8]))} of `{entry}` from another sample"
+    return Change("columns", words, step, facts={"columns": columns, "tensor": entry, "samples": samples})
+
+
 def with_finite_tensor(name: str) -> Change:
     """A parameter or buffer is set to finite values.
 
@@ -132,8 +185,9 @@ def with_new_weights() -> Change:
         before = RandomState.capture()
         torch.manual_seed(0)
         for module in replay.module.modules():
-            if callable(getattr(module, "reset_parameters", None)):
-                module.reset_parameters()
+            reset: Any = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         before.restore()
         yield
 

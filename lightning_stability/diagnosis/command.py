@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -19,18 +20,26 @@ def show_diagnosis(words: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         "lightning-stability diagnose",
-        description="Run a recorded step again and say where its first non-finite value was made. No code from the"
-        " folder is executed; the module is imported from where the run had it.",
+        description="Run a recorded step again, say where its first non-finite value was made, and find out why by"
+        " running it with one thing changed at a time. No code from the folder is executed; the module is imported from"
+        " where the run had it.",
     )
     parser.add_argument("incident", type=Path, help="a folder such as lightning_logs/version_0/incidents/1-step87")
     parser.add_argument("--module", help="package.module:function, which makes the LightningModule")
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="of the search for causes (600; 0: none)",
+    )
     given = parser.parse_args(words[1:])
 
     def show(message: str) -> None:
         print(f"... {message}", file=sys.stderr, flush=True)
 
     try:
-        report = diagnose(given.incident, given.module, show)
+        report = diagnose(given.incident, given.module, show, given.budget)
     except DiagnosisError as error:
         print(f"lightning-stability: error: {error}", file=sys.stderr)
         return 2
@@ -38,3 +47,10 @@ def show_diagnosis(words: list[str]) -> int:
     if (given.incident / "report.json").is_file():
         print(f"report   {given.incident / 'report.json'}")
     return 0
+
+
+def _seconds(word: str) -> float:
+    seconds = float(word)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(word)
+    return seconds

@@ -5,6 +5,7 @@ Source: `ddmin`, Zeller and Hildebrandt, "Simplifying and Isolating Failure-Indu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -55,4 +56,4 @@ def ddmin(items: Sequence[T], is_enough: Callable[[list[T]], bool]) -> list[T]:
 
 def _split(items: list[int], parts: int) -> list[list[int]]:
     edges = [round(i * len(items) / parts) for i in range(parts + 1)]
-    return [items[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [items[a:b] for a, b in itertools.pairwise(edges)]

@@ -1,4 +1,4 @@
-"""A line of the user's code, mended for as long as a replay lasts: the text that is tried is the text that is proposed."""
+"""A line of the user's code, mended as long as a replay lasts: the text that is tried is the one that is proposed."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def span(source: bytes, node: ast.expr) -> tuple[int, int]:
 def _own_expressions(statement: ast.stmt) -> Iterator[ast.expr]:
     """Those of the statement, without those of the statements within it."""
     for child in ast.iter_child_nodes(statement):
-        if isinstance(child, ast.expr) or isinstance(child, ast.withitem):
+        if isinstance(child, (ast.expr, ast.withitem)):
             yield from (node for node in ast.walk(child) if isinstance(node, ast.expr))
 
 

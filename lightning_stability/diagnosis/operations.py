@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_stability.diagnosis.origin import Origin
+from lightning_stability.diagnosis.origin import Origin, short_name
 from lightning_stability.diagnosis.trace import Range
 
 LOGARITHM, ROOT, ACOS, POWER, DIVISION = "logarithm", "root", "acos", "power", "division"
@@ -28,7 +28,14 @@ def family_of(origin: Origin) -> str | None:
     Args:
         origin: The origin.
     """
-    op = (origin.op or "").strip("_").removesuffix("_backward")
+    named = _family(origin.op or "")
+    if named is None and origin.phase == "backward":  # a derivative of the user's own: what it does itself
+        return _family(short_name(origin.aten or ""))
+    return named
+
+
+def _family(op: str) -> str | None:
+    op = op.strip("_").removesuffix("_backward")
     if "linalg" in op or op in ("svd", "cholesky", "inverse", "pinverse", "eigh"):
         return ROOT if "norm" in op else LINALG
     if "attention" in op:

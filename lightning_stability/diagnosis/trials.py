@@ -57,6 +57,11 @@ class Trial:
     seconds: float
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """The trial as the report has it."""
+        names = ("name", "change", "finite", "outcome")
+        return {name: getattr(self, name) for name in names} | {"seconds": round(self.seconds, 4)}
+
 
 class Laboratory:
     """Runs trials of one step within a budget.
