@@ -9,30 +9,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_stability.diagnosis.replay import Replay
 from lightning_stability.diagnosis.trials import Change
 
-_SOFTMAXES = {torch.softmax, torch.log_softmax, torch.logsumexp, F.softmax, F.log_softmax}
-_SOFTMAXES |= {Tensor.softmax, Tensor.log_softmax, Tensor.logsumexp}
+_SOFTMAXES = {"aten::_softmax", "aten::_log_softmax", "aten::logsumexp"}
 
 
-class _FreeKey(TorchFunctionMode):
+class _FreeKey(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """No row of scores is -inf throughout: those that are become 0."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _SOFTMAXES and args:
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
-            args = (_freed(args[0], dim if isinstance(dim, int) else -1), *args[1:])
-        elif func is F.scaled_dot_product_attention:
-            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-            if mask is not None:
-                kwargs["attn_mask"] = _freed(mask, -1)
-                args = args[:3] + args[4:]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func._schema.name, dict(kwargs or {})
+        if name in _SOFTMAXES:
+            dim = args[1] if isinstance(args[1], int) else args[1][0]
+            args = (_freed(args[0], dim), *args[1:])
+        elif name.startswith("aten::_scaled_dot_product") and "backward" not in name:
+            places = {argument.name: place for place, argument in enumerate(func._schema.arguments)}
+            for bias in ("attn_mask", "attn_bias"):
+                place = places.get(bias, len(args))
+                if place < len(args):
+                    args = (*args[:place], _freed(args[place], -1), *args[place + 1 :])
+                elif bias in kwargs:
+                    kwargs[bias] = _freed(kwargs[bias], -1)
         return func(*args, **kwargs)
 
 
@@ -49,7 +50,7 @@ def with_free_key() -> Change:
 
     @contextlib.contextmanager
     def around(replay: Replay) -> Iterator[None]:
-        with _FreeKey():
+        with _FreeKey():  # type: ignore[no-untyped-call]
             yield
 
     return Change("mask", "rows whose keys are all masked left unmasked", around=around)

@@ -28,11 +28,13 @@ def finite_entry(bench: Bench) -> None:
 
 
 def valid_targets(bench: Bench) -> None:
-    """Where a mean is over nothing: each entry of whole numbers made one that nothing ignores."""
+    """Where a mean is over nothing: each entry of whole numbers, or of zeros, made one that nothing ignores."""
     if not bench.signs.over_nothing:
         return
     for entry, tensor in named_tensors(bench.step.batches[bench.signs.batch]):
-        if tensor.dtype == torch.bool:
+        if tensor.is_floating_point() and not bool(tensor.any()):
+            bench.lab.try_(changes.with_entry("targets", entry, torch.ones_like, f"`{entry}` of ones throughout"))
+        elif tensor.dtype == torch.bool:
             bench.lab.try_(changes.with_entry("targets", entry, torch.ones_like, f"`{entry}` all true"))
         elif not (tensor.is_floating_point() or tensor.is_complex()):
             bench.lab.try_(changes.with_entry("targets", entry, torch.zeros_like, f"`{entry}` of class 0 throughout"))

@@ -23,6 +23,10 @@ _WILD = 8.0
 """A sample this many times the size of the others is wild."""
 _ABSURD = 1e3
 """A parameter with this gain is absurd."""
+_FAR = 30.0
+"""A scale or a gain this far from 1 is what it deviates by, and not the number format."""
+_MOVED = 0.3
+"""A parameter that updates can have moved by this part of its size has been trained to what it is."""
 _GROWN = 1e2
 """A loss that grew by this factor is one that diverges."""
 
@@ -225,11 +229,11 @@ def _input_scale(case: Case) -> Cause | None:
         return None
     facts = max(cures, key=lambda trial: trial.facts["factor"]).facts
     factor = facts["factor"]
-    confidence = 0.97 if factor >= 1e3 else 0.9 if factor >= 100 else 0.6
+    confidence = 0.97 if factor >= 1e3 else 0.9 if factor >= 100 else 0.75 if factor >= 30 else 0.5
     amplifier = _amplifier(signs, facts)
-    where: dict[str, Any] = {"module": facts["module"], "tensor": facts.get("tensor")}
+    where: dict[str, Any] = {"module": facts["module"], "tensor": facts.get("tensor"), "samples": []}
     if amplifier is not None:
-        where |= {"file": amplifier.file, "line": amplifier.line}
+        where |= {"file": amplifier.file, "line": amplifier.line, "op": amplifier.op}
     return _cause(case, "input_scale", confidence, facts={"factor": factor}, **where)
 
 
@@ -243,13 +247,13 @@ def _weights(case: Case) -> Cause | None:
     tensors = next((trial.facts["tensors"] for trial in cures if trial.facts.get("tensors")), list(signs.gains))
     tensor = max(tensors, key=lambda name: signs.gains.get(name, 0.0), default=None)
     gain = signs.gains.get(tensor or "", 0.0)
-    grown = signs.growth >= _GROWN and signs.first_step is not True
-    if grown:
-        confidence = 0.95 if signs.growth >= 10 * _GROWN else 0.85
-        return _cause(case, "divergence", confidence, tensor=tensor, facts={"gain": gain, "growth": signs.growth})
+    facts = {"gain": gain, "growth": signs.growth}
+    if signs.first_step is not True and (signs.growth >= _GROWN or signs.moved.get(tensor or "", 0.0) >= _MOVED):
+        confidence = 0.95 if signs.growth >= 10 * _GROWN else 0.85 if signs.growth >= _GROWN or gain >= _FAR else 0.75
+        return _cause(case, "divergence", confidence, tensor=tensor, samples=[], facts=facts)
     only_cure = not case.cures_in_precision or not signs.precision.startswith(("16", "bf16"))
-    confidence = 0.95 if gain >= _ABSURD else 0.7 if only_cure else 0.3
-    return _cause(case, "extreme_weights", confidence, tensor=tensor, facts={"gain": gain})
+    confidence = 0.95 if gain >= _ABSURD else 0.75 if only_cure else 0.3
+    return _cause(case, "extreme_weights", confidence, tensor=tensor, samples=[], facts=facts)
 
 
 def _fp16_overflow(case: Case) -> Cause | None:
@@ -260,7 +264,9 @@ def _fp16_overflow(case: Case) -> Cause | None:
         return None
     modules = case.cures("modules in float32")
     facts = {"modules": modules[0].facts["modules"]} if modules else {}
-    return _cause(case, "fp16_overflow", 0.9, facts=facts)
+    further = any(trial.facts["factor"] >= _FAR for trial in case.cures("input scale"))
+    further |= signs.first_step is not True and bool(case.cures("weights")) and max(signs.gains.values()) >= _FAR
+    return _cause(case, "fp16_overflow", 0.6 if further else 0.9, facts=facts)
 
 
 _RULES: list[Rule] = [

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -249,18 +250,37 @@ def with_scaled_output(path: str, factor: float) -> Change:
     return Change("input scale", words, around=around, facts={"module": path, "factor": factor})
 
 
-def with_line(mend: Mend) -> Change:
+def with_line(mend: Mend, functions: list[FunctionType]) -> Change:
     """A line of the user's code is mended.
 
     Args:
         mend: How.
+        functions: Those that have the line.
     """
     return Change(
         "operation",
         f"the line as `{mend.code}`",
-        around=lambda replay: mended(mend),
+        around=lambda replay: mended(mend, functions),
         facts={"code": mend.code, "file": mend.file, "line": mend.line},
     )
+
+
+def with_eps(path: str, eps: float) -> Change:
+    """Another epsilon of a layer that normalises.
+
+    Args:
+        path: Of the module.
+        eps: The new one.
+    """
+
+    @contextlib.contextmanager
+    def around(replay: Replay) -> Iterator[None]:
+        module: Any = replay.module.get_submodule(path)
+        module.eps = eps
+        yield
+
+    code = f"model.{path}.eps = {eps!r}"
+    return Change("operation", f"`{code}`", around=around, facts={"code": code, "file": None, "line": None})
 
 
 def without_label_smoothing() -> Change:

@@ -20,10 +20,12 @@ from lightning_stability.diagnosis.batch_trials import (
 )
 from lightning_stability.diagnosis.bench import Bench
 from lightning_stability.diagnosis.errors import OutOfTimeError
+from lightning_stability.diagnosis.mending import functions_with
 from lightning_stability.diagnosis.mends import mends_of
 from lightning_stability.diagnosis.module_trials import (
     earlier_weights,
     finite_weights,
+    larger_eps,
     modules_in_fp32,
     other_formats,
     smallest_loss_scale,
@@ -71,7 +73,16 @@ def plan(origin: Origin | None, signs: Signs) -> list[Pass]:
         return [valid_options, other_formats]
     mask = [free_key] if family_of(origin) == SOFTMAX else []
     if signs.outside:
-        return [*mask, mended_line, valid_targets, bad_samples, columns_of_samples, other_formats, often_blamed]
+        return [
+            *mask,
+            larger_eps,
+            mended_line,
+            valid_targets,
+            bad_samples,
+            columns_of_samples,
+            other_formats,
+            often_blamed,
+        ]
     scale = [unscaled, scaled_entries, bad_samples, columns_of_samples, tamed_weights, earlier_weights]
     return [*mask, *scale, other_formats, smallest_loss_scale, mended_line, modules_in_fp32, often_blamed]
 
@@ -95,15 +106,19 @@ def free_key(bench: Bench) -> None:
 def mended_line(bench: Bench) -> None:
     """The origin's line with an epsilon or a clamp; the first change of it that is a cure."""
     assert bench.origin is not None
-    first = None
-    for mend in mends_of(bench.origin):
-        trial = bench.lab.try_(changes.with_line(mend), keep=False)
+    mends, first = mends_of(bench.origin), None
+    functions = functions_with(mends[0].file, mends[0].line) if mends else []
+    for mend in mends if functions else []:
+        trial = bench.lab.try_(changes.with_line(mend, functions), keep=False)
         first = first or trial
         if trial.finite:
             first = trial
             break
     if first is not None:
         bench.lab.keep(first)
+
+
+# What people blame
 
 
 def often_blamed(bench: Bench) -> None:

@@ -45,18 +45,19 @@ class Mend:
 
 
 @contextlib.contextmanager
-def mended(mend: Mend) -> Iterator[None]:
-    """Let all functions that hold the line run the mended source.
+def mended(mend: Mend, functions: list[types.FunctionType]) -> Iterator[None]:
+    """Let functions that hold the line run the mended source.
 
     Args:
         mend: What is changed.
+        functions: What `functions_with` found.
 
     Raises:
         LookupError: If no function of this process holds the line, or the file is not what it was loaded from.
     """
     new = list(_codes(compile(mend.source, mend.file, "exec", dont_inherit=True)))
     swapped: list[tuple[types.FunctionType, types.CodeType]] = []
-    for function in _functions_with(mend.file, mend.line):
+    for function in functions:
         old = function.__code__
         code = next((c for c in new if _is_same_function(c, old)), None)
         if code is not None:
@@ -87,7 +88,7 @@ def expressions_at(source: bytes, line: int) -> tuple[list[ast.expr], set[str]]:
     ]
     if not statements:
         return [], set()
-    innermost = max(statements, key=lambda node: (node.lineno, -(node.end_lineno or 0)))
+    innermost = max(statements, key=lambda node: (node.lineno, -(node.end_lineno or 0), node.col_offset))
     found = list(_own_expressions(innermost))
     found.sort(key=lambda node: not node.lineno <= line <= (node.end_lineno or 0))  # stable
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -112,8 +113,13 @@ def _own_expressions(statement: ast.stmt) -> Iterator[ast.expr]:
             yield from (node for node in ast.walk(child) if isinstance(node, ast.expr))
 
 
-def _functions_with(file: str, line: int) -> list[types.FunctionType]:
-    """All functions of this process whose code, or that of functions within them, has the line."""
+def functions_with(file: str, line: int) -> list[types.FunctionType]:
+    """All functions of this process whose code, or that of functions within them, has a line.
+
+    Args:
+        file: As their code names it.
+        line: The line.
+    """
     return [
         thing
         for thing in gc.get_objects()

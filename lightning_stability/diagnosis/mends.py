@@ -24,9 +24,9 @@ from lightning_stability.diagnosis.origin import Origin
 _MOST = 16
 """Changes of one line that are tried."""
 _NAMES = {
-    LOGARITHM: {"log", "log2", "log10", "log1p", "logit", "lgamma", "digamma", "xlogy"},
+    LOGARITHM: {"log", "log2", "log10", "log1p", "lgamma", "digamma", "xlogy"},
     ROOT: {"sqrt", "rsqrt", "sqrt_", "cdist", "norm", "vector_norm", "var", "std"},
-    ACOS: {"acos", "arccos", "asin", "arcsin", "atanh", "arctanh", "erfinv"},
+    ACOS: {"acos", "arccos", "asin", "arcsin", "atanh", "arctanh", "erfinv", "logit", "acosh", "arccosh"},
     POWER: {"pow", "pow_", "float_power"},
     DIVISION: {"div", "true_divide", "div_", "reciprocal"},
     EXPONENTIAL: {"exp", "exp2", "expm1", "sinh", "cosh"},
@@ -72,6 +72,8 @@ def _places(family: str, nodes: list[ast.expr], imported: set[str]) -> Iterator[
     for node in nodes:
         if isinstance(node, ast.Call) and _name(node) in _NAMES[family]:
             yield _operand(node, imported), make
+            if _name(node) in ("std", "var"):
+                yield node, _of_nothing
         elif isinstance(node, ast.BinOp) and family == DIVISION and isinstance(node.op, ast.Div):
             yield node.right, make
         elif isinstance(node, ast.BinOp) and family == POWER and isinstance(node.op, ast.Pow):
@@ -116,7 +118,7 @@ def _least(origin: Origin, usual: str) -> str:
 
 
 def _positive(x: str, origin: Origin) -> list[str]:
-    return [f"{x}.clamp(min={_least(origin, '1e-6')})"]
+    return [f"{x}.clamp(min={'-1 + ' * (origin.op == 'log1p')}{_least(origin, '1e-6')})"]
 
 
 def _root(x: str, origin: Origin) -> list[str]:
@@ -125,7 +127,9 @@ def _root(x: str, origin: Origin) -> list[str]:
 
 def _between(x: str, origin: Origin) -> list[str]:
     eps = _least(origin, "1e-6")
-    return [f"{x}.clamp(-1 + {eps}, 1 - {eps})"]
+    if origin.op == "acosh":
+        return [f"{x}.clamp(min=1 + {eps})"]
+    return [f"{x}.clamp({'' if origin.op == 'logit' else '-1 + '}{eps}, 1 - {eps})"]
 
 
 def _denominator(x: str, origin: Origin) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from lightning_stability.diagnosis import changes
@@ -20,6 +21,14 @@ def finite_weights(bench: Bench) -> None:
     assert bench.origin is not None
     if bench.origin.tensor:
         bench.lab.try_(changes.with_finite_tensor(bench.origin.tensor))
+
+
+def larger_eps(bench: Bench) -> None:
+    """The layer of the origin with an epsilon that is no rounding error of its format."""
+    path = bench.origin.module if bench.origin is not None else None
+    eps = getattr(bench.step.module.get_submodule(path), "eps", None) if path else None
+    if path and isinstance(eps, float) and eps < 1e-7:
+        bench.lab.try_(changes.with_eps(path, 1e-5))
 
 
 def tamed_weights(bench: Bench) -> None:
@@ -64,10 +73,13 @@ def earlier_weights(bench: Bench) -> None:
 
 
 def valid_options(bench: Bench) -> None:
-    """Each option of the optimizer made an ordinary one."""
+    """Each option of the optimizer made an ordinary one: those that nobody wants first, then the usual suspects."""
     group = bench.step.optimizers[bench.step.optimizer].param_groups[0]
-    for name, value in sorted(_USUAL.items(), key=lambda item: not _is_odd(item[0], group.get(item[0]))):
-        if name in group and group[name] != value:
+    is_half = any(p.dtype == torch.float16 for p in group["params"])
+    usual = _USUAL | ({"eps": 1e-4} if is_half else {})
+    for name, value in sorted(usual.items(), key=lambda item: not _is_odd(item[0], group.get(item[0]))):
+        is_suspect = name in group and (_is_odd(name, group[name]) or name in ("eps", "lr"))
+        if is_suspect and group[name] != value:
             bench.lab.try_(changes.with_option(name, value, f"{name}={value} instead of {group[name]}"))
 
 

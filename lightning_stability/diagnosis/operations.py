@@ -11,15 +11,18 @@ LOGARITHM, ROOT, ACOS, POWER, DIVISION = "logarithm", "root", "acos", "power", "
 EXPONENTIAL, LINALG, SOFTMAX, REDUCTION = "exponential", "linalg", "softmax", "reduction"
 
 _FAMILIES = {
-    LOGARITHM: {"log", "log2", "log10", "log1p", "logit", "lgamma", "digamma", "xlogy", "binary_cross_entropy"},
+    LOGARITHM: {"log", "log2", "log10", "log1p", "lgamma", "digamma", "xlogy", "binary_cross_entropy"},
     ROOT: {"sqrt", "rsqrt", "cdist", "norm", "std", "var"},
-    ACOS: {"acos", "asin", "atanh", "erfinv", "acosh"},
+    ACOS: {"acos", "asin", "atanh", "erfinv", "acosh", "logit"},
     POWER: {"pow", "float_power"},
     DIVISION: {"div", "true_divide", "reciprocal", "remainder", "fmod", "atan2"},
     EXPONENTIAL: {"exp", "exp2", "expm1", "sinh", "cosh"},
     SOFTMAX: {"softmax", "log_softmax", "logsumexp", "logaddexp"},
     REDUCTION: {"mean", "nll_loss", "nll_loss2d", "nll_loss_nd", "cross_entropy", "median", "nanmean"},
 }
+
+
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.4e38, "float32": 3.4e38, "float64": 1.8e308}
 
 
 def family_of(origin: Origin) -> str | None:
@@ -50,23 +53,29 @@ def is_outside(origin: Origin) -> bool:
         origin: Of a forward or backward pass.
     """
     family, ranges = family_of(origin), origin.inputs
-    if family is None:
-        return False
-    if origin.phase == "backward":
-        return family != EXPONENTIAL
-    if family == EXPONENTIAL:
+    if origin.discarded:
+        return True
+    if family == EXPONENTIAL or (is_too_large(origin) and family not in (LOGARITHM, ACOS, DIVISION)):
         return False
     if family == SOFTMAX:
         return any(r.neginf for r in ranges)
-    if family == REDUCTION:
-        return is_over_nothing(origin)
-    if family == DIVISION:
-        return _reaches_zero(ranges[-1]) if ranges else False
-    if family == POWER:
-        return not ranges or ranges[0].min <= 0 or origin.output.nan > 0
-    if family == LINALG or origin.output.nan:
+    if family is None or family == REDUCTION:  # of what is finite and small, most operations make what is finite
+        return origin.output.nan > 0 and not any(r.nonfinite for r in ranges)
+    if origin.phase == "backward":
         return True
-    return any(r.min <= 0 for r in ranges) or family in (LOGARITHM, ACOS)
+    if family == DIVISION:
+        return bool(ranges) and _reaches_zero(ranges[-1])
+    return True
+
+
+def is_too_large(origin: Origin) -> bool:
+    """Whether squares or sums of what went in leave the number format.
+
+    Args:
+        origin: The origin.
+    """
+    largest = math.sqrt(_LARGEST.get(origin.dtype or "", _LARGEST["float32"]))
+    return any(abs(v) >= largest for r in origin.inputs for v in (r.min, r.max) if math.isfinite(v))
 
 
 def is_over_nothing(origin: Origin) -> bool:
@@ -76,8 +85,8 @@ def is_over_nothing(origin: Origin) -> bool:
         origin: The origin.
     """
     if family_of(origin) == REDUCTION:
-        small = all(abs(v) < 1e4 for r in origin.inputs for v in (r.min, r.max) if math.isfinite(v))
-        return origin.output.nan > 0 and small and not any(r.nonfinite for r in origin.inputs)
+        finite = not any(r.nonfinite for r in origin.inputs)
+        return origin.output.nan > 0 and finite and not is_too_large(origin)
     if family_of(origin) == DIVISION and origin.phase == "forward" and len(origin.inputs) == 2:
         return all(r.min == r.max == 0 for r in origin.inputs)
     return False

@@ -30,7 +30,14 @@ def _mended(cause: Cause, case: Case) -> str:
     if not cures:
         return ""
     facts = cures[0].facts
-    return f"{facts['code']}  # {short_path(facts['file'])}:{facts['line']}".replace("# here  #", "#")
+    if facts["file"] is None:
+        return str(facts["code"])
+    return _at(facts["code"], facts["file"], facts["line"])
+
+
+def _at(code: str, file: str, line: int | None) -> str:
+    """A line of code with where it belongs; a comment that it has stands for itself."""
+    return f"{code}  # {short_path(file)}:{line}"
 
 
 def _attention(cause: Cause, case: Case) -> str:
@@ -101,7 +108,7 @@ def _other_option(cause: Cause, case: Case) -> str:
     given = rf"\b{name}\s*=\s*[^,()]+(\([^()]*\))?"
     if origin is not None and re.search(given, origin.code) and _is_odd(name, origin.code):
         line = re.sub(given, f"{name}={value!r}", origin.code, count=1)
-        return f"{line}  # {short_path(origin.file or '')}:{origin.line}".replace("# here  #", "#")
+        return _at(line, origin.file or "", origin.line)
     return f"optimizer.param_groups[0][{name!r}] = {value!r}  # until its schedule gives a finite one"
 
 

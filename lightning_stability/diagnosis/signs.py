@@ -19,6 +19,8 @@ from lightning_stability.diagnosis.trace import Operation, Range, Trace
 from lightning_stability.internals import compiles_its_call, within_compiled
 
 _SCALES = {"mul", "div", "true_divide", "mul_", "div_"}
+_BEFORE, _WITHIN = 30.0, 1e3
+"""Factors that are worth a look: before the first layer with parameters, and behind it."""
 _LARGE = 1e3
 """Where numbers are far from the scale that layers are made for."""
 
@@ -31,6 +33,7 @@ class Amplifier:
         module: In whose code it is.
         file: The user's file.
         line: The line in it.
+        op: The operation.
         factor: Largest result over largest input.
         code: The text of the line.
     """
@@ -38,6 +41,7 @@ class Amplifier:
     module: str | None
     file: str | None
     line: int | None
+    op: str
     factor: float
     code: str
 
@@ -61,6 +65,8 @@ class Signs:
         gains: For each parameter, by how much it makes what it is applied to larger.
         growth: By which factor the loss or the gradient norm grew over the steps before; 1 if it did not.
         growing: Which of them, or which group of parameters.
+        moved: For each parameter, how far updates can have moved it since training began, over how large it is now;
+            None where that is not known.
         compiled: Paths of compiled modules.
         hyperparameters: The module's.
         dataset_indices: Of the bad batch's samples, where known.
@@ -82,6 +88,7 @@ class Signs:
     gains: dict[str, float] = field(default_factory=dict)
     growth: float = 1.0
     growing: str | None = None
+    moved: dict[str, float] = field(default_factory=dict)
     compiled: list[str] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     dataset_indices: list[int] | None = None
@@ -134,6 +141,7 @@ def read_signs(
         gains={name: gain(tensor, name in _embeddings(step.module)) for name, tensor in parameters.items()},
         growth=growth,
         growing=growing,
+        moved=_moved(step, history, parameters),
         compiled=[
             path for path, m in step.module.named_modules() if within_compiled(m) is not None or compiles_its_call(m)
         ],
@@ -151,12 +159,15 @@ def amplifiers(trace: Trace, parameters: set[str]) -> list[Amplifier]:
         trace: Of the step.
         parameters: Names.
     """
-    found = []
+    found, has_begun = [], False
     for operation in trace.operations:
         factor = _factor(operation, parameters)
-        if factor is not None and factor >= 30 and size_of(operation.output) >= _LARGE:
+        has_begun |= any(entry.name in parameters for entry in operation.inputs)
+        least = _WITHIN if has_begun else _BEFORE
+        if factor is not None and factor >= least and size_of(operation.output) >= _LARGE:
             place = operation.place
-            found.append(Amplifier(place.module, place.file, place.line, factor, place.code))
+            op = short_name(operation.name).strip("_")
+            found.append(Amplifier(place.module, place.file, place.line, op, factor, place.code))
     return found
 
 
@@ -232,6 +243,35 @@ def growth_of(history: list[dict[str, Any]]) -> tuple[float, str | None]:
 def _growth(values: list[float]) -> float:
     usual = statistics.median(sorted(values)[: max(1, len(values) // 2)])
     return max(1.0, max(values[-3:]) / usual) if usual > 0 else 1.0
+
+
+def _moved(step: RecordedStep, history: list[dict[str, Any]], parameters: dict[str, Tensor]) -> dict[str, float]:
+    """How far updates can have moved each parameter, over how large it is; where the optimizer bounds that.
+
+    An update of Adam's kind moves no element by much more than the learning rate. One of SGD moves a parameter by the
+    learning rate times the norm of its gradient, which history has.
+    """
+    steps = int(step.trainer.get("global_step") or 0)
+    if not steps or not step.optimizers:
+        return {}
+    options = step.optimizers[step.optimizer].param_groups[0]
+    rate = float(options.get("lr", 0.0))
+    travelled = sum(
+        _number(row.get("grad_norm")) * _number((row.get("learning_rates") or [rate])[0]) for row in history
+    )
+    travelled *= 1 / (1 - float(options.get("momentum", 0.0) or 0.0))
+    is_adaptive = "betas" in options or "alpha" in options
+    moved = {}
+    for name, tensor in parameters.items():
+        size = float(tensor.detach().float().norm())
+        reach = rate * steps * math.sqrt(tensor.numel()) if is_adaptive else travelled
+        if math.isfinite(size) and size > 0:
+            moved[name] = reach / size
+    return moved
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
 
 
 def _parameters(step: RecordedStep) -> dict[str, Tensor]:

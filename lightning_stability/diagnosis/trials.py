@@ -112,10 +112,6 @@ class Laboratory:
         self.trials.append(trial)
         return trial
 
-    def has_time(self) -> bool:
-        """Whether another trial would end within the budget."""
-        return time.monotonic() + self._longest <= self._end
-
     def _run(self, change: Change) -> tuple[bool | None, str]:
         try:
             replay = Replay(change.step(self.step))

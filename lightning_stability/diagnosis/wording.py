@@ -68,7 +68,7 @@ def _sentence(trial: Trial) -> str:
 
 def _seen(cause: Cause, case: Case) -> list[str]:
     signs, seen = case.signs, []
-    if cause.cause == "divergence":
+    if cause.cause == "divergence" and signs.growing:
         seen.append(f"over the steps before, the {signs.growing} became {signs.growth:,.3g} times larger")
     if cause.cause == "extreme_sample" and cause.facts.get("columns"):
         columns = cause.facts["columns"]
@@ -161,8 +161,11 @@ def _empty_reduction(cause: Cause, case: Case) -> str:
 
 
 def _divergence(cause: Cause, case: Case) -> str:
-    grown = f"; `{cause.tensor}` is the largest, with a gain of {cause.facts['gain']:,.3g}" if cause.tensor else ""
-    return f"the training diverged: the {case.signs.growing} became {cause.facts['growth']:,.3g} times larger{grown}"
+    growth, gain = cause.facts["growth"], cause.facts["gain"]
+    largest = f"`{cause.tensor}` has grown to a gain of {gain:,.3g}" if cause.tensor else "the weights have grown"
+    if growth < 10 or case.signs.growing is None:
+        return f"training has driven the weights too far: {largest}; scaled down to 1 the step is finite"
+    return f"the training diverged: the {case.signs.growing} became {growth:,.3g} times larger, and {largest}"
 
 
 def _nonfinite_weights(cause: Cause, case: Case) -> str:

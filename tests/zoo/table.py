@@ -74,7 +74,9 @@ class History(pl.Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         norms = {n: float(p.grad.norm()) for n, p in pl_module.named_parameters() if p.grad is not None}
         total = sum(norm**2 for norm in norms.values()) ** 0.5
-        self.rows.append({"step": trainer.global_step, "loss": self._loss, "grad_norm": total, "grad_norms": norms})
+        rates = [group["lr"] for group in optimizer.param_groups]
+        row = {"loss": self._loss, "grad_norm": total, "grad_norms": norms, "learning_rates": rates}
+        self.rows.append({"step": trainer.global_step, **row})
 
 
 def find(name: str, seed: int) -> tuple[Expected, Findings]:
