@@ -126,6 +126,8 @@ class IncidentReport(StabilityCallback):
         """Write an incident. Whatever fails in it, the run continues."""
         record, folder = bad.record, self._folder()
         is_rejected = record.outcome == Outcome.REJECTED
+        if _is_finite(record) and not is_rejected:
+            return
         if folder is None or self._seen >= self.max_incidents or (is_rejected and self._has_seen_rejected):
             return
         self._seen += 1  # on all ranks alike
@@ -152,6 +154,12 @@ class IncidentReport(StabilityCallback):
     def __getstate__(self) -> dict[str, Any]:
         # Who listens to samplers belongs to this process's fit.
         return {**super().__getstate__(), "_indices": SampleIndices()}
+
+
+def _is_finite(record: StepRecord) -> bool:
+    """Whether the update was skipped because the squares of its gradients overflow, and nothing is non-finite."""
+    fine = record.loss_finite and not record.bad_loss_ranks and record.nonfinite_buffer is None
+    return record.gradients == "overflow" and fine and record.bad_option is None and record.exception is None
 
 
 def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
