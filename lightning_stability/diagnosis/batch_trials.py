@@ -37,7 +37,10 @@ def valid_targets(bench: Bench) -> None:
         elif tensor.dtype == torch.bool:
             bench.lab.try_(changes.with_entry("targets", entry, torch.ones_like, f"`{entry}` all true"))
         elif not (tensor.is_floating_point() or tensor.is_complex()):
-            bench.lab.try_(changes.with_entry("targets", entry, torch.zeros_like, f"`{entry}` of class 0 throughout"))
+            for number, like in enumerate((torch.zeros_like, torch.ones_like)):
+                change = changes.with_entry("targets", entry, like, f"`{entry}` of class {number} throughout")
+                if bench.lab.try_(change).finite:
+                    break
 
 
 def bad_samples(bench: Bench) -> None:

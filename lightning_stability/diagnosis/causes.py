@@ -181,7 +181,7 @@ def _empty_reduction(case: Case) -> Cause | None:
         return None
     cures = case.cures("targets")
     tensor = cures[0].facts["tensor"] if cures else case.origin.tensor
-    return _cause(case, "empty_reduction", 0.95 if cures else 0.8 if case.cures("operation") else 0.6, tensor=tensor)
+    return _cause(case, "empty_reduction", 0.95 if cures or case.cures("operation") else 0.8, tensor=tensor)
 
 
 def _undefined(case: Case) -> Cause | None:
@@ -190,7 +190,7 @@ def _undefined(case: Case) -> Cause | None:
         return None
     if family_of(origin) == SOFTMAX:
         return None
-    confidence = 0.95 if case.cures("operation") else 0.7
+    confidence = 0.95 if case.cures("operation") else 0.8
     kind = "undefined_gradient" if origin.phase == "backward" else "undefined_operation"
     return _cause(case, kind, confidence, samples=_found_samples(case) or origin.samples)
 
@@ -231,10 +231,11 @@ def _input_scale(case: Case) -> Cause | None:
     factor = facts["factor"]
     confidence = 0.97 if factor >= 1e3 else 0.9 if factor >= 100 else 0.75 if factor >= 30 else 0.5
     amplifier = _amplifier(signs, facts)
-    where: dict[str, Any] = {"module": facts["module"], "tensor": facts.get("tensor"), "samples": []}
+    module = origin.module if facts["module"] is None else facts["module"]
+    where: dict[str, Any] = {"module": module, "tensor": facts.get("tensor"), "samples": []}
     if amplifier is not None:
         where |= {"file": amplifier.file, "line": amplifier.line, "op": amplifier.op}
-    return _cause(case, "input_scale", confidence, facts={"factor": factor}, **where)
+    return _cause(case, "input_scale", confidence, facts={"factor": factor, "by": facts["module"]}, **where)
 
 
 def _weights(case: Case) -> Cause | None:
@@ -245,7 +246,7 @@ def _weights(case: Case) -> Cause | None:
     if not cures:
         return None
     tensors = next((trial.facts["tensors"] for trial in cures if trial.facts.get("tensors")), list(signs.gains))
-    tensor = max(tensors, key=lambda name: signs.gains.get(name, 0.0), default=None)
+    tensor = max(tensors, key=lambda name: signs.sizes.get(name, 0.0), default=None)
     gain = signs.gains.get(tensor or "", 0.0)
     facts = {"gain": gain, "growth": signs.growth}
     if signs.first_step is not True and (signs.growth >= _GROWN or signs.moved.get(tensor or "", 0.0) >= _MOVED):

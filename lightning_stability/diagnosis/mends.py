@@ -33,6 +33,7 @@ _NAMES = {
     LINALG: {"svd", "svdvals", "eigh", "eigvalsh", "eig", "qr", "pinv", "inv", "inverse", "cholesky", "solve"},
     SOFTMAX: {"softmax", "log_softmax", "logsumexp"},
 }
+OTHER = "other"
 _TINY = {"float16": "1e-3", "bfloat16": "1e-3"}
 
 
@@ -42,8 +43,8 @@ def mends_of(origin: Origin) -> list[Mend]:
     Args:
         origin: The origin.
     """
-    family = family_of(origin)
-    if origin.file is None or origin.line is None or family is None:
+    family = family_of(origin) or OTHER
+    if origin.file is None or origin.line is None:
         return []
     try:
         source = Path(origin.file).read_bytes()
@@ -65,15 +66,14 @@ Make = Callable[[str, Origin], list[str]]
 def _places(family: str, nodes: list[ast.expr], imported: set[str]) -> Iterator[tuple[ast.expr, Make]]:
     """What is changed on the line, and into what."""
     make = _MAKE[family]
-    if family == REDUCTION:
-        calls = [node for node in nodes if isinstance(node, ast.Call)]
-        yield from ((node, _of_nothing) for node in calls)
+    if family in (REDUCTION, OTHER):
+        yield from ((node, make) for node in nodes if isinstance(node, ast.Call))
         return
     for node in nodes:
         if isinstance(node, ast.Call) and _name(node) in _NAMES[family]:
             yield _operand(node, imported), make
             if _name(node) in ("std", "var"):
-                yield node, _of_nothing
+                yield node, _of_all
         elif isinstance(node, ast.BinOp) and family == DIVISION and isinstance(node.op, ast.Div):
             yield node.right, make
         elif isinstance(node, ast.BinOp) and family == POWER and isinstance(node.op, ast.Pow):
@@ -136,7 +136,7 @@ def _denominator(x: str, origin: Origin) -> list[str]:
     eps = _least(origin, "1e-6")
     made = [f"{x}.clamp(min={eps})", f"({x} + {eps})"]
     low = [r.min for r in origin.inputs[1:] if r.min == r.min]
-    return made if not low or min(low) >= 0 else made[::-1]
+    return [*(made if not low or min(low) >= 0 else made[::-1]), f"{x}.clamp(min=1e-3)"]
 
 
 def _small(x: str, origin: Origin) -> list[str]:
@@ -152,8 +152,17 @@ def _never_all(x: str, origin: Origin) -> list[str]:
     return [f"{x}.clamp(min=-1e4)"]
 
 
+def _of_all(x: str, origin: Origin) -> list[str]:
+    """Over the number of values, instead of one less."""
+    return [f"{x[:-1]}{'' if x.endswith('()') else ', '}correction=0)"]
+
+
 def _of_nothing(x: str, origin: Origin) -> list[str]:
     return [f"{x}.nan_to_num()"]
+
+
+def _of_nothing_at_all(x: str, origin: Origin) -> list[str]:
+    return [f"{x}.nan_to_num(0.0, 0.0, 0.0)"]
 
 
 _MAKE: dict[str, Make] = {
@@ -166,4 +175,5 @@ _MAKE: dict[str, Make] = {
     LINALG: _apart,
     SOFTMAX: _never_all,
     REDUCTION: _of_nothing,
+    OTHER: _of_nothing_at_all,
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from lightning_stability.diagnosis.ddmin import ddmin
 from lightning_stability.diagnosis.trials import Trial
 from lightning_stability.internals import has_own_parameters
 
-_USUAL = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.9, "betas": (0.9, 0.999), "alpha": 0.99}
+_USUAL: dict[str, Any] = {"lr": 1e-3, "eps": 1e-8}
+_IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable", "params"}
+"""Options that change how an update is computed, and not what it is."""
 
 
 def finite_weights(bench: Bench) -> None:
@@ -73,14 +77,26 @@ def earlier_weights(bench: Bench) -> None:
 
 
 def valid_options(bench: Bench) -> None:
-    """Each option of the optimizer made an ordinary one: those that nobody wants first, then the usual suspects."""
-    group = bench.step.optimizers[bench.step.optimizer].param_groups[0]
-    is_half = any(p.dtype == torch.float16 for p in group["params"])
-    usual = _USUAL | ({"eps": 1e-4} if is_half else {})
-    for name, value in sorted(usual.items(), key=lambda item: not _is_odd(item[0], group.get(item[0]))):
-        is_suspect = name in group and (_is_odd(name, group[name]) or name in ("eps", "lr"))
-        if is_suspect and group[name] != value:
-            bench.lab.try_(changes.with_option(name, value, f"{name}={value} instead of {group[name]}"))
+    """Each option of the optimizer as its class has it by default: those that nobody wants first."""
+    step = bench.step
+    optimizer = step.optimizers[step.optimizer]
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    if step.state is not None:  # a schedule may have moved on since
+        groups = step.state["optimizers"][step.optimizer]["param_groups"]
+    usual = _USUAL | {n: p.default for n, p in inspect.signature(type(optimizer)).parameters.items() if n in groups[0]}
+    if any(p.dtype == torch.float16 for group in optimizer.param_groups for p in group["params"]):
+        usual["eps"] = 1e-4
+    given = {name: [group.get(name) for group in groups] for name in usual}
+    for name in sorted(usual, key=lambda name: _rank(name, given[name])):
+        other = next((value for value in given[name] if value is not None and value != usual[name]), None)
+        if other is not None and name not in _IMPLEMENTATIONS and usual[name] is not inspect.Parameter.empty:
+            bench.lab.try_(changes.with_option(name, usual[name], f"{name}={usual[name]} instead of {other}"))
+
+
+def _rank(name: str, values: list[Any]) -> tuple[int, str]:
+    """What nobody wants first, then what is switched on, then the numbers."""
+    is_flag = any(isinstance(value, bool) for value in values)
+    return (0 if any(_is_odd(name, value) for value in values) else 1 if is_flag else 2), name
 
 
 def _is_odd(name: str, value: object) -> bool:

@@ -25,6 +25,11 @@ _FAMILIES = {
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.4e38, "float32": 3.4e38, "float64": 1.8e308}
 
 
+_SMALL = 1e6
+"""Sums and products of numbers below this fit float32."""
+_PRODUCTS = {"cumprod", "prod"}
+
+
 def family_of(origin: Origin) -> str | None:
     """What kind of operation made the first non-finite value; None if it is one that is defined everywhere.
 
@@ -60,7 +65,9 @@ def is_outside(origin: Origin) -> bool:
     if family == SOFTMAX:
         return any(r.neginf for r in ranges)
     if family is None or family == REDUCTION:  # of what is finite and small, most operations make what is finite
-        return origin.output.nan > 0 and not any(r.nonfinite for r in ranges)
+        is_wide = origin.dtype != "float16" and origin.op not in _PRODUCTS
+        is_small = bool(ranges) and all(size_of(r) < _SMALL for r in ranges)
+        return (origin.output.nan > 0 or (is_wide and is_small)) and not any(r.nonfinite for r in ranges)
     if origin.phase == "backward":
         return True
     if family == DIVISION:
@@ -75,7 +82,16 @@ def is_too_large(origin: Origin) -> bool:
         origin: The origin.
     """
     largest = math.sqrt(_LARGEST.get(origin.dtype or "", _LARGEST["float32"]))
-    return any(abs(v) >= largest for r in origin.inputs for v in (r.min, r.max) if math.isfinite(v))
+    return any(size_of(r) >= largest for r in origin.inputs)
+
+
+def size_of(values: Range) -> float:
+    """The largest finite value without its sign; 0 if there is none.
+
+    Args:
+        values: A range.
+    """
+    return max((abs(v) for v in (values.min, values.max) if math.isfinite(v)), default=0.0)
 
 
 def is_over_nothing(origin: Origin) -> bool:

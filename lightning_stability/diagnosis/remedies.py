@@ -52,12 +52,12 @@ def _left_out(cause: Cause, case: Case) -> str:
 
 
 def _scale(cause: Cause, case: Case) -> str:
-    factor = cause.facts["factor"]
-    if cause.module:
-        option = _option(cause.module, factor, case.signs.hyperparameters)
+    factor, module = cause.facts["factor"], cause.facts["by"]
+    if module:
+        option = _option(module, factor, case.signs.hyperparameters)
         if option is not None:
             return option
-        return f"model.{cause.module} = torch.nn.Identity()  # it multiplies by {factor:,.4g}"
+        return f"model.{module} = torch.nn.Identity()  # it multiplies by {factor:,.4g}"
     entry = cause.tensor or "batch"
     return f"{entry} = {entry} / {factor:.4g}  # to unit deviation, before training_step"
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stability.diagnosis.entries import batch_size, scales
-from lightning_stability.diagnosis.operations import is_outside, is_over_nothing
+from lightning_stability.diagnosis.operations import is_outside, is_over_nothing, size_of
 from lightning_stability.diagnosis.origin import Origin, short_name
 from lightning_stability.diagnosis.replay import Outcome
 from lightning_stability.diagnosis.step import RecordedStep
-from lightning_stability.diagnosis.trace import Operation, Range, Trace
+from lightning_stability.diagnosis.trace import Operation, Trace
 from lightning_stability.internals import compiles_its_call, within_compiled
 
 _SCALES = {"mul", "div", "true_divide", "mul_", "div_"}
@@ -63,6 +63,7 @@ class Signs:
         amplifiers: Operations without parameters that made numbers much larger, in order.
         sample_scales: For each entry of the bad batch, how large each sample is.
         gains: For each parameter, by how much it makes what it is applied to larger.
+        sizes: For each parameter, its L2 norm.
         growth: By which factor the loss or the gradient norm grew over the steps before; 1 if it did not.
         growing: Which of them, or which group of parameters.
         moved: For each parameter, how far updates can have moved it since training began, over how large it is now;
@@ -86,6 +87,7 @@ class Signs:
     amplifiers: list[Amplifier] = field(default_factory=list)
     sample_scales: dict[str, list[float]] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
     growth: float = 1.0
     growing: str | None = None
     moved: dict[str, float] = field(default_factory=dict)
@@ -138,6 +140,7 @@ def read_signs(
         over_nothing=origin is not None and is_over_nothing(origin),
         amplifiers=amplifiers(trace, set(parameters)),
         sample_scales=scales(batch),
+        sizes={name: float(tensor.detach().double().norm()) for name, tensor in parameters.items()},
         gains={name: gain(tensor, name in _embeddings(step.module)) for name, tensor in parameters.items()},
         growth=growth,
         growing=growing,
@@ -182,15 +185,6 @@ def _factor(operation: Operation, parameters: set[str]) -> float | None:
     return size_of(operation.output) / largest if 0 < largest < math.inf else None
 
 
-def size_of(values: Range) -> float:
-    """The largest finite value without its sign; 0 if there is none.
-
-    Args:
-        values: A range.
-    """
-    return max((abs(v) for v in (values.min, values.max) if math.isfinite(v)), default=0.0)
-
-
 @torch.no_grad()
 def gain(parameter: Tensor, is_embedding: bool = False) -> float:
     """By how much a parameter makes what it is applied to larger: the norm of a matrix, the size of a vector.
@@ -205,16 +199,17 @@ def gain(parameter: Tensor, is_embedding: bool = False) -> float:
     """
     if not parameter.is_floating_point() or not parameter.numel() or hasattr(parameter, "to_local"):
         return 1.0
-    values = parameter.detach().float()
+    values = parameter.detach().double()
     if not bool(values.isfinite().all()):
         return math.inf
-    if values.dim() < 2 or is_embedding:
+    largest = float(values.abs().max())
+    if values.dim() < 2 or is_embedding or not largest:
         return float(values.pow(2).mean().sqrt())
-    matrix = values.reshape(len(values), -1)
+    matrix = values.reshape(len(values), -1) / largest
     vector = matrix.abs().sum(dim=0)
     for _ in range(8):
-        vector = matrix.T @ (matrix @ (vector / vector.norm().clamp(min=1e-30)))
-    return float(vector.norm().sqrt())
+        vector = matrix.T @ (matrix @ (vector / vector.norm()))
+    return largest * float(vector.norm().sqrt())
 
 
 def growth_of(history: list[dict[str, Any]]) -> tuple[float, str | None]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_stability.diagnosis.causes import Case, Cause
+from lightning_stability.diagnosis.operations import size_of
 from lightning_stability.diagnosis.origin import Origin
-from lightning_stability.diagnosis.signs import size_of
 from lightning_stability.diagnosis.trials import Trial
 
 _FORMAT_ALONE = "the numbers are as they were: another format hides the cause"
@@ -131,8 +131,9 @@ def _extreme_sample(cause: Cause, case: Case) -> str:
 
 def _input_scale(cause: Cause, case: Case) -> str:
     factor = f"{cause.facts['factor']:,.5g}"
-    if cause.module is not None:
-        module = f"`{cause.module}`" if cause.module else "the training step"
+    module = cause.facts["by"]
+    if module is not None:
+        module = f"`{module}`" if module else "the training step"
         return f"{module} makes its input {factor} times larger; with that undone the step is finite"
     return f"`{cause.tensor}` has a deviation of about {factor} in all samples; at unit deviation the step is finite"
 
