@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_stability.callbacks.base import warn_always
+from lightning_stability.callbacks.loggers import notify_loggers
 from lightning_stability.diagnosis.errors import DiagnosisError
 from lightning_stability.diagnosis.incident import write_incident
 from lightning_stability.diagnosis.investigation import investigate
@@ -77,6 +78,7 @@ class IncidentWriter:
         path, left_out = self._save(bad, step, records, details)
         report, sentence = diagnosed or self._diagnose(step, about)
         write_report(path, report)
+        cause = cause_in_a_line(report)
         self.events.write(
             "incident_recorded",
             record.step,
@@ -86,11 +88,15 @@ class IncidentWriter:
             path=str(path),
             reproduced=report["reproduced"],
             origin=sentence,
-            cause=cause_in_a_line(report),
+            cause=cause,
             left_out=left_out,
         )
+        title = f"Incident at step {record.step}"
+        text = f"{cause or sentence or 'its cause was not found'}. The report is in {path}."
+        notify_loggers(trainer, title, text, "lightning_stability/incident", record.logger_step)
         kept = "".join(f" {name} was not kept: {why}." for name, why in left_out.items())
         found = f" {sentence[0].upper()}{sentence[1:]}." if sentence else ""
+        found += f" Cause: {cause}." if cause else ""
         warn_always(
             f"IncidentReport: the step at {_place(record)} was recorded in {path}.{found}{kept} Run it again:"
             f" lightning-stability diagnose {path}",
