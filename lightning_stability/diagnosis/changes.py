@@ -6,11 +6,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 
 from lightning_stability.diagnosis.entries import replaced_columns, replaced_samples, with_entries
@@ -18,6 +20,7 @@ from lightning_stability.diagnosis.mending import Mend, mended
 from lightning_stability.diagnosis.replay import Replay, make_precision
 from lightning_stability.diagnosis.step import RecordedStep
 from lightning_stability.diagnosis.trials import Around, Change
+from lightning_stability.internals import compiles_its_call
 from lightning_stability.recovery.random_state import RandomState
 
 FORMATS = {"32-true": "float32", "64-true": "float64", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
@@ -30,7 +33,21 @@ def again() -> Change:
 
 def compiled() -> Change:
     """Compiled code is not run eagerly."""
-    return Change("compiled", "the compiled code compiled, as in the run", compiled=True)
+
+    @contextlib.contextmanager
+    def around(replay: Replay) -> Iterator[None]:
+        for path, module in replay.step.module.named_modules():
+            if compiles_its_call(module):  # which a copy does not
+                copied = replay.module.get_submodule(path)
+                copied.forward = partial(_with_weights_of, copied, module)
+        yield
+
+    return Change("compiled", "the compiled code compiled, as in the run", around=around, compiled=True)
+
+
+def _with_weights_of(weights: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    tensors = dict(weights.named_parameters()) | dict(weights.named_buffers())
+    return functional_call(module, tensors, args, kwargs)
 
 
 def in_precision(precision: str) -> Change:

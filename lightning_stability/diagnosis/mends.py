@@ -53,9 +53,11 @@ def mends_of(origin: Origin) -> list[Mend]:
         return []
     found: dict[Mend, None] = {}
     for node, make in _places(family, nodes, imported):
-        start, end = span(source, node)
+        own = span(source, node)
+        start, end = _with_brackets(source, *own)
         text = source[start:end].decode()
-        for new in make(_grouped(node, text), origin):
+        is_grouped = (start, end) != own or isinstance(node, (ast.Name, ast.Attribute, ast.Call, ast.Subscript))
+        for new in make(text if is_grouped else f"({text})", origin):
             found[Mend(origin.file, origin.line, start, end, new)] = None
     return list(found)[:_MOST]
 
@@ -104,13 +106,13 @@ def _operand(call: ast.Call, imported: set[str]) -> ast.expr:
     return call.args[0] if call.args else call
 
 
-def _grouped(node: ast.expr, text: str) -> str:
-    simple = isinstance(node, (ast.Name, ast.Attribute, ast.Call, ast.Subscript))
-    return text if simple or _is_in_brackets(text) else f"({text})"
-
-
-def _is_in_brackets(text: str) -> bool:
-    return text.startswith("(") and text.endswith(")") and text.count("(") == 1
+def _with_brackets(source: bytes, start: int, end: int) -> tuple[int, int]:
+    """A piece with the brackets around it that are its own, and no call's."""
+    if source[start - 1 : start] + source[end : end + 1] != b"()":
+        return start, end
+    before = source[: start - 1][-1:].decode(errors="ignore")
+    is_call = before.isalnum() or before in ("_", ")", "]")
+    return (start, end) if is_call else (start - 1, end + 1)
 
 
 def _least(origin: Origin, usual: str) -> str:

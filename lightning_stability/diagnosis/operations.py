@@ -25,6 +25,8 @@ _FAMILIES = {
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.4e38, "float32": 3.4e38, "float64": 1.8e308}
 
 
+_WRITES = {"full", "full_like", "fill", "new_full", "masked_fill", "scalar_tensor", "lift_fresh", "constant_pad_nd"}
+"""Operations that place a given number: one that is not finite was asked for."""
 _SMALL = 1e6
 """Sums and products of numbers below this fit float32."""
 _PRODUCTS = {"cumprod", "prod"}
@@ -60,18 +62,20 @@ def is_outside(origin: Origin) -> bool:
     family, ranges = family_of(origin), origin.inputs
     if origin.discarded:
         return True
+    if not ranges or origin.op in _WRITES:
+        return False
     if family == EXPONENTIAL or (is_too_large(origin) and family not in (LOGARITHM, ACOS, DIVISION)):
         return False
     if family == SOFTMAX:
         return any(r.neginf for r in ranges)
     if family is None or family == REDUCTION:  # of what is finite and small, most operations make what is finite
         is_wide = origin.dtype != "float16" and origin.op not in _PRODUCTS
-        is_small = bool(ranges) and all(size_of(r) < _SMALL for r in ranges)
+        is_small = all(size_of(r) < _SMALL for r in ranges)
         return (origin.output.nan > 0 or (is_wide and is_small)) and not any(r.nonfinite for r in ranges)
     if origin.phase == "backward":
         return True
     if family == DIVISION:
-        return bool(ranges) and _reaches_zero(ranges[-1])
+        return _reaches_zero(ranges[-1])
     return True
 
 
