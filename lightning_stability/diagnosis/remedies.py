@@ -122,9 +122,12 @@ def _is_odd(name: str, code: str) -> bool:
 
 
 def _eager(cause: Cause, case: Case) -> str:
-    return (
-        f"torch.compiler.disable(model.{cause.module})" if cause.module else 'torch.compiler.set_stance("force_eager")'
-    )
+    path = cause.module
+    if not path:
+        return 'torch.compiler.set_stance("force_eager")'
+    if path in case.signs.wrapped:
+        return f"model.{path} = model.{path}._orig_mod"
+    return f"model.{path}.forward = torch.compiler.disable(model.{path}.forward)"
 
 
 _REMEDIES: dict[str, Callable[[Cause, Case], str]] = {

@@ -69,6 +69,7 @@ class Signs:
         moved: For each parameter, how far updates can have moved it since training began, over how large it is now;
             None where that is not known.
         compiled: Paths of compiled modules.
+        wrapped: Those of them that `torch.compile(module)` made.
         hyperparameters: The module's.
         dataset_indices: Of the bad batch's samples, where known.
         device: Such as `"cuda"`.
@@ -92,6 +93,7 @@ class Signs:
     growing: str | None = None
     moved: dict[str, float] = field(default_factory=dict)
     compiled: list[str] = field(default_factory=list)
+    wrapped: list[str] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     dataset_indices: list[int] | None = None
     device: str = "cpu"
@@ -148,6 +150,7 @@ def read_signs(
         compiled=[
             path for path, m in step.module.named_modules() if within_compiled(m) is not None or compiles_its_call(m)
         ],
+        wrapped=[path for path, m in step.module.named_modules() if within_compiled(m) is not None],
         hyperparameters=dict(getattr(step.module, "hparams", {})),
         dataset_indices=known,
         device=str(step.environment.get("device", next((p.device.type for p in step.module.parameters()), "cpu"))),
