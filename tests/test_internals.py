@@ -443,3 +443,19 @@ def test_the_values_of_sparse_and_nested_tensors_share_their_memory():
     assert internals.storage_key(sparse) == internals.storage_key(sparse.detach())
     nested = torch.nested.nested_tensor([torch.ones(1, 2), torch.ones(2, 2)], layout=torch.jagged)
     assert internals.strided_values(nested).shape == (3, 2)
+
+
+def test_what_was_trained_before_an_optimizer_was_toggled(one):
+    module = runs.make_module(one)
+    frozen, trained = nn.Linear(1, 1).requires_grad_(False), nn.Linear(1, 1)
+    module.parts = nn.ModuleList([frozen, trained])
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in module.parts]
+    module.trainer = one.Trainer(logger=False, enable_checkpointing=False)
+    module.trainer.strategy.optimizers = optimizers
+    assert internals.trained_before_toggle(module) == {}
+    module.toggle_optimizer(optimizers[0])
+    assert not trained.weight.requires_grad
+    parameters = module.parts.parameters()
+    assert internals.trained_before_toggle(module) == {id(p): p in set(trained.parameters()) for p in parameters}
+    module.untoggle_optimizer(optimizers[0])
+    assert internals.trained_before_toggle(module) == {}

@@ -292,6 +292,9 @@ def _cause(case: Case, kind: str, confidence: float, **given: Any) -> Cause:
     at |= given
     known = signs.dataset_indices
     indices = [known[i] for i in at["samples"] if i < len(known)] if known and at["samples"] else None
+    names = signs.descriptions
+    if names and at["samples"]:
+        facts = facts | {"described": [names[i] for i in at["samples"] if i < len(names)]}
     return Cause(kind, confidence=confidence, dataset_indices=indices, facts=facts, **at)
 
 

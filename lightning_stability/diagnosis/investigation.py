@@ -63,6 +63,7 @@ def investigate(
     budget_seconds: float = math.inf,
     *,
     dataset_indices: list[list[int] | None] | None = None,
+    descriptions: list[list[str]] | None = None,
     earlier: Weights | None = None,
     may_differ: bool = False,
     progress: Callable[[str], object] = lambda message: None,
@@ -76,6 +77,7 @@ def investigate(
         history: Rows of the steps before, as history.jsonl has them.
         budget_seconds: For everything; trials that would not end within it are left out.
         dataset_indices: Of the samples of each batch of the window, where known.
+        descriptions: Of the same samples, where known.
         earlier: Weights of checkpoints from before the step, the newest first.
         may_differ: Whether a replay may be another step than the recorded one, as on another machine.
         progress: Told what is tried next.
@@ -85,7 +87,7 @@ def investigate(
     """
     end = time.monotonic() + budget_seconds
     origin, outcome, trace = look_at(step, budget_seconds)
-    signs = read_signs(step, origin, outcome, trace, history or [], dataset_indices)
+    signs = read_signs(step, origin, outcome, trace, history or [], dataset_indices, descriptions)
     del trace
     laboratory = Laboratory(step, end - time.monotonic(), progress)
     complete = run_trials(Bench(laboratory, step, origin, signs, earlier or []))

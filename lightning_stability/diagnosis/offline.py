@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_stability.diagnosis.earlier import earlier_weights
 from lightning_stability.diagnosis.environment import capture_environment, differences, settings_of
-from lightning_stability.diagnosis.errors import DiagnosisError
+from lightning_stability.diagnosis.errors import DiagnosisError, memory_for
 from lightning_stability.diagnosis.incident import Incident, read_incident, to_step
 from lightning_stability.diagnosis.investigation import investigate
 from lightning_stability.diagnosis.rebuild import from_factory, make_optimizers, rebuild
@@ -57,10 +57,11 @@ def diagnose(
         lightning_stability.diagnosis.errors.DiagnosisError: no_such_folder is no incident folder: ...
     """
     progress("reading the incident")
-    incident = read_incident(incident_dir)
+    with memory_for(f"read the incident {incident_dir}"):
+        incident = read_incident(incident_dir)
     progress("making the module")
     recorded = incident.about["environment"]
-    with settings_of(recorded):
+    with settings_of(recorded), memory_for(f"run the step of {incident_dir} again, which is as it was"):
         step, notes = _rebuild(incident, module)
         report = _diagnose(step, notes, progress, incident, budget_seconds)
     try:
@@ -101,6 +102,7 @@ def _diagnose(
             incident.history,
             budget_seconds,
             dataset_indices=incident.about["details"].get("dataset_indices"),
+            descriptions=incident.about["details"].get("descriptions"),
             earlier=earlier_weights(incident),
             may_differ=bool(elsewhere) or not _are_alike(outcomes),
             progress=progress,

@@ -14,6 +14,7 @@ from lightning_stability.diagnosis.step import REJECTED
 
 SCHEMA = 1
 _SHOWN_SAMPLES = 8
+_NAMES = {"validation": "output of `validation_step`"}
 _LARGE = 1e3
 _MOST_LINES = 19
 _WHERE = {
@@ -160,7 +161,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def _reproduced(report: dict[str, Any]) -> str:
-    failed = report["failed"]
+    failed = _NAMES.get(report["failed"], report["failed"])
     if failed == REJECTED:
         then = {True: "is not finite", False: "is finite", None: "could not be run"}[report["reproduced"]]
         return f"InputCheck rejected a batch of the step, so its update was discarded. Run again, the step {then}."

@@ -72,6 +72,7 @@ class Signs:
         wrapped: Those of them that `torch.compile(module)` made.
         hyperparameters: The module's.
         dataset_indices: Of the bad batch's samples, where known.
+        descriptions: Of the same samples, such as a file's name, where known.
         device: Such as `"cuda"`.
         rank: Of the process that recorded it.
     """
@@ -96,6 +97,7 @@ class Signs:
     wrapped: list[str] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     dataset_indices: list[int] | None = None
+    descriptions: list[str] | None = None
     device: str = "cpu"
     rank: int = 0
 
@@ -112,6 +114,7 @@ def read_signs(
     trace: Trace,
     history: list[dict[str, Any]],
     dataset_indices: list[list[int] | None] | None = None,
+    descriptions: list[list[str]] | None = None,
 ) -> Signs:
     """What the replay's numbers say.
 
@@ -122,6 +125,7 @@ def read_signs(
         trace: Its operations.
         history: Rows of the steps before, as history.jsonl has them.
         dataset_indices: Of the samples of each batch of the window.
+        descriptions: Of the same samples.
     """
     failure = outcome.failure
     number = failure.batch if failure else 0
@@ -153,6 +157,7 @@ def read_signs(
         wrapped=[path for path, m in step.module.named_modules() if within_compiled(m) is not None],
         hyperparameters=dict(getattr(step.module, "hparams", {})),
         dataset_indices=known,
+        descriptions=descriptions[number] if descriptions and number < len(descriptions) else None,
         device=str(step.environment.get("device", next((p.device.type for p in step.module.parameters()), "cpu"))),
         rank=int(step.trainer.get("global_rank", 0)),
     )

@@ -105,6 +105,13 @@ def _where(cause: Cause) -> str:
     return f" in `{cause.module}`{place}" if cause.module else place
 
 
+def _described(cause: Cause) -> str:
+    """What the data module says of the samples."""
+    known = cause.facts.get("described", [])
+    more = f"; and {len(known) - 3} more" if len(known) > 3 else ""
+    return f" ({'; '.join(known[:3])}{more})" if known else ""
+
+
 def _for_samples(cause: Cause) -> str:
     return f", for {listed_samples(cause.samples)}" if cause.samples else ""
 
@@ -116,7 +123,7 @@ def _reach(origin: Origin | None) -> str:
 
 
 def _nonfinite_input(cause: Cause, case: Case) -> str:
-    samples = f" in {listed_samples(cause.samples)}" if cause.samples else ""
+    samples = f" in {listed_samples(cause.samples)}{_described(cause)}" if cause.samples else ""
     return f"`{cause.tensor}` held NaN or infinity{samples} when the data loader gave it"
 
 
@@ -124,7 +131,7 @@ def _extreme_sample(cause: Cause, case: Case) -> str:
     few = len(cause.samples) == 1
     size = f"{cause.facts['ratio']:,.4g} times as large as the others"
     return (
-        f"{listed_samples(cause.samples)} of `{cause.tensor}` {'is' if few else 'are'} {size}; with others in"
+        f"{listed_samples(cause.samples)}{_described(cause)} of `{cause.tensor}` {'is' if few else 'are'} {size}; with others in"
         f" {'its' if few else 'their'} place the step is finite"
     )
 

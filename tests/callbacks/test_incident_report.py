@@ -287,19 +287,6 @@ def test_a_batch_that_cannot_be_saved_is_named(one, tmp_path):
     assert json.loads((folders(tmp_path)[0] / "report.json").read_text())["reproduced"] is True
 
 
-def test_manual_optimization_is_said_to_be_not_recorded(one, tmp_path):
-    def training_step(self: Any, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.net(batch[0]).pow(2).mean() * (torch.nan if batch_idx == 1 else 1.0))
-        optimizer.step()
-
-    module = runs.make_module(one, training_step=training_step)
-    module.automatic_optimization = False
-    with pytest.warns(UserWarning, match="was not recorded: the step's batches are not kept: manual optimization"):
-        runs.trainer(one, callbacks=[IncidentReport(tmp_path)]).fit(module, runs.data())
-
-
 def test_a_run_without_a_folder_is_warned_of(one):
     with pytest.warns(UserWarning, match="IncidentReport writes nothing"):
         train(one, {2: "nan_input"}, [IncidentReport()])
