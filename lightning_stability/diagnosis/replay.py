@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -81,8 +82,8 @@ class Replay:
         refuse(step.module)
         self.module, self.optimizers = _copy(step)
         self._batches = [copy.deepcopy(batch) for batch in step.batches]  # a training_step may change them in place
-        self._device = next(self.module.parameters(), torch.empty(0)).device
-        self.plugin = make_precision(step.precision, self._device.type)
+        self.device = next(self.module.parameters(), torch.empty(0)).device
+        self.plugin = make_precision(step.precision, self.device.type)
         self._nonfinite_buffers: set[str] = set()
         self._outcome = Outcome()
         self._trace: Watching | None = None
@@ -91,11 +92,12 @@ class Replay:
         self._loss: tuple[int, Tensor] | None = None
         self._has_stepped = False
 
-    def run(self, trace: Watching | None = None) -> Outcome:
+    def run(self, trace: Watching | None = None, compiled: bool = False) -> Outcome:
         """Run the step once; a replay is used once.
 
         Args:
             trace: Told of each batch.
+            compiled: Whether compiled code runs compiled; else it runs eagerly.
 
         Raises:
             DiagnosisError: If the module's code raises an error.
@@ -103,7 +105,7 @@ class Replay:
         self._trace = trace
         self._nonfinite_buffers = set(nonfinite_names(self.module.named_buffers()))
         again = memory_for("run the step again")
-        with _same_process_afterwards(), again, trace or contextlib.nullcontext(), torch.enable_grad():
+        with _same_process_afterwards(compiled), again, trace or contextlib.nullcontext(), torch.enable_grad():
             try:
                 self._run_window() if self.step.validation_loader is None else self._run_validation()
             except Failure as failure:
@@ -116,6 +118,14 @@ class Replay:
                     f"the step could not be run again: {type(error).__name__} in {where}: {error}"
                 ) from error
         return self._outcome
+
+    def change_batches(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put other tensors into the copies of the batches.
+
+        Args:
+            change: Returns what takes a tensor's place.
+        """
+        self._batches = [apply_to_collection(batch, Tensor, change) for batch in self._batches]
 
     def _run_window(self) -> None:
         step, module = self.step, cast(Any, self.module)
@@ -349,10 +359,10 @@ def _memo(module: nn.Module) -> dict[int, Any]:
 
 
 @contextlib.contextmanager
-def _same_process_afterwards() -> Iterator[None]:
-    """The random state is restored, warnings are not shown again, compiled code runs eagerly."""
+def _same_process_afterwards(compiled: bool) -> Iterator[None]:
+    """The random state is restored, warnings are not shown again, compiled code runs eagerly if it shall."""
     random_state = RandomState.capture()
-    eagerly = getattr(torch.compiler, "set_stance", None)
+    eagerly = None if compiled else getattr(torch.compiler, "set_stance", None)
     try:
         with warnings.catch_warnings(), eagerly("force_eager") if eagerly else contextlib.nullcontext():
             warnings.simplefilter("ignore")

@@ -340,8 +340,8 @@ def _recorded(run: Run) -> str:
     event = run.newest_recorded
     if event is None:
         return ""
-    origin = f": {event['origin']}" if event["origin"] else ""
-    return f"{run.recorded}; the newest, of step {event['step']:,}, in {event['path']}{origin}"
+    why = event.get("cause") or event["origin"]
+    return f"{run.recorded}; the newest, of step {event['step']:,}, in {event['path']}" + (f": {why}" if why else "")
 
 
 def _checkpoint(run: Run, now: float) -> str:
