@@ -156,6 +156,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
                 f" {type(trainer.strategy.checkpoint_io).__name__}, which write in their own way; leave async_save out."
             )
         self._saver = Saver(self.async_save)
+        SavePoints.of(trainer).prepare()
         if trainer.is_global_zero:
             writing.remove_parts(str(self.dirpath))
 
