@@ -189,15 +189,14 @@ class TrainingData:
             internals.set_sampler_epoch(loader, epoch)
         self._keep_order(state["order"])
         starts = [self._begin_at(loader, p, inside_epoch) for loader, p in zip(self.loaders, positions, strict=True)]
-        if not states and not any(starts) and not (inside_epoch and self._were_held):
+        skip = inside_epoch and self.skips_by_loading
+        if not states and not any(starts) and not (inside_epoch and self._were_held) and not skip:
             return
         self._load_states(states, positions)
         self._iterate_without_fetching(fetcher)
         if state["begun_again"] is not None:
             internals.set_consumed(self._trainer, state["begun_again"])
-        for iterator, start in zip(internals.iterators(fetcher.combined_loader), starts, strict=True):
-            if start is not None and start.how == "load":
-                left_out_by_loading(iterator, start.position["batches"])
+        self._leave_out_by_loading(starts, skip)
         if inside_epoch and self._prefetches:
             if state["fetch_random"] is not None:  # nobody had listened: the batch read ahead is lost, as in Lightning
                 RandomState.from_state_dict(state["fetch_random"]).restore()
@@ -205,6 +204,14 @@ class TrainingData:
             self._ahead["positions"] = positions
             self._ahead["random"] = state["fetch_random"]
             internals.fetch_ahead(fetcher)
+
+    def _leave_out_by_loading(self, starts: list[Start | None], skip: bool) -> None:
+        iterators, loaders = internals.iterators(internals.combined_loader(self._trainer)), self.loaders
+        for iterator, loader, start in zip(iterators, loaders, starts, strict=True):
+            if start is not None and start.how == "load":
+                left_out_by_loading(iterator, start.position["batches"])
+            elif start is None and skip and len(loaders) == 1 and not is_stateful(loader):
+                left_out_by_loading(iterator, internals.batches_of_epoch(self._trainer))
 
     def _load_states(self, states: list[Any], positions: list[Position | None]) -> None:
         """Load the states of loaders that have some, unless they had been given other batches than their own."""

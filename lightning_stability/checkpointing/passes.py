@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch.utils.data import BatchSampler, DataLoader
+import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from tqdm import tqdm
 
 from lightning_stability import internals
@@ -219,7 +220,7 @@ class _Followed:
         if orders.draws_as_it_likes(loader):
             rest = _left_out(_drawn_at_once(iterator, loader), batches - 1)
         elif type(sampler) is BatchSampler:
-            samples = _left_out(iter(sampler.sampler), (batches - 1) * sampler.batch_size)
+            samples = _samples_after(sampler.sampler, (batches - 1) * sampler.batch_size)
             rest = iter(BatchSampler(samples, sampler.batch_size, sampler.drop_last))
         else:
             rest = _left_out(internals.sampler_iterator(iterator), batches - 1)
@@ -239,6 +240,19 @@ def _drawn_at_once(iterator: Any, loader: Any) -> Iterator[Any]:
     """What a sampler gives in an epoch, asked for in one go: if it drew as training goes, it could not do so again."""
     given = internals.sampler_iterator(iterator)
     return itertools.chain(list(itertools.islice(given, len(internals.index_sampler(loader)))), given)
+
+
+def _samples_after(sampler: Any, count: int) -> Iterator[Any]:
+    """What a sampler gives after so many samples; of torch's own two, only these are made."""
+    if type(sampler) is SequentialSampler:
+        return iter(range(count, len(sampler)))
+    whole = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source)
+    if not whole:
+        return _left_out(iter(sampler), count)
+    generator = sampler.generator
+    if generator is None:
+        generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+    return iter(torch.randperm(len(sampler), generator=generator)[count:].tolist())
 
 
 def _left_out(given: Iterator[Any], count: int) -> Iterator[Any]:
