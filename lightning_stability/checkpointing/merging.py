@@ -36,9 +36,10 @@ def _result(logged: list[State | None], world_size: int, rank: int) -> State:
     known = [state for state in logged if state is not None]
     first = known[0]
     if not first["is_tensor"]:
-        return first
+        return {**first, "from_other_ranks": True}
     values = torch.stack([torch.as_tensor(state["value"]) for state in known])
-    merged = {**first, "update_count": sum(state["update_count"] for state in known)}
+    count = sum(state["update_count"] for state in known)
+    merged = {**first, "update_count": count, "from_other_ranks": True}
     reduce_fx = first["reduce_fx"]
     if reduce_fx == "mean":
         sizes = torch.stack([torch.as_tensor(state["cumulated_batch_size"]) for state in known])
