@@ -49,6 +49,16 @@ class Samples(Dataset):
         return self.x[index] + noise, index
 
 
+class Indexless(IterableDataset):
+    """Data that is read from its beginning, and has no state."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return (self.samples[index] for index in range(len(self.samples)))
+
+
 class Stream(IterableDataset):
     """The same without a length."""
 
@@ -206,7 +216,7 @@ def fit(
         namespace: The Trainer's.
         seed: Of all generators: a resumed run is given another one.
         data: "samples", "stream", "weighted" for a sampler with a global random order, "balanced" for that of the TUAB
-            data module, or what makes loaders or a data module.
+            data module, with "plain" before it for a loader without a state; or what makes loaders or a data module.
         workers: Processes that load.
         augment: Whether samples are made noisy by the global generators.
         batch_size: The loader's.
@@ -280,9 +290,13 @@ def loader(data: str, workers: int, augment: bool, batch_size: int = 4) -> Any:
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": workers}
     if kind == "stream":
         return made(Stream(augment), **options)
+    if kind == "unstateful":
+        return made(Indexless(Samples(32, augment)), **options)
     count = {"ranks": 56, "balanced": 56, "uneven": 71}.get(kind, 28)
-    if kind == "weighted":
-        options["sampler"] = torch.utils.data.WeightedRandomSampler([1.0] * 14 + [3.0] * 14, 28)
+    if kind.startswith("weighted"):
+        count = 56 if "ranks" in kind else 28
+        weights = [1.0] * (count // 2) + [3.0] * (count // 2)
+        options["sampler"] = torch.utils.data.WeightedRandomSampler(weights, count)
     elif kind == "balanced":
         options["sampler"] = BalancedSampler(BALANCED_LABELS)
     else:

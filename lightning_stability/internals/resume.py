@@ -92,11 +92,6 @@ def loader_states(trainer: Any) -> list[Any]:
     return states
 
 
-def load_loader_states(trainer: Any, states: list[Any]) -> None:
-    """Restore what `loader_states` returned; the loaders take effect when they are next iterated over."""
-    combined_loader(trainer)._load_state_dicts(states)
-
-
 def iterators(combined: Any) -> list[Any]:
     """The iterators of a combined loader's loaders; none before the first epoch."""
     mode = combined._iterator

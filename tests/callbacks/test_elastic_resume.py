@@ -31,17 +31,14 @@ def checkpoint(folder: Path) -> str:
     return str(path)
 
 
-slow = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     ("data", "ranks"),
     [
         ("plain uneven", (2, 1)),
-        pytest.param("plain uneven", (1, 2), marks=slow),
-        pytest.param("plain uneven", (2, 3, 1, 2), marks=slow),
-        pytest.param("uneven", (1, 2), marks=slow),
-        pytest.param("uneven", (2, 1, 3), marks=slow),
+        ("plain uneven", (1, 2)),
+        ("plain uneven", (2, 3, 1, 2)),
+        ("uneven", (1, 2)),
+        ("uneven", (2, 1, 3)),
     ],
 )
 def test_with_another_number_of_processes_every_sample_is_trained_and_counted_once(
