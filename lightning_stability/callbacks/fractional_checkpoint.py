@@ -37,8 +37,8 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
     counted over all epochs, after a validation that is due at that step. The end of fit is saved too.
 
     A checkpoint holds what an exact resume needs besides Lightning's own: the random state of Python, numpy and
-    torch, the position of the data (with a StatefulDataLoader of torchdata), the sums of `self.log`, the states of
-    torchmetrics and non-persistent buffers that training changes, of every rank. Before anything is written, weights,
+    torch, the position of the data, the sums of `self.log`, the states of torchmetrics and non-persistent buffers that
+    training changes, of every rank. Before anything is written, weights,
     buffers and optimizer state are checked; what became non-finite is not saved. Files are written beside, flushed,
     then moved into place.
 
@@ -49,6 +49,8 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
         every_n_epochs: The interval, above 0: 0.25 saves four times an epoch.
         steps_per_epoch: Optimizer steps of an epoch, for data whose length is not known.
         async_save: Whether to write in the background. Training then waits for a copy in host memory only.
+        skip_by_loading: Whether a run resumed inside an epoch of data without a position, such as an IterableDataset
+            without a state, loads once more what was trained, and leaves it out.
         dirpath: The folder; by default `checkpoints` in the logger's.
         filename: The files' name. `{epoch}` is the number of epochs trained, `000.25`; `{step}` and any logged metric
             can be used too.
@@ -94,6 +96,7 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
         auto_insert_metric_name: bool = True,
         enable_version_counter: bool = True,
         allow_nonfinite: str | Sequence[str] = (),
+        skip_by_loading: bool = False,
         **other_trigger: Any,
     ) -> None:
         refuse_other_triggers(other_trigger)
@@ -118,7 +121,7 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
         self.steps_per_epoch = steps_per_epoch
         if steps_per_epoch is not None:
             _above_zero("steps_per_epoch", steps_per_epoch)
-        self.async_save = async_save
+        self.async_save, self.skip_by_loading = async_save, skip_by_loading
         self.allow_nonfinite = [allow_nonfinite] if isinstance(allow_nonfinite, str) else list(allow_nonfinite)
         self._begin_fit()
 
@@ -157,6 +160,7 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
                 f" {type(trainer.strategy.checkpoint_io).__name__}, which write in their own way; leave async_save out."
             )
         self._saver = Saver(self.async_save)
+        SavePoints.of(trainer).prepare()
         if trainer.is_global_zero:
             writing.remove_parts(str(self.dirpath))
 
@@ -166,6 +170,7 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
             return
         points = SavePoints.of(trainer)
         points.listen(self)
+        points.data.skips_by_loading = self.skip_by_loading
         points.finite.allow(self.allow_nonfinite)
         if trainer.is_global_zero and points.starts > 1 and writing.is_local(str(self.dirpath)):
             earlier = [info.start for info in list_checkpoints(str(self.dirpath)) if info.run == points.run_id]
