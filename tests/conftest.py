@@ -68,7 +68,7 @@ def command() -> Iterator[Launcher]:
     launcher.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def processes() -> Iterator[fits.Fits]:
     """Runs fits, each in a process of its own that can be killed."""
     launcher = fits.Fits()
