@@ -245,8 +245,10 @@ def header(trainer: Any) -> dict[str, Any]:
         trainer: The Trainer, between two steps.
     """
     module, device = trainer.lightning_module, trainer.strategy.root_device
+    # the first rank's buffers are saved for all, whatever the others' batch norms hold at that moment
+    buffers = module.buffers() if trainer.is_global_zero else ()
     return {
-        "weights": f"{checksum_of_all([*module.parameters(), *module.buffers()]):016x}",
+        "weights": f"{checksum_of_all([*module.parameters(), *buffers]):016x}",
         "optimizer": f"{checksum_of_all(_optimizer_tensors(trainer)):016x}",
         "environment": {
             **capture_environment(device),

@@ -21,6 +21,7 @@ from lightning_stability.status.run import Run
 from tests import checkpoint_fit as fits
 from tests import runs
 from tests.callbacks.test_fractional_checkpoint import fit, result, saved
+from tests.callbacks.test_resume_after_stop import free_port
 
 pl = runs.load_namespace("pytorch_lightning")
 OPTIONS: dict[str, Any] = {"max_epochs": 2, "checkpoint": {"every_n_epochs": 0.5}, "validate": False}
@@ -85,6 +86,22 @@ def test_accumulation_norms_and_loss_scale_are_compared_too(tmp_path: Path) -> N
     event = resume(tmp_path, saved(tmp_path)[0], **options)
     assert event is not None
     assert event["event"] == "resume_verified"
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_on_what_was_compared_and_name_the_rank(tmp_path: Path, processes: fits.Fits) -> None:
+    options: dict[str, Any] = {"ranks": 2, "data": "ranks", "module": {"bad": None}, **OPTIONS}
+    assert processes.run(tmp_path, port=free_port(), **options) == 0
+    path = saved(tmp_path)[0]
+    assert processes.run(tmp_path, port=free_port(), ckpt_path=str(path), **options) == 0
+    assert [result(tmp_path, rank)["proved"] for rank in range(2)] == [(True, 3), (True, 3)]
+    rows = tmp_path / "checkpoints" / "steps.rank1.jsonl"
+    rows.write_text(rows.read_text().replace('"data": "', '"data": "0'))  # as if rank 1 had had other batches
+    assert processes.run(tmp_path, port=free_port(), ckpt_path=str(path), **options) == 0
+    assert [result(tmp_path, rank)["proved"][0] for rank in range(2)] == [False, False]
+    assert (
+        "other data: step 5 was trained on another batch than before, on rank 1" in (tmp_path / "log-0.txt").read_text()
+    )
 
 
 # Differences, each named as its kind
