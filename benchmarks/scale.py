@@ -221,6 +221,8 @@ def _backend() -> str:
 
 def _same_weights(ranks: Ranks) -> bool:
     total = torch.stack([p.detach().double().sum() for p in ranks.module.parameters()]).sum().reshape(1)
+    if _backend() == "nccl":  # the Trainer has moved the module back
+        total = total.cuda()
     sums = [torch.empty_like(total) for _ in range(ranks.size)]
     torch.distributed.all_gather(sums, total)
     return all(bool(other == sums[0]) for other in sums)

@@ -123,7 +123,7 @@ def test_all_ranks_leave_fp16_at_the_step_that_overflows_on_one(faults: Faults) 
 def test_all_ranks_stop_at_the_step_that_is_bad_on_one(faults: Faults) -> None:
     ranks = faults.of("stop")
     assert_alike(ranks)
-    assert ranks[0]["step"] == BAD + 1
+    assert ranks[0]["step"] in (BAD + 1, BAD + 2)  # on a GPU the host hears of it one step later; that one is held back
     assert f"global step {BAD}, rank {faults.ranks - 1}" in ranks[0]["said"][0]
     assert all(rank["said"] == [] for rank in ranks[1:])
 

@@ -49,8 +49,7 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
         every_n_epochs: The interval, above 0: 0.25 saves four times an epoch.
         steps_per_epoch: Optimizer steps of an epoch, for data whose length is not known.
         async_save: Whether to write in the background. Training then waits for a copy in host memory only.
-        skip_by_loading: Whether a run resumed inside an epoch of data without a position, such as an IterableDataset
-            without a state, loads once more what was trained, and leaves it out.
+        skip_by_loading: Whether a resume loads again, and leaves out, what was trained of data without a position.
         dirpath: The folder; by default `checkpoints` in the logger's.
         filename: The files' name. `{epoch}` is the number of epochs trained, `000.25`; `{step}` and any logged metric
             can be used too.

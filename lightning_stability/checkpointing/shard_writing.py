@@ -58,9 +58,8 @@ class ShardWriter:
 
     def close(self) -> None:
         """Give the memory back."""
+        self._stager = None
         with contextlib.suppress(Exception):  # other ranks may be gone
-            if self._stager is not None:
-                self._stager.close()
             if self._group is not None:
                 torch.distributed.destroy_process_group(self._group)
 
@@ -104,15 +103,10 @@ def _finish(part: Path, path: Path, rest: Any) -> None:
 
 def _make_stager(device: torch.device) -> Any:
     """What copies each rank's part to host memory, and keeps that memory for the next copy."""
-    from torch.distributed.checkpoint import staging
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-    on_gpu = device.type == "cuda"
-    if not hasattr(staging, "StagingOptions"):  # before torch 2.9
-        return staging.BlockingAsyncStager(cache_staged_state_dict=on_gpu)
-    options = staging.StagingOptions(
-        use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
-    )
-    return staging.DefaultStager(options)
+    # (torch's DefaultStager cannot copy sharded tensors in torch 2.11: KeyError)
+    return BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")  # kept memory is pinned
 
 
 def _nothing() -> None:

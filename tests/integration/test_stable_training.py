@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_stability.checkpointing.writing import is_part
 from lightning_stability.events import read_events
@@ -61,10 +62,8 @@ def final_state(root: Path) -> dict[str, Any]:
 
 def last_logged(folder: Path, *tags: str) -> dict[str, tuple[int, float]]:
     """The newest value of each tag in a run's TensorBoard files, and its step."""
-    run = Run(folder)
-    run.update()
-    run.close()
-    return {tag: run.series[tag][-1][:2] for tag in tags}
+    files = EventAccumulator(str(folder)).Reload()
+    return {tag: ((last := files.Scalars(tag)[-1]).step, last.value) for tag in tags}
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
