@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import grad_norm  # noqa: E402
 from common import quiet, save, spread  # noqa: E402
+from common.rivals import spike_detection  # noqa: E402
 
 from lightning_stability import GradNormMonitor, InputCheck, NaNEarlyStop  # noqa: E402
 from lightning_stability.health import input_scan  # noqa: E402
@@ -105,16 +106,10 @@ class StabilityGuard(pl.Callback):
         self.guarded._hook_manager.detach()
 
 
-def spike_detection() -> pl.Callback:
-    from pytorch_lightning.callbacks.spike import SpikeDetection
-
-    return SpikeDetection(rtol=1e9, exclude_batches_path=str(Path(tempfile.mkdtemp()) / "skip.json"))
-
-
 WAYS: dict[str, Callable[[], list[pl.Callback]]] = {
     "EarlyStopping(check_finite=True)": lambda: [EarlyStopping("loss", check_on_train_epoch_end=True, patience=10**9)],
     ".isnan() each step": lambda: [EachStep()],
-    "SpikeDetection": lambda: [spike_detection()],
+    "SpikeDetection": lambda: [spike_detection(rtol=1e9)],
     "GradNormMonitor": lambda: [GradNormMonitor(every_n_steps=50)],
     "NaNEarlyStop": lambda: [NaNEarlyStop()],
     "InputCheck": lambda: [InputCheck()],

@@ -98,6 +98,25 @@ class SessionMember:
         """Why this Trainer is refused; None if it is not."""
         return None
 
+    # Options.
+
+    def _require_number(self, least: float, whole: bool = True, **options: Any) -> None:
+        """Refuse options that are no finite numbers of at least `least`."""
+        for name, value in options.items():
+            is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not (is_number and least <= value < math.inf):
+                kind = "whole" if whole else "finite"
+                raise MisconfigurationException(
+                    f"{type(self).__name__}({name}={value!r}): expected a {kind} number of at least {least:g}."
+                )
+
+    def _require_one_of(self, *choices: str, **options: Any) -> None:
+        """Refuse options that are none of the choices."""
+        for name, value in options.items():
+            if value not in choices:
+                expected = " or ".join(f'"{choice}"' for choice in choices)
+                raise MisconfigurationException(f"{type(self).__name__}({name}={value!r}): expected {expected}.")
+
     # What the session asks (`runtime.Policy`).
 
     def on_record(self, record: StepRecord) -> None:

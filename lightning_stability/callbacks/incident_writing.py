@@ -14,17 +14,21 @@ from typing import Any
 import torch
 
 from lightning_stability.callbacks.base import warn_always
+from lightning_stability.callbacks.loggers import notify_loggers
 from lightning_stability.callbacks.validation_watch import ValidationBatch
+from lightning_stability.diagnosis.entries import batch_size
 from lightning_stability.diagnosis.errors import DiagnosisError
+from lightning_stability.diagnosis.html import write_page
 from lightning_stability.diagnosis.incident import write_incident
+from lightning_stability.diagnosis.investigation import investigate
+from lightning_stability.diagnosis.layers import measure_layers
 from lightning_stability.diagnosis.plain import NotPlainError, to_plain
-from lightning_stability.diagnosis.report import make_report, one_sentence, write_report
-from lightning_stability.diagnosis.search import find_origin
+from lightning_stability.diagnosis.report import cause_in_a_line, make_report, one_sentence, write_report
 from lightning_stability.diagnosis.step import REJECTED, RecordedStep, capture_state
 from lightning_stability.events import EventLog
 from lightning_stability.health import StepRecord
 from lightning_stability.health.record import ParameterGroups
-from lightning_stability.internals import trained_before_toggle
+from lightning_stability.internals import logger_step, trained_before_toggle
 from lightning_stability.runtime import BadStep, ManualWindow, Outcome
 
 _TRAINER = (
@@ -78,7 +82,8 @@ class IncidentWriter:
             step = _validation_step(trainer, bad)
             details = {"step": global_step, "epoch": epoch, "batch_idx": bad.batch_idx}
             path, left_out = self._save(trainer, global_step, step, records, details)
-            self._tell(what, path, left_out, step, self._diagnose(step), details)
+            diagnosed = self._diagnose(step, {"history": [history_row(record) for record in records]})
+            self._tell(trainer, what, path, left_out, step, diagnosed, details)
 
     def _write(self, bad: BadStep, records: list[StepRecord], dataset_indices: list[list[int] | None]) -> None:
         trainer, record = bad.trainer, bad.record
@@ -87,17 +92,28 @@ class IncidentWriter:
             return
         step = to_recorded_step(bad)
         diagnosed: tuple[dict[str, Any], str | None] | None = None
+        samples = {"dataset_indices": dataset_indices, "descriptions": _descriptions(trainer, step)}
+        about = {"history": [history_row(r) for r in records], **samples}
         if several and not record.bad_loss_ranks and step.failed != REJECTED:
             # All ranks have the same non-finite gradients. The rank that they come from finds that in its own replay.
-            diagnosed = self._diagnose(step)
+            diagnosed = self._diagnose(step, about)
             if diagnosed[0]["reproduced"] is False:
                 return
-        details = _details(record) | {"dataset_indices": dataset_indices}
+        details = _details(record) | samples
         path, left_out = self._save(trainer, record.step, step, records, details)
-        self._tell(f"the step at {_place(record)}", path, left_out, step, diagnosed or self._diagnose(step), details)
+        self._tell(
+            trainer,
+            f"the step at {_place(record)}",
+            path,
+            left_out,
+            step,
+            diagnosed or self._diagnose(step, about),
+            details,
+        )
 
     def _tell(
         self,
+        trainer: Any,
         what: str,
         path: Path,
         left_out: dict[str, str],
@@ -106,7 +122,11 @@ class IncidentWriter:
         details: dict[str, Any],
     ) -> None:
         report, sentence = diagnosed
+        if self.budget_seconds:
+            report["layers"] = measure_layers(step)
         write_report(path, report)
+        write_page(path, report)
+        cause = cause_in_a_line(report)
         self.events.write(
             "incident_recorded",
             details["step"],
@@ -116,10 +136,15 @@ class IncidentWriter:
             path=str(path),
             reproduced=report["reproduced"],
             origin=sentence,
+            cause=cause,
             left_out=left_out,
         )
+        title = f"Incident at step {details['step']}"
+        text = f"{cause or sentence or 'its cause was not found'}. The report is in {path}."
+        notify_loggers(trainer, title, text, "lightning_stability/incident", logger_step(trainer))
         kept = "".join(f" {name} was not kept: {why}." for name, why in left_out.items())
         found = f" {sentence[0].upper()}{sentence[1:]}." if sentence else ""
+        found += f" Cause: {cause}." if cause else ""
         warn_always(
             f"IncidentReport: {what} was recorded in {path}.{found}{kept} Run it again:"
             f" lightning-stability diagnose {path}",
@@ -147,16 +172,28 @@ class IncidentWriter:
                     raise
         raise AssertionError("numbers do not end")
 
-    def _diagnose(self, step: RecordedStep) -> tuple[dict[str, Any], str | None]:
+    def _diagnose(self, step: RecordedStep, about: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         """The report, and the origin in a sentence."""
         if not self.budget_seconds:
             return make_report(None, None, step.failed, ["it was not run again in the run"]), None
         try:
-            origin = find_origin(step, self.budget_seconds)
+            found = investigate(step, budget_seconds=self.budget_seconds, may_differ=bool(step.notes), **about)
         except Exception as error:  # the run has to continue, whatever this fails with
             return make_report(None, None, step.failed, [_reason(error), *step.notes]), None
-        report = make_report(origin is not None, origin, step.failed, step.notes)
-        return report, None if origin is None else one_sentence(origin)
+        report = make_report(found.origin is not None, found.origin, step.failed, step.notes, **found.as_json())
+        return report, None if found.origin is None else one_sentence(found.origin)
+
+
+def _descriptions(trainer: Any, step: RecordedStep) -> list[list[str]] | None:
+    """What `describe_sample` of the data module or the module says of each sample; None without one that works."""
+    owners = (getattr(trainer, "datamodule", None), trainer.lightning_module)
+    describe = next((d for owner in owners if (d := getattr(owner, "describe_sample", None)) is not None), None)
+    if describe is None:
+        return None
+    try:
+        return [[str(describe(batch, sample)) for sample in range(batch_size(batch))] for batch in step.batches]
+    except Exception:  # whatever the user's method raises: the samples have their positions
+        return None
 
 
 @contextlib.contextmanager
@@ -180,15 +217,20 @@ def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
         return f"It came from rank {ranks[0]}."
     try:
         with bad.before():
-            origin = find_origin(to_recorded_step(bad), budget_seconds)
+            step = to_recorded_step(bad)
+            described = _descriptions(bad.trainer, step)
+            found = investigate(step, budget_seconds=budget_seconds, may_differ=several, descriptions=described)
     except Exception as error:  # the message is about the stop, whatever this fails with
         return f"Where it came from was not found: {_reason(error)}."
-    if origin is None and several:
+    if found.origin is None and several:
         return "Run again on this rank alone, the same step is finite: it came from another rank."
-    if origin is None:
+    if found.origin is None:
         return "Run again, the same step is finite: a transient fault, or something that is not recorded."
-    sentence = one_sentence(origin)
-    return f"{sentence[0].upper()}{sentence[1:]}."
+    sentence = one_sentence(found.origin)
+    first = found.causes[0]
+    remedy = first.remedy.splitlines()[0] if first.remedy else ""
+    cause = "" if first.cause == "unknown" else f"\n  cause: {first.cause}: {first.summary}."
+    return f"{sentence[0].upper()}{sentence[1:]}.{cause}" + (f"\n  remedy: {remedy}" if remedy and cause else "")
 
 
 def to_recorded_step(bad: BadStep) -> RecordedStep:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
-from lightning_stability._compat import MisconfigurationException, is_instance_by_name
+from lightning_stability._compat import is_instance_by_name
 from lightning_stability.callbacks.base import StabilityCallback, warn_always
 from lightning_stability.callbacks.incident import (
     Incident,
@@ -92,12 +92,8 @@ class NaNEarlyStop(StabilityCallback):
         monitor: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
-            raise MisconfigurationException(
-                f"NaNEarlyStop(patience={patience!r}): expected a whole number of at least 0."
-            )
-        if action not in ("stop", "raise"):
-            raise MisconfigurationException(f'NaNEarlyStop(action={action!r}): expected "stop" or "raise".')
+        self._require_number(0, patience=patience)
+        self._require_one_of("stop", "raise", action=action)
         self.patience = patience
         self.action = action
         self.monitor = [monitor] if isinstance(monitor, str) else list(monitor or ())

@@ -8,7 +8,7 @@ from typing import Any
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
-from lightning_stability._compat import MisconfigurationException, is_instance_by_name
+from lightning_stability._compat import is_instance_by_name
 from lightning_stability.callbacks.base import StabilityCallback
 from lightning_stability.callbacks.incident import listed
 from lightning_stability.callbacks.loggers import call_logger, notify_loggers
@@ -79,8 +79,7 @@ class PrecisionFallback(StabilityCallback):
 
     def __init__(self, to: Higher = "32-true") -> None:
         super().__init__()
-        if to not in ("32-true", "bf16-mixed"):
-            raise MisconfigurationException(f'PrecisionFallback(to={to!r}): expected "32-true" or "bf16-mixed".')
+        self._require_one_of("32-true", "bf16-mixed", to=to)
         self.to = to
         self._change: PrecisionChange | None = None
         self._clear()

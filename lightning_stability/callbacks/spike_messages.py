@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from lightning_stability._compat import MisconfigurationException
 from lightning_stability.callbacks.incident import listed
 from lightning_stability.checkpointing.stopping import resume_command
 from lightning_stability.health import StepRecord
-from lightning_stability.health.usual_range import UsualRange
+from lightning_stability.health.usual_range import UsualLoss, UsualRange
+from lightning_stability.recovery.odd_numbers import OddNumber
 from lightning_stability.runtime.counts import Counts
 
 
-def check_options(sigma: Any, window: Any, every_n_steps: Any, max_rewinds: Any, action: Any) -> None:
-    """Refuse what SpikeRecovery cannot work with.
-
-    Raises:
-        MisconfigurationException: If an option is out of range.
-    """
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 1.0 <= sigma < math.inf:
-        raise MisconfigurationException(
-            f"SpikeRecovery(sigma={sigma!r}): expected a finite number of at least 1; 8 is usual."
-        )
-    numbers = {"window": (window, 16), "max_rewinds": (max_rewinds, 1)}
-    if every_n_steps is not None:
-        numbers["every_n_steps"] = (every_n_steps, 1)
-    for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise MisconfigurationException(f"SpikeRecovery({name}={value!r}): expected a whole number >= {least}.")
-    if action not in ("rewind", "skip"):
-        raise MisconfigurationException(f'SpikeRecovery(action={action!r}): expected "rewind" or "skip".')
-
-
-def how_far_out(record: StepRecord, loss: UsualRange, norm: UsualRange) -> str:
+def how_far_out(record: StepRecord, loss: UsualLoss, norm: UsualRange) -> str:
     """Which of a step's numbers are beyond their limits."""
     parts = []
     if record.loss is not None and record.loss > loss.limit:
@@ -43,6 +22,12 @@ def how_far_out(record: StepRecord, loss: UsualRange, norm: UsualRange) -> str:
     if not parts:  # the limits have moved since
         parts.append(f"the gradient norm was {record.total_norm:.4g}, beyond the limit of that moment")
     return ", ".join(parts)
+
+
+def spike_message(record: StepRecord, loss: UsualLoss, norm: UsualRange) -> str:
+    """A step was skipped."""
+    where = f"epoch {record.epoch}, batch {record.batch_idx}, global step {record.step}"
+    return f"SpikeRecovery: an update was skipped: {how_far_out(record, loss, norm)} ({where})."
 
 
 def made_nonfinite(names: list[str], trainer: Any) -> str:
@@ -57,6 +42,31 @@ def made_nonfinite(names: list[str], trainer: Any) -> str:
     is_one = len(names) == 1
     made = f"an update made {'it' if is_one else 'them'} so, or code outside of the optimizer"
     return f"{listed(names)}{optimizer} {'is' if is_one else 'are'} not finite: {made}"
+
+
+def summary(spikes: int, restored_numbers: int, rewinds: int, left_out: int) -> str:
+    """What became of a run's spikes."""
+    restored = f"{restored_numbers} single numbers restored, " if restored_numbers else ""
+    return f"SpikeRecovery: {spikes} steps skipped, {restored}{rewinds} rewinds, {left_out} batches left out."
+
+
+def odd_numbers_message(restored: list[OddNumber], step: int, where: str) -> str:
+    """Single numbers were restored.
+
+    Args:
+        restored: They.
+        step: The global step of the snapshot that they come from.
+        where: Epoch, batch and step.
+    """
+    shown = "; ".join(
+        f"{odd.what} of {odd.parameter}{list(odd.index)} had become {odd.was:.4g} and is {odd.restored:.4g} again"
+        for odd in restored[:3]
+    )
+    more = f"; and {len(restored) - 3} more" if len(restored) > 3 else ""
+    return (
+        f"{shown}{more}. No update moves one number so far beyond all others of its tensor; a flipped bit"
+        f" in memory does. It and what the optimizer keeps of it are those of global step {step} ({where})."
+    )
 
 
 def end_message(

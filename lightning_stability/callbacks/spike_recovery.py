@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,19 +12,22 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from lightning_stability import internals
 from lightning_stability.callbacks.base import StabilityCallback, warn_always
 from lightning_stability.callbacks.incident import Incident
-from lightning_stability.callbacks.loggers import notify_loggers
 from lightning_stability.callbacks.spike_end import SpikeEnd, Trouble
-from lightning_stability.callbacks.spike_messages import check_options, how_far_out, made_nonfinite, memory_message
-from lightning_stability.callbacks.spike_state import COUNTS, RECENT_STEPS, SpikeFit, StepRange, callbacks_with_state
-from lightning_stability.checkpointing.snapshot import HostSnapshot
+from lightning_stability.callbacks.spike_messages import (
+    how_far_out,
+    made_nonfinite,
+    spike_message,
+    summary,
+)
+from lightning_stability.callbacks.spike_repair import announce_rewind, repair_numbers
+from lightning_stability.callbacks.spike_state import COUNTS, RECENT_STEPS, SpikeFit, StepRange
 from lightning_stability.health import StepRecord
-from lightning_stability.health.usual_range import UsualRange
-from lightning_stability.processes import free_host_memory
-from lightning_stability.recovery.snapshots import CONFIRMED_BY, RunState, Snapshot, Snapshots
+from lightning_stability.health.usual_range import UsualLoss, UsualRange
+from lightning_stability.recovery.snapshots import CONFIRMED_BY, Snapshot
 from lightning_stability.runtime import Order, Outcome
 
-STAYS_UP = 10
-"""The loss is out of its range in so many of `RECENT_STEPS` steps: skipping has not helped."""
+STAYS_UP, SKIPS_IN_A_ROW = 10, 6
+"""So many of `RECENT_STEPS` steps are out of their range, or so many in a row are skipped: skipping has not helped."""
 PATIENCE = 2
 """So many bad updates in a row are skipped; the next one makes the run go back."""
 
@@ -37,12 +39,15 @@ class SpikeRecovery(StabilityCallback):
     where the step is compared with them: nothing waits. The update of such a step is not applied, as if it were
     non-finite; `skipped_updates` and the events count it.
 
-    The run goes back when the loss is out of its range in 10 of 16 steps, when weights have become non-finite, or when
-    more than 2 updates in a row were non-finite (or `NaNEarlyStop(patience=...)`, if that is less). Weights, buffers,
-    optimizers, schedulers, loss scaler, metrics of the epoch and tensors of other callbacks become what they were at
-    the newest trusted snapshot: one that 10 healthy steps have followed. Data, `global_step`, loggers and random
-    numbers continue: the batches since are left out, and the event `rewound` names them. After `max_rewinds` times at
-    the same place the run is ended, with the weights of the snapshot.
+    After a spike the weights and the optimizer's state are compared with a snapshot. A single number that no update
+    can have made, as a flipped bit in memory leaves one, is restored, with the event `number_restored`.
+
+    The run goes back when 6 steps in a row spike, when the loss is out of its range in 10 of 16 steps, when weights
+    have become non-finite, or when more than 2 updates in a row were non-finite (or `NaNEarlyStop(patience=...)`, if
+    that is less). Weights, buffers, optimizers, schedulers, loss scaler, metrics of the epoch and tensors of other
+    callbacks become what they were at the newest trusted snapshot: one that 10 healthy steps have followed. Data,
+    `global_step`, loggers and random numbers continue: the batches since are left out, and the event `rewound` names
+    them. After `max_rewinds` times at the same place the run is ended, with the weights of the snapshot.
 
     Two snapshots are kept in host memory: each is the size of the weights and the optimizer's state.
 
@@ -77,7 +82,10 @@ class SpikeRecovery(StabilityCallback):
         action: Literal["rewind", "skip"] = "rewind",
     ) -> None:
         super().__init__()
-        check_options(sigma, window, every_n_steps, max_rewinds, action)
+        self._require_number(1, whole=False, sigma=sigma)
+        self._require_number(16, window=window)
+        self._require_number(1, max_rewinds=max_rewinds, every_n_steps=1 if every_n_steps is None else every_n_steps)
+        self._require_one_of("rewind", "skip", action=action)
         self.sigma = float(sigma)
         self.window = window
         self.every_n_steps = every_n_steps
@@ -88,6 +96,7 @@ class SpikeRecovery(StabilityCallback):
 
     def _clear(self) -> None:
         self.spikes = 0  # steps that were skipped
+        self.restored_numbers = 0  # that no update can have made
         self.rewinds = 0
         self.left_out = 0  # batches since the snapshots that were restored
         self._ranges: dict[int, StepRange] = {}
@@ -117,14 +126,9 @@ class SpikeRecovery(StabilityCallback):
             self._set_limits(index, self._range(index))
         fit.end = SpikeEnd(trainer)
         fit.resume.start(trainer)
-        if self.action == "rewind":
-            state = RunState(trainer, lambda: callbacks_with_state(trainer))
-            need, free = 2 * state.nbytes(), free_host_memory()
-            if trainer.strategy.reduce_boolean_decision(free is not None and need > free, all=False):
-                self._refuse_run(trainer, memory_message(need, free))
-                return
-            agree = partial(trainer.strategy.reduce_boolean_decision, all=True)
-            fit.snapshots = Snapshots(state, device, HostSnapshot, agree)
+        objection = fit.make_snapshots(trainer) if self.action == "rewind" else None
+        if objection is not None:
+            self._refuse_run(trainer, objection)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note which batch it is; have a snapshot taken after it if one is due."""
@@ -177,9 +181,7 @@ class SpikeRecovery(StabilityCallback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what became of the spikes."""
         if self.spikes or self.rewinds:
-            rank_zero_info(
-                f"SpikeRecovery: {self.spikes} steps skipped, {self.rewinds} rewinds, {self.left_out} batches left out."
-            )
+            rank_zero_info(summary(self.spikes, self.restored_numbers, self.rewinds, self.left_out))
 
     def on_session_end(self, exception: BaseException | None) -> None:
         """Let the loops end by themselves again."""
@@ -246,18 +248,22 @@ class SpikeRecovery(StabilityCallback):
             self._position += 1
             usual.learn(record, loss_is_up)
             self._set_limits(record.optimizer, usual)
-        # (the ranks count the same skips)
-        if max(usual.skips, 0 if several else usual.loss_up) < STAYS_UP:
-            return
-        is_up = usual.loss_up > STAYS_UP // 2
-        if several:
-            is_up = self.session.trainer.strategy.reduce_boolean_decision(is_up, all=False)
+        if usual.is_suspicious(record):
+            self.session.between_steps(self._repair, restores=False)
         # (a state that was healthy and makes no good step since it was restored: the data have changed)
         is_of_data = self._attempts > 0 and self._position == self._restored_at
-        if is_up and self.action == "rewind" and not is_of_data:
+        can_go_back = self.action == "rewind" and not is_of_data
+        # (the ranks count the same skips)
+        is_out = max(usual.skips, 0 if several else usual.loss_up) >= STAYS_UP
+        if not is_out and not (can_go_back and usual.skips_in_a_row >= SKIPS_IN_A_ROW):
+            return
+        is_up = 2 * usual.loss_up > usual.skips
+        if several:
+            is_up = self.session.trainer.strategy.reduce_boolean_decision(is_up, all=False)
+        if is_up and can_go_back:
             up = f"the loss was out of its range in {usual.loss_up} of the last {len(usual.recent)} steps"
             self._go_back("spike", f"{up}: {how_far_out(record, usual.loss, usual.norm)}", record)
-        else:  # it is no spike but another level
+        elif is_out:  # it is no spike but another level
             usual.forget()
             self._set_limits(record.optimizer, usual)
             warn_always(
@@ -266,13 +272,9 @@ class SpikeRecovery(StabilityCallback):
             )
 
     def _say_spike(self, record: StepRecord, usual: StepRange) -> None:
-        assert self.session is not None
         self.spikes += 1
         if not usual.skips:  # the first of several
-            where = f"epoch {record.epoch}, batch {record.batch_idx}, global step {record.step}"
-            warn_always(
-                f"SpikeRecovery: an update was skipped: {how_far_out(record, usual.loss, usual.norm)} ({where})."
-            )
+            warn_always(spike_message(record, usual.loss, usual.norm))
 
     def _on_bad_step(self, record: StepRecord) -> None:
         session = self.session
@@ -284,6 +286,8 @@ class SpikeRecovery(StabilityCallback):
         if session.trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
             lost = lost or ["a parameter or buffer of another rank"]
             self._go_back("weight", made_nonfinite(lost, session.trainer), record)
+        elif in_a_row == 1 <= session.dispatch.patience:
+            session.between_steps(self._repair, restores=False)
         elif in_a_row > session.dispatch.patience:
             incident = Incident.of(record, session.recent_batch(record), session.trainer.world_size > 1)
             self._go_back(incident.what, f"{in_a_row} updates in a row were skipped: {incident.why}", record)
@@ -312,7 +316,7 @@ class SpikeRecovery(StabilityCallback):
     def _range(self, optimizer: int) -> StepRange:
         if optimizer not in self._ranges:
             norm = UsualRange(self.sigma, self.window, of_logs=True)
-            self._ranges[optimizer] = StepRange(UsualRange(self.sigma, self.window), norm)
+            self._ranges[optimizer] = StepRange(UsualLoss(self.sigma, self.window), norm)
         return self._ranges[optimizer]
 
     def _set_limits(self, optimizer: int, usual: StepRange) -> None:
@@ -351,6 +355,13 @@ class SpikeRecovery(StabilityCallback):
             snapshot.wait()
             fit.measure(trainer, time.monotonic() - started, started)
 
+    def _repair(self) -> None:
+        """A bit may have flipped: restore what no update can have made."""
+        session, fit = self.session, self._fit
+        if session is None or fit is None or fit.snapshots is None or session.restores_next or self._ending:
+            return
+        self.restored_numbers += repair_numbers(session, fit.snapshots, fit.place(session.trainer))
+
     def _go_back(self, what: str, why: str, record: StepRecord | None = None) -> None:
         assert self.session is not None
         trouble = Trouble(what, why, () if record is None else record.learning_rates)
@@ -380,16 +391,7 @@ class SpikeRecovery(StabilityCallback):
         self.rewinds += 1
         batches = fit.batches_since(kept.batch)
         self.left_out += batches["batches"]
-        step, epoch = trainer.global_step, trainer.current_epoch
-        if trainer.is_global_zero:
-            details = {"from_step": step, "to_step": kept.step, "why": trouble.why, "left_out": batches}
-            session.events.write("rewound", step, epoch, attempt=self._attempts, **details)
-        text = (
-            f"rewound to the state of global step {kept.step}, {batches['batches']} batches are left out: {trouble.why}"
-            f" ({fit.place(trainer)}). {self._attempts} of at most {self.max_rewinds} rewinds at this place."
-        )
-        warn_always(f"SpikeRecovery: {text}")
-        notify_loggers(trainer, "Rewound", text, "lightning_stability/rewound", internals.logger_step(trainer))
+        announce_rewind(session, trouble, kept, batches, (self._attempts, self.max_rewinds), fit.place(trainer))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_fit": None}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,18 +15,23 @@ from lightning_stability import internals
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.callbacks.base import SessionMember
 from lightning_stability.callbacks.spike_end import ResumeAfterEnd, SpikeEnd
+from lightning_stability.callbacks.spike_messages import memory_message
 from lightning_stability.checkpointing.loaders import training_iterator
 from lightning_stability.checkpointing.sample_indices import SampleIndices
+from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.health import StepRecord
-from lightning_stability.health.usual_range import UsualRange
-from lightning_stability.recovery.snapshots import Snapshots
+from lightning_stability.health.usual_range import UsualLoss, UsualRange
+from lightning_stability.processes import free_host_memory
+from lightning_stability.recovery.snapshots import CONFIRMED_BY, RunState, Snapshots
 
 RECENT_STEPS = 16
 """Steps of which it counts how many were out of their range."""
+HIGH, HIGH_IN_A_ROW = 1 / 3, 3
+"""A loss is high that has gone so far from its level to its limit; so many in a row make the state suspicious."""
 RATE_JUMP = 1.5
 """A learning rate that grows by more from one update to the next begins another range."""
-FIRST_SNAPSHOT, MOST_STEPS, SHARE = 25, 2000, 0.01
-"""Steps before the first snapshot and at most between two of them; what share of the run they may cost."""
+FIRST_SNAPSHOT, FEWEST_STEPS, MOST_STEPS, SHARE = 25, CONFIRMED_BY, 2000, 0.01
+"""Steps before the first snapshot, at least and at most between two of them; what share of the run they may cost."""
 NAMED_SAMPLES = 10_000
 _NO_TRAINED_STATE = ("Checkpoint", "EarlyStopping", "ProgressBar", "Session")
 
@@ -33,10 +40,12 @@ _NO_TRAINED_STATE = ("Checkpoint", "EarlyStopping", "ProgressBar", "Session")
 class StepRange:
     """What is usual for one optimizer's steps."""
 
-    loss: UsualRange
+    loss: UsualLoss
     norm: UsualRange
     recent: deque[tuple[bool, bool]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     """Of the newest steps: whether the loss was out of its range, and whether the step was skipped."""
+    high: int = 0
+    """So many of the newest steps in a row had a loss that is high, though maybe within its range."""
     rate: float = 0.0
     on_device: tuple[float, float] = (math.inf, math.inf)
 
@@ -47,6 +56,17 @@ class StepRange:
     @property
     def skips(self) -> int:
         return sum(skipped for _, skipped in self.recent)
+
+    @property
+    def skips_in_a_row(self) -> int:
+        return len(list(itertools.takewhile(lambda flags: flags[1], reversed(self.recent))))
+
+    def is_suspicious(self, record: StepRecord) -> bool:
+        """Whether one number of the state may have gone wrong: the first spike of a row, or the third high loss."""
+        level, limit = self.loss.level, self.loss.limit
+        is_high = record.loss is not None and record.loss > level + HIGH * (limit - level)
+        self.high = self.high + 1 if is_high else 0
+        return self.skips_in_a_row == 1 or self.high == HIGH_IN_A_ROW
 
     def learn(self, record: StepRecord, loss_is_up: bool) -> None:
         """Take in the numbers of a step that was applied."""
@@ -97,6 +117,16 @@ class SpikeFit:
     batches: deque[tuple[int, int, int, list[int] | None]] = field(default_factory=deque)
     """Number, epoch, place in it and samples of each batch since the trusted snapshot."""
 
+    def make_snapshots(self, trainer: Any) -> str | None:
+        """Prepare to take snapshots, unless some machine's memory has no room for them: then say so."""
+        state = RunState(trainer, lambda: callbacks_with_state(trainer))
+        need, free = 2 * state.nbytes(), free_host_memory()
+        if trainer.strategy.reduce_boolean_decision(free is not None and need > free, all=False):
+            return memory_message(need, free)
+        agree = partial(trainer.strategy.reduce_boolean_decision, all=True)
+        self.snapshots = Snapshots(state, trainer.strategy.root_device, HostSnapshot, agree)
+        return None
+
     def note_batch(self, number: int, trainer: Any, batch_idx: int) -> None:
         assert self.snapshots is not None
         samples, epoch = self.indices.take(training_iterator(trainer)), trainer.current_epoch
@@ -130,7 +160,7 @@ class SpikeFit:
         step, since = self.started_at or (trainer.global_step, now)
         seconds = (now - since) / max(1, trainer.global_step - step)
         steps = math.ceil(cost / (SHARE * seconds)) if seconds > 0 else MOST_STEPS
-        wanted = min(max(steps, FIRST_SNAPSHOT), MOST_STEPS)
+        wanted = min(max(steps, FEWEST_STEPS), MOST_STEPS)
         self.interval = int(trainer.strategy.broadcast(wanted))
 
 
@@ -140,5 +170,5 @@ def callbacks_with_state(trainer: Any) -> list[Any]:
     return [callback for callback in callbacks if not is_instance_by_name(callback, *_NO_TRAINED_STATE)]
 
 
-COUNTS = ("spikes", "rewinds", "left_out", "_position", "_place", "_attempts", "_restored_at")
+COUNTS = ("spikes", "restored_numbers", "rewinds", "left_out", "_position", "_place", "_attempts", "_restored_at")
 """What SpikeRecovery keeps in a checkpoint, besides the ranges."""

@@ -12,9 +12,10 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,7 +25,6 @@ from lightning_stability._compat import is_instance_by_name
 from lightning_stability.diagnosis.errors import DiagnosisError, OutOfTimeError, memory_for
 from lightning_stability.diagnosis.replayed_module import ReplayedOptimizer, attach, note_logged
 from lightning_stability.diagnosis.step import RecordedStep, restore_state
-from lightning_stability.diagnosis.trace import Trace
 from lightning_stability.diagnosis.validation import metric_states, reset_metrics, spoilt_outputs
 from lightning_stability.health.values import nonfinite_names
 from lightning_stability.recovery.random_state import RandomState
@@ -51,6 +51,22 @@ class Outcome:
     failure: Failure | None = None
 
 
+class Watching(Protocol):
+    """What is told of a replay as it goes; active while it lasts."""
+
+    in_optimizer: bool
+    """Whether the optimizer's step is under way."""
+
+    def name_batch(self, batch: Any) -> None:
+        """The batch that is replayed next."""
+
+    def __enter__(self) -> Any:
+        """The replay begins."""
+
+    def __exit__(self, *error: Any) -> None:
+        """It is over."""
+
+
 class Replay:
     """A copy of a recorded module, in the state before the step.
 
@@ -63,24 +79,25 @@ class Replay:
 
     def __init__(self, step: RecordedStep) -> None:
         self.step = step
-        refuse(step.module)
+        refuse(step)
         self.module, self.optimizers = _copy(step)
         self._batches = [copy.deepcopy(batch) for batch in step.batches]  # a training_step may change them in place
-        self._device = next(self.module.parameters(), torch.empty(0)).device
-        self.plugin = make_precision(step.precision, self._device.type)
+        self.device = next(self.module.parameters(), torch.empty(0)).device
+        self.plugin = make_precision(step.precision, self.device.type)
         self._nonfinite_buffers: set[str] = set()
         self._outcome = Outcome()
-        self._trace: Trace | None = None
+        self._trace: Watching | None = None
         self._batch = 0
         self._left_out = step.steps_before
         self._loss: tuple[int, Tensor] | None = None
         self._has_stepped = False
 
-    def run(self, trace: Trace | None = None) -> Outcome:
+    def run(self, trace: Watching | None = None, compiled: bool = False) -> Outcome:
         """Run the step once; a replay is used once.
 
         Args:
             trace: Told of each batch.
+            compiled: Whether compiled code runs compiled; else it runs eagerly.
 
         Raises:
             DiagnosisError: If the module's code raises an error.
@@ -88,7 +105,7 @@ class Replay:
         self._trace = trace
         self._nonfinite_buffers = set(nonfinite_names(self.module.named_buffers()))
         again = memory_for("run the step again")
-        with _same_process_afterwards(), again, trace or contextlib.nullcontext(), torch.enable_grad():
+        with _same_process_afterwards(compiled), again, trace or contextlib.nullcontext(), torch.enable_grad():
             try:
                 self._run_window() if self.step.validation_loader is None else self._run_validation()
             except Failure as failure:
@@ -101,6 +118,14 @@ class Replay:
                     f"the step could not be run again: {type(error).__name__} in {where}: {error}"
                 ) from error
         return self._outcome
+
+    def change_batches(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put other tensors into the copies of the batches.
+
+        Args:
+            change: Returns what takes a tensor's place.
+        """
+        self._batches = [apply_to_collection(batch, Tensor, change) for batch in self._batches]
 
     def _run_window(self) -> None:
         step, module = self.step, cast(Any, self.module)
@@ -229,16 +254,18 @@ class Replay:
             raise Failure(what, [(name, tensor) for name, tensor in tensors if name in names], self._batch)
 
 
-def refuse(module: nn.Module) -> None:
+def refuse(step: RecordedStep) -> None:
     """Refuse what a replay in one process cannot do.
 
     Args:
-        module: The recorded one.
+        step: The recorded one.
 
     Raises:
         DiagnosisError: If its parameters are sharded, or it synchronises batch norms over ranks.
     """
-    if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+    module = step.module
+    recorded = {} if step.state is None else step.state["parameters"]
+    if any(hasattr(parameter, "to_local") for parameter in (*module.parameters(), *recorded.values())):
         raise DiagnosisError("the parameters are sharded over several ranks; a replay needs all of them on one")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
@@ -334,10 +361,10 @@ def _memo(module: nn.Module) -> dict[int, Any]:
 
 
 @contextlib.contextmanager
-def _same_process_afterwards() -> Iterator[None]:
-    """The random state is restored, warnings are not shown again, compiled code runs eagerly."""
+def _same_process_afterwards(compiled: bool) -> Iterator[None]:
+    """The random state is restored, warnings are not shown again, compiled code runs eagerly if it shall."""
     random_state = RandomState.capture()
-    eagerly = getattr(torch.compiler, "set_stance", None)
+    eagerly = None if compiled else getattr(torch.compiler, "set_stance", None)
     try:
         with warnings.catch_warnings(), eagerly("force_eager") if eagerly else contextlib.nullcontext():
             warnings.simplefilter("ignore")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -130,9 +131,9 @@ def restore_state(state: State, module: nn.Module, optimizers: Iterable[Optimize
     for name, value in state["buffers"].items():
         _set_buffer(module, name, value)
     for path, values in state["metrics"].items():
-        metric = module.get_submodule(path)
-        for name, value in values.items():
-            setattr(metric, name, copy.deepcopy(value))
+        metric = cast(Metric, module.get_submodule(path))
+        for name, value in values.items():  # a list of tensors, or one
+            setattr(metric, name, move_data_to_device(copy.deepcopy(value), metric.device))
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=False):
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
 

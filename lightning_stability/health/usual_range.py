@@ -106,3 +106,61 @@ class UsualRange:
         self._newest.extend(state["newest"])
         self._distances.extend(state["distances"])
         self._since, self._level, self.limit = state["since"], state["level"], state["limit"]
+
+
+class UsualLoss:
+    """The usual range of a loss: of its logarithm, so that a heavy tail is no spike, while every loss is positive.
+
+    Args:
+        sigma: How many standard deviations.
+        window: How many of the newest values count.
+
+    Example:
+        >>> usual = UsualLoss()
+        >>> for value in range(128):
+        ...     usual.add(2.0 + 0.01 * (value % 3))
+        >>> 2.02 < usual.limit < 3.0
+        True
+    """
+
+    def __init__(self, sigma: float = 8.0, window: int = 128) -> None:
+        self._ratios = UsualRange(sigma, window, of_logs=True)
+        self._differences = UsualRange(sigma, window)
+        self._is_positive = True
+
+    @property
+    def limit(self) -> float:
+        """Above it a loss is a spike."""
+        return self._range.limit
+
+    @property
+    def level(self) -> float:
+        """What the losses usually are; NaN while too little is known."""
+        return self._range.level
+
+    @property
+    def _range(self) -> UsualRange:
+        return self._ratios if self._is_positive else self._differences
+
+    def add(self, value: float) -> None:
+        """Take in the loss of a step that was applied."""
+        self._is_positive = self._is_positive and not value <= 0.0
+        self._ratios.add(value)
+        self._differences.add(value)
+
+    def forget(self) -> None:
+        """Another range begins."""
+        self._is_positive = True
+        self._ratios.forget()
+        self._differences.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next limit depends on."""
+        ranges = {"ratios": self._ratios.state_dict(), "differences": self._differences.state_dict()}
+        return {**ranges, "is_positive": self._is_positive}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self._ratios.load_state_dict(state["ratios"])
+        self._differences.load_state_dict(state["differences"])
+        self._is_positive = state["is_positive"]

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from lightning_stability import internals
 from lightning_stability.recovery.metric_undo import MetricSnapshot, MetricUndo
+from lightning_stability.recovery.odd_numbers import OddNumber, restore_odd_numbers
 from lightning_stability.recovery.tensors import is_writable, sizes_by_device, values_of
 
 CONFIRMED_BY = 10
@@ -69,6 +70,11 @@ class RunState:
             "scaler": scaler.state_dict() if scaler is not None and not scale else None,
             "held": {key: tensor for key, _, tensor in self._held()},
         }
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The module's."""
+        parameters: Iterator[tuple[str, nn.Parameter]] = self._trainer.lightning_module.named_parameters()
+        return parameters
 
     def metrics(self) -> list[MetricSnapshot]:
         """The states of all metrics of the epoch; copied already."""
@@ -246,6 +252,19 @@ class Snapshots:
                 self._trust(newest)
             else:
                 self._newest = self.trusted
+
+    def restore_odd_numbers(self) -> list[OddNumber]:
+        """Restore from the trusted one what no update can have made; a newer one may have seen it, and is dropped."""
+        kept = self.trusted
+        if kept is None:
+            return []
+        kept.wait()
+        self.before_update()
+        names = {parameter: name for name, parameter in self.state.named_parameters()}
+        restored = restore_odd_numbers(self.state.trained(), kept.trained, names)
+        if restored:
+            self._newest = kept
+        return restored
 
     def _trust(self, snapshot: Snapshot) -> None:
         snapshot.trusted, self.trusted = True, snapshot
