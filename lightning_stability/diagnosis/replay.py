@@ -79,7 +79,7 @@ class Replay:
 
     def __init__(self, step: RecordedStep) -> None:
         self.step = step
-        refuse(step.module)
+        refuse(step)
         self.module, self.optimizers = _copy(step)
         self._batches = [copy.deepcopy(batch) for batch in step.batches]  # a training_step may change them in place
         self.device = next(self.module.parameters(), torch.empty(0)).device
@@ -254,16 +254,18 @@ class Replay:
             raise Failure(what, [(name, tensor) for name, tensor in tensors if name in names], self._batch)
 
 
-def refuse(module: nn.Module) -> None:
+def refuse(step: RecordedStep) -> None:
     """Refuse what a replay in one process cannot do.
 
     Args:
-        module: The recorded one.
+        step: The recorded one.
 
     Raises:
         DiagnosisError: If its parameters are sharded, or it synchronises batch norms over ranks.
     """
-    if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+    module = step.module
+    recorded = {} if step.state is None else step.state["parameters"]
+    if any(hasattr(parameter, "to_local") for parameter in (*module.parameters(), *recorded.values())):
         raise DiagnosisError("the parameters are sharded over several ranks; a replay needs all of them on one")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
