@@ -128,12 +128,10 @@ def _nonfinite_input(cause: Cause, case: Case) -> str:
 
 
 def _extreme_sample(cause: Cause, case: Case) -> str:
-    few = len(cause.samples) == 1
+    is_are, place = ("is", "its") if len(cause.samples) == 1 else ("are", "their")
+    which = f"{listed_samples(cause.samples)}{_described(cause)} of `{cause.tensor}`"
     size = f"{cause.facts['ratio']:,.4g} times as large as the others"
-    return (
-        f"{listed_samples(cause.samples)}{_described(cause)} of `{cause.tensor}` {'is' if few else 'are'} {size}; with others in"
-        f" {'its' if few else 'their'} place the step is finite"
-    )
+    return f"{which} {is_are} {size}; with others in {place} place the step is finite"
 
 
 def _input_scale(cause: Cause, case: Case) -> str:
