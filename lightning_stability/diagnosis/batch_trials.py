@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_stability.diagnosis import changes
 from lightning_stability.diagnosis.bench import MOST_ITEMS, Bench
-from lightning_stability.diagnosis.ddmin import ddmin
 from lightning_stability.diagnosis.trials import Change
 from lightning_stability.health.values import named_tensors
 
@@ -54,15 +53,15 @@ def bad_samples(bench: Bench) -> None:
         return changes.with_other_samples(samples, size, number)
 
     suspects = _suspects(bench, known)
-    if not bench.lab.cures(without(suspects)):
+    whole = bench.lab.try_(without(suspects), keep=False)
+    if not whole.finite:
         good = next((index for index in range(size) if index not in set(suspects)), 0)
         suspects = [index for index in range(size) if index != good]
-        all_but_one = bench.lab.try_(without(suspects), keep=False)
-        if not all_but_one.finite:
-            bench.lab.keep(all_but_one)
-            return
-    found = ddmin(suspects, lambda part: bool(part) and bench.lab.cures(without(part)))
-    bench.lab.try_(without(found))
+        whole = bench.lab.try_(without(suspects), keep=False)
+    if whole.finite:
+        bench.keep_smallest(suspects, without, whole)
+    else:
+        bench.lab.keep(whole)
 
 
 def _suspects(bench: Bench, known: list[int]) -> list[int]:
@@ -93,9 +92,9 @@ def columns_of_samples(bench: Bench) -> None:
             return changes.with_other_columns(entry, columns, found, size, number)
 
         every = list(range(tensor.shape[1]))
-        if bench.lab.cures(without(every)):
-            columns = ddmin(every, lambda part, make=without: bool(part) and bench.lab.cures(make(part)))  # type: ignore[misc]
-            bench.lab.try_(without(columns))
+        whole = bench.lab.try_(without(every), keep=False)
+        if whole.finite:
+            bench.keep_smallest(every, without, whole)
             return
 
 

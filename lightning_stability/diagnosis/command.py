@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,14 @@ def show_diagnosis(words: list[str]) -> int:
     )
     given = parser.parse_args(words[1:])
 
-    def show(message: str) -> None:
-        print(f"... {message}", file=sys.stderr, flush=True)
-
+    progress = _Progress()
     try:
-        report = diagnose(given.incident, given.module, show, given.budget)
+        report = diagnose(given.incident, given.module, progress, given.budget)
     except DiagnosisError as error:
         print(f"lightning-stability: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        progress.end()
     print(as_text(report))
     print(_written(given.incident, report))
     return 0
@@ -64,3 +65,25 @@ def _seconds(word: str) -> float:
     if not 0 <= seconds < math.inf:
         raise ValueError(word)
     return seconds
+
+
+class _Progress:
+    """Shows what is done: on a terminal in one line, else a line for each kind of trial."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._before = ""
+
+    def __call__(self, message: str) -> None:
+        kind = message.partition(":")[0]
+        if self._is_terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\033[K{message[:width]}", end="", file=sys.stderr, flush=True)
+        elif kind != self._before:
+            print(f"... {message}", file=sys.stderr, flush=True)
+        self._before = kind
+
+    def end(self) -> None:
+        """Leave the line empty."""
+        if self._is_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

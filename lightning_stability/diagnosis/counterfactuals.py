@@ -48,7 +48,9 @@ def run_trials(bench: Bench) -> bool:
     Returns:
         Whether there was time for all.
     """
-    for one in plan(bench.origin, bench.signs):
+    passes = plan(bench.origin, bench.signs)
+    for number, one in enumerate(passes):
+        bench.lab.begin(number, len(passes))
         try:
             one(bench)
         except OutOfTimeError:

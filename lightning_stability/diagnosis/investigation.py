@@ -89,7 +89,7 @@ def investigate(
     origin, outcome, trace = look_at(step, budget_seconds)
     signs = read_signs(step, origin, outcome, trace, history or [], dataset_indices, descriptions)
     del trace
-    laboratory = Laboratory(step, end - time.monotonic(), progress)
+    laboratory = Laboratory(step, signs.failed, end - time.monotonic(), progress)
     complete = run_trials(Bench(laboratory, step, origin, signs, earlier or []))
     case = Case(origin, signs, laboratory.trials, may_differ)
     causes = [

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_stability.diagnosis import changes
 from lightning_stability.diagnosis.bench import MOST_ITEMS, Bench
-from lightning_stability.diagnosis.ddmin import ddmin
 from lightning_stability.diagnosis.trials import Trial
 from lightning_stability.internals import has_own_parameters
 
@@ -45,11 +44,7 @@ def tamed_weights(bench: Bench) -> None:
         bench.lab.keep(first)
         return
     names = sorted(large, key=lambda name: -large[name])[:MOST_ITEMS]
-    found = ddmin(
-        names,
-        lambda part: bool(part) and bench.lab.cures(changes.with_tamed_weights({name: large[name] for name in part})),
-    )
-    bench.lab.try_(changes.with_tamed_weights({name: large[name] for name in found}))
+    bench.keep_smallest(names, lambda part: changes.with_tamed_weights({name: large[name] for name in part}), first)
 
 
 def earlier_weights(bench: Bench) -> None:
@@ -140,7 +135,8 @@ def modules_in_fp32(bench: Bench) -> None:
     paths = [path for path, m in bench.step.module.named_modules() if path and has_own_parameters(m)]
     if origin is not None and origin.module is not None and origin.module not in paths:
         paths.append(origin.module)
-    if not 0 < len(paths) <= MOST_ITEMS or not bench.lab.cures(changes.with_module_in_fp32(paths)):
+    if not 0 < len(paths) <= MOST_ITEMS:
         return
-    found = ddmin(paths, lambda part: bool(part) and bench.lab.cures(changes.with_module_in_fp32(part)))
-    bench.lab.try_(changes.with_module_in_fp32(found))
+    whole = bench.lab.try_(changes.with_module_in_fp32(paths), keep=False)
+    if whole.finite:
+        bench.keep_smallest(paths, changes.with_module_in_fp32, whole)

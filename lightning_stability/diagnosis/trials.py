@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_stability.diagnosis.errors import DiagnosisError, OutOfTimeError
@@ -68,18 +68,34 @@ class Laboratory:
 
     Args:
         step: The recorded step.
+        failed: What became non-finite in its replay.
         budget_seconds: For all trials together.
         progress: Told of each trial before it runs.
     """
 
     def __init__(
-        self, step: RecordedStep, budget_seconds: float, progress: Callable[[str], object] = lambda message: None
+        self,
+        step: RecordedStep,
+        failed: str,
+        budget_seconds: float,
+        progress: Callable[[str], object] = lambda message: None,
     ) -> None:
         self.step = step
         self.trials: list[Trial] = []
         self._end = time.monotonic() + budget_seconds
         self._longest = 0.0
+        self._failed = failed
+        self._bar = ""
         self._progress = progress
+
+    def begin(self, number: int, of: int) -> None:
+        """Say how many of the passes are done.
+
+        Args:
+            number: Of the one that begins, from 0.
+            of: How many there are.
+        """
+        self._bar = f"[{'#' * number}{'-' * (of - number)}]"
 
     def try_(self, change: Change, keep: bool = True) -> Trial:
         """Run the step with a change.
@@ -94,7 +110,7 @@ class Laboratory:
         start = time.monotonic()
         if start + self._longest > self._end:
             raise OutOfTimeError
-        self._progress(f"{change.name}: {change.words}")
+        self._progress(f"{self._bar} {change.name}: {change.words}")
         finite, outcome = self._run(change)
         seconds = time.monotonic() - start
         self._longest = max(self._longest, seconds)
@@ -103,10 +119,6 @@ class Laboratory:
             self.trials.append(trial)
         return trial
 
-    def cures(self, change: Change) -> bool:
-        """Whether the step is finite with a change; the trial is not shown."""
-        return self.try_(change, keep=False).finite is True
-
     def keep(self, trial: Trial) -> Trial:
         """Show a trial that a search has ended with."""
         self.trials.append(trial)
@@ -114,12 +126,23 @@ class Laboratory:
 
     def _run(self, change: Change) -> tuple[bool | None, str]:
         try:
-            replay = Replay(change.step(self.step))
-            with change.around(replay):
-                came = replay.run(compiled=change.compiled)
+            step = change.step(self.step)
+            came = self._replay(change, step)
+            if self._is_scalers(came, step):
+                came = self._replay(change, replace(step, loss_scale=1.0))
         except (DiagnosisError, LookupError, SyntaxError, ValueError) as error:
             return None, str(error).splitlines()[0]
         return came.failure is None, describe(came)
+
+    def _replay(self, change: Change, step: RecordedStep) -> Outcome:
+        replay = Replay(step)
+        with change.around(replay):
+            return replay.run(compiled=change.compiled)
+
+    def _is_scalers(self, came: Outcome, step: RecordedStep) -> bool:
+        """Whether only the gradients are too large, which GradScaler answers with a smaller scale."""
+        is_gradient = came.failure is not None and came.failure.what == "gradient"
+        return is_gradient and self._failed != "gradient" and (step.loss_scale or 1.0) > 1.0
 
 
 def describe(outcome: Outcome) -> str:

@@ -128,13 +128,10 @@ def _nonfinite_input(cause: Cause, case: Case) -> str:
 
 
 def _extreme_sample(cause: Cause, case: Case) -> str:
-    few = len(cause.samples) == 1
+    is_are, place = ("is", "its") if len(cause.samples) == 1 else ("are", "their")
+    which = f"{listed_samples(cause.samples)}{_described(cause)} of `{cause.tensor}`"
     size = f"{cause.facts['ratio']:,.4g} times as large as the others"
-    are, their = ("is", "its") if few else ("are", "their")
-    return (
-        f"{listed_samples(cause.samples)}{_described(cause)} of `{cause.tensor}` {are} {size}; with others in {their}"
-        " place the step is finite"
-    )
+    return f"{which} {is_are} {size}; with others in {place} place the step is finite"
 
 
 def _input_scale(cause: Cause, case: Case) -> str:
