@@ -231,7 +231,12 @@ class TrainingData:
         if not is_stateful(loader) and (inside_epoch or loader.persistent_workers):
             self._passes.use_base_seed(loader, position["base_seed"])
         if not inside_epoch:
-            return None
+            if is_stateful(loader) or not loader.persistent_workers:
+                return None
+            # the workers of before were there already: those of now are started here, and draw no random number later
+            nothing = {**position, "batches": 0, "last": None, "dealt": None}
+            self._passes.begin_at(loader, Start(nothing, rest=()))
+            return Start(nothing, rest=())
         if position["dealt"] is not None:
             start = elastic.dealt_before(position, loader, self._trainer.global_rank)
         elif is_stateful(loader):

@@ -53,7 +53,7 @@ class SavePoints:
         self._passes = Passes()
         self._continues_inside_epoch = False
         self._batch_is_to_end = False
-        self._noted = self._begun = False
+        self._noted = self._begun = self._prepared = False
         self._order_is_wanted = False
         self._global_step = 0
         self._optimizer_steps = 0
@@ -79,8 +79,16 @@ class SavePoints:
 
     def prepare(self) -> None:
         """Follow the training loaders from when they are made, so that their position is known; from `setup` on."""
-        self._passes.start()
-        self._override(self.trainer.fit_loop, internals.LOADERS_ARE_MADE, self._on_loaders_made)
+        if not self._prepared:
+            self._prepared = True
+            self._passes.start()
+            self._override(self.trainer.fit_loop, internals.LOADERS_ARE_MADE, self._on_loaders_made)
+
+    def _leave_loops(self) -> None:
+        self._overrides.restore()
+        self._passes.stop()
+        self._passes.forget()
+        self._prepared = False
 
     def begin(self) -> None:
         """Note what a fit begins with, in `on_train_start`; enough for `capture`, and overrides nothing."""
@@ -123,10 +131,8 @@ class SavePoints:
         if listener in self._listeners:
             self._listeners.remove(listener)
         if not self._listeners:
-            self._overrides.restore()
+            self._leave_loops()
             self._run_override.restore()
-            self._passes.stop()
-            self._passes.forget()
             if self._hook is not None:
                 self._hook.remove()
             self._hook = self._resume = None
@@ -208,6 +214,7 @@ class SavePoints:
         """
         self._resume = Resume.of(checkpoint, checkpoint[SECTION], self.trainer, rank, world_size)
         if self._resume is not None:
+            self.prepare()
             self.run_id, self.starts = checkpoint[SECTION]["run_id"], checkpoint[SECTION]["start"]
             self._run_override.restore()
             run = self.trainer.fit_loop.run
@@ -243,6 +250,8 @@ class SavePoints:
     def _tell_resumed(self) -> None:
         for listener in self._listeners:
             listener.on_resumed(self.trainer)
+        if not self._listeners:
+            self._leave_loops()
 
     # In place of the loops' methods
 
