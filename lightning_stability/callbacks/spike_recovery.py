@@ -104,6 +104,7 @@ class SpikeRecovery(StabilityCallback):
         self._place = -1  # the position at which trouble came
         self._attempts = 0  # rewinds since that place was passed
         self._restored_at = -1  # the position that the last one went back to
+        self._packed: dict[str, Any] | None = None  # what a checkpoint holds to go back to
         self._fit: SpikeFit | None = None
 
     # A fit.
@@ -123,7 +124,7 @@ class SpikeRecovery(StabilityCallback):
         for index in range(len(trainer.optimizers)):
             limits = fit.limits[index] = [torch.full((), math.inf, device=device) for _ in range(2)]
             session.set_limits(index, *limits)
-            self._set_limits(index, self._range(index))
+            fit.set_limits(index, self._range(index))
         fit.end = SpikeEnd(trainer)
         fit.resume.start(trainer)
         objection = fit.make_snapshots(trainer) if self.action == "rewind" else None
@@ -138,6 +139,9 @@ class SpikeRecovery(StabilityCallback):
         if fit is None or session is None or fit.snapshots is None:
             return
         number, snapshots = internals.batch_number(trainer), fit.snapshots
+        if self._packed is not None:
+            fit.adopt(self._packed)
+            self._packed = None
         if snapshots.trusted is None:  # (now everything is restored that a checkpoint may hold)
             self._take(number - 1, trusted=True)
         fit.note_batch(number, trainer, batch_idx)
@@ -200,16 +204,19 @@ class SpikeRecovery(StabilityCallback):
             self._fit.resume.load(trainer, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
-        """The ranges and the counts."""
+        """The ranges, the counts and, while the state is in doubt, what to go back to."""
         if self.session is not None:
             self.session.drain()
         counts = {name: getattr(self, name) for name in COUNTS}
-        return {**counts, "ranges": {index: usual.state_dict() for index, usual in self._ranges.items()}}
+        trusted = None if self._fit is None else self._fit.pack(self._ranges.values())
+        ranges = {index: usual.state_dict() for index, usual in self._ranges.items()}
+        return {**counts, "trusted": trusted, "ranges": ranges}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with them."""
         for name in COUNTS:
             setattr(self, name, state_dict[name])
+        self._packed = state_dict.get("trusted")
         for index, state in state_dict["ranges"].items():
             self._range(int(index)).load_state_dict(state)
 
@@ -236,19 +243,19 @@ class SpikeRecovery(StabilityCallback):
 
     def _on_finite_step(self, record: StepRecord, usual: StepRange) -> None:
         assert self.session is not None
-        loss_is_up = record.loss is not None and record.loss > usual.loss.limit
+        assert self._fit is not None
         applied = record.outcome == Outcome.APPLIED
         if not applied:
             self._say_spike(record, usual)
+        loss_is_up = usual.note(record, skipped=not applied)
         several = self.session.trainer.world_size > 1
         # each rank has a loss of its own: what all have to decide alike is decided by the norm
         self._judge(record, healthy=applied and (several or not loss_is_up))
-        usual.recent.append((loss_is_up, not applied))
         if applied:
             self._position += 1
             usual.learn(record, loss_is_up)
-            self._set_limits(record.optimizer, usual)
-        if usual.is_suspicious(record):
+            self._fit.set_limits(record.optimizer, usual)
+        if usual.is_suspicious:
             self.session.between_steps(self._repair, restores=False)
         # (a state that was healthy and makes no good step since it was restored: the data have changed)
         is_of_data = self._attempts > 0 and self._position == self._restored_at
@@ -257,15 +264,15 @@ class SpikeRecovery(StabilityCallback):
         is_out = max(usual.skips, 0 if several else usual.loss_up) >= STAYS_UP
         if not is_out and not (can_go_back and usual.skips_in_a_row >= SKIPS_IN_A_ROW):
             return
-        is_up = 2 * usual.loss_up > usual.skips
+        is_up = usual.stays_high
         if several:
             is_up = self.session.trainer.strategy.reduce_boolean_decision(is_up, all=False)
         if is_up and can_go_back:
-            up = f"the loss was out of its range in {usual.loss_up} of the last {len(usual.recent)} steps"
+            up = f"{usual.skips} of the last {len(usual.recent)} steps spiked, in {usual.loss_up} by their loss"
             self._go_back("spike", f"{up}: {how_far_out(record, usual.loss, usual.norm)}", record)
         elif is_out:  # it is no spike but another level
             usual.forget()
-            self._set_limits(record.optimizer, usual)
+            self._fit.set_limits(record.optimizer, usual)
             warn_always(
                 f"SpikeRecovery: {STAYS_UP} steps of at most {RECENT_STEPS} were beyond the usual range (epoch"
                 f" {record.epoch}, global step {record.step}). The new level is taken for the usual one from now on."
@@ -318,14 +325,6 @@ class SpikeRecovery(StabilityCallback):
             norm = UsualRange(self.sigma, self.window, of_logs=True)
             self._ranges[optimizer] = StepRange(UsualLoss(self.sigma, self.window), norm)
         return self._ranges[optimizer]
-
-    def _set_limits(self, optimizer: int, usual: StepRange) -> None:
-        limits = [] if self._fit is None else self._fit.limits.get(optimizer, [])
-        wanted = (usual.norm.limit, usual.loss.limit)
-        for limit, value in zip(limits, wanted, strict=False):
-            if wanted != usual.on_device:
-                limit.fill_(value)
-        usual.on_device = wanted if limits else (math.inf, math.inf)
 
     # Going back.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_stability import internals
@@ -22,6 +24,7 @@ from lightning_stability.checkpointing.snapshot import HostSnapshot
 from lightning_stability.health import StepRecord
 from lightning_stability.health.usual_range import UsualLoss, UsualRange
 from lightning_stability.processes import free_host_memory
+from lightning_stability.recovery.packing import pack, unpack
 from lightning_stability.recovery.snapshots import CONFIRMED_BY, RunState, Snapshots
 
 RECENT_STEPS = 16
@@ -42,31 +45,42 @@ class StepRange:
 
     loss: UsualLoss
     norm: UsualRange
-    recent: deque[tuple[bool, bool]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
-    """Of the newest steps: whether the loss was out of its range, and whether the step was skipped."""
-    high: int = 0
-    """So many of the newest steps in a row had a loss that is high, though maybe within its range."""
+    recent: deque[tuple[bool, bool, bool]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    """Of the newest steps: whether the loss was out of its range, whether it was high, and whether the step was
+    skipped."""
     rate: float = 0.0
     on_device: tuple[float, float] = (math.inf, math.inf)
 
     @property
     def loss_up(self) -> int:
-        return sum(up for up, _ in self.recent)
+        return sum(up for up, _, _ in self.recent)
 
     @property
     def skips(self) -> int:
-        return sum(skipped for _, skipped in self.recent)
+        return sum(skipped for _, _, skipped in self.recent)
 
     @property
     def skips_in_a_row(self) -> int:
-        return len(list(itertools.takewhile(lambda flags: flags[1], reversed(self.recent))))
+        return len(list(itertools.takewhile(lambda flags: flags[2], reversed(self.recent))))
 
-    def is_suspicious(self, record: StepRecord) -> bool:
+    @property
+    def stays_high(self) -> bool:
+        """Whether the loss is high in most of the newest steps that were skipped or had it out of its range."""
+        out = [high for up, high, skipped in self.recent if up or skipped]
+        return 2 * sum(out) > len(out)
+
+    @property
+    def is_suspicious(self) -> bool:
         """Whether one number of the state may have gone wrong: the first spike of a row, or the third high loss."""
-        level, limit = self.loss.level, self.loss.limit
-        is_high = record.loss is not None and record.loss > level + HIGH * (limit - level)
-        self.high = self.high + 1 if is_high else 0
-        return self.skips_in_a_row == 1 or self.high == HIGH_IN_A_ROW
+        high = len(list(itertools.takewhile(lambda flags: flags[1], reversed(self.recent))))
+        return self.skips_in_a_row == 1 or high == HIGH_IN_A_ROW
+
+    def note(self, record: StepRecord, skipped: bool) -> bool:
+        """Remember how a step was; whether its loss was out of its range."""
+        loss = -math.inf if record.loss is None else record.loss
+        is_up = loss > self.loss.limit
+        self.recent.append((is_up, loss > self.loss.towards_limit(HIGH), skipped))
+        return is_up
 
     def learn(self, record: StepRecord, loss_is_up: bool) -> None:
         """Take in the numbers of a step that was applied."""
@@ -91,7 +105,7 @@ class StepRange:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loss.load_state_dict(state["loss"])
         self.norm.load_state_dict(state["norm"])
-        self.recent.extend((up, skipped) for up, skipped in state["recent"])
+        self.recent.extend((up, high, skipped) for up, high, skipped in state["recent"])
         self.rate = state["rate"]
 
 
@@ -103,6 +117,7 @@ class SpikeFit:
     limits: dict[int, list[Tensor]] = field(default_factory=dict)
     """By optimizer: of the norm and of the loss, on the device."""
     snapshots: Snapshots | None = None
+    packs: bool = False
     end: SpikeEnd | None = None
     resume: ResumeAfterEnd = field(default_factory=ResumeAfterEnd)
     interval: int = FIRST_SNAPSHOT
@@ -117,6 +132,14 @@ class SpikeFit:
     batches: deque[tuple[int, int, int, list[int] | None]] = field(default_factory=deque)
     """Number, epoch, place in it and samples of each batch since the trusted snapshot."""
 
+    def set_limits(self, optimizer: int, usual: StepRange) -> None:
+        """Write what has changed to the device."""
+        limits, wanted = self.limits.get(optimizer, []), (usual.norm.limit, usual.loss.limit)
+        for limit, value in zip(limits, wanted, strict=False):
+            if wanted != usual.on_device:
+                limit.fill_(value if value < torch.finfo(limit.dtype).max else math.inf)
+        usual.on_device = wanted if limits else (math.inf, math.inf)
+
     def make_snapshots(self, trainer: Any) -> str | None:
         """Prepare to take snapshots, unless some machine's memory has no room for them: then say so."""
         state = RunState(trainer, lambda: callbacks_with_state(trainer))
@@ -124,8 +147,24 @@ class SpikeFit:
         if trainer.strategy.reduce_boolean_decision(free is not None and need > free, all=False):
             return memory_message(need, free)
         agree = partial(trainer.strategy.reduce_boolean_decision, all=True)
+        self.packs = trainer.world_size == 1  # (else a checkpoint holds what rank 0 has)
         self.snapshots = Snapshots(state, trainer.strategy.root_device, HostSnapshot, agree)
         return None
+
+    def pack(self, usual: Iterable[StepRange]) -> dict[str, Any] | None:
+        """For a checkpoint whose state may have to be left: the trusted snapshot, and the batches since."""
+        snapshots, is_in_doubt = self.snapshots, any(one.skips or one.loss_up for one in usual)
+        if snapshots is None or snapshots.trusted is None or not (self.packs and is_in_doubt):
+            return None
+        names = {parameter: name for name, parameter in snapshots.state.named_parameters()}
+        return {"snapshot": pack(snapshots.trusted, names), "batches": list(self.batches)}
+
+    def adopt(self, packed: dict[str, Any]) -> None:
+        """Go back to what a checkpoint holds, if that has to be."""
+        assert self.snapshots is not None
+        self.snapshots.adopt(unpack(packed["snapshot"], dict(self.snapshots.state.named_parameters())))
+        self.batches.extend(packed["batches"])
+        self.is_out = True
 
     def note_batch(self, number: int, trainer: Any, batch_idx: int) -> None:
         assert self.snapshots is not None

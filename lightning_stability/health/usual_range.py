@@ -63,6 +63,14 @@ class UsualRange:
             return math.nan
         return math.exp(self._level) if self._of_logs else self._level
 
+    def towards_limit(self, share: float) -> float:
+        """What has gone so far from the level to the limit; infinite while there is none."""
+        if self._level is None or self.limit == math.inf:
+            return math.inf
+        if self._of_logs:
+            return math.exp(self._level + share * (math.log(self.limit) - self._level))
+        return self._level + share * (self.limit - self._level)
+
     def add(self, value: float) -> None:
         """Take in the value of a step that was applied."""
         if not math.isfinite(value) or (self._of_logs and value <= 0.0):
@@ -137,6 +145,10 @@ class UsualLoss:
     def level(self) -> float:
         """What the losses usually are; NaN while too little is known."""
         return self._range.level
+
+    def towards_limit(self, share: float) -> float:
+        """What has gone so far from the level to the limit; infinite while there is none."""
+        return self._range.towards_limit(share)
 
     @property
     def _range(self) -> UsualRange:

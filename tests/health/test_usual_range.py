@@ -6,7 +6,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_stability.health.usual_range import ENOUGH, UsualRange
+from lightning_stability.health.usual_range import ENOUGH, UsualLoss, UsualRange
 
 FEW = settings(max_examples=40)
 SEEDS = st.integers(0, 10_000)
@@ -111,3 +111,33 @@ def test_a_number_that_hardly_varies_has_room() -> None:
 def test_a_spike_of_a_negative_loss_is_above_it() -> None:
     usual = filled(noise(0, 128, mean=-50.0, std=1.0))
     assert -50.0 < usual.limit < -30.0
+
+
+@given(SEEDS)
+def test_a_loss_with_a_heavy_tail_is_hardly_ever_a_spike(seed: int) -> None:
+    usual, out = UsualLoss(), 0
+    generator = random.Random(seed)
+    for _ in range(1000):
+        value = generator.paretovariate(1.5)
+        out += value > usual.limit
+        usual.add(value)
+    assert out <= 4
+
+
+@given(SEEDS, st.integers(0, 200))
+def test_losses_that_are_not_positive_are_judged_by_their_differences(seed: int, place: int) -> None:
+    values = noise(seed, 201, mean=3.0)
+    values[place] = -1.0
+    usual = UsualLoss()
+    for value in values:
+        usual.add(value)
+    assert usual.limit == filled(values).limit
+    again = UsualLoss()
+    again.load_state_dict(usual.state_dict())
+    assert (again.limit, again.level) == (usual.limit, usual.level)
+
+
+def test_a_share_of_the_way_to_the_limit_is_of_ratios_for_logarithms() -> None:
+    usual = filled([2.0] * 128, of_logs=True)
+    assert math.isclose(usual.towards_limit(0.5), 2.0 * math.sqrt(1.1))
+    assert UsualRange().towards_limit(0.5) == math.inf
