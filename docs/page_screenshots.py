@@ -27,7 +27,9 @@ def main() -> None:
         picture = Image.open(io.BytesIO(opened.look(page, width, dark=False).picture))
     shown = picture.crop((0, 0, width, min(height, picture.height))).convert("RGB")
     (DOCS / "images").mkdir(exist_ok=True)
-    shown.quantize(128).save(DOCS / "images" / f"{name}.png", optimize=True)
+    shown.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+        DOCS / "images" / f"{name}.png", optimize=True
+    )
 
 
 if __name__ == "__main__":
