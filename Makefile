@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Two workers on two cores: a process of torch with more threads than its share slows the others down.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint bench docs clean
+.PHONY: demo test test-slow test-oldest lint bench docs clean
 
 demo: $(READY)
 	$(BIN)/lightning-stability demo
@@ -16,6 +16,14 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# The lower bounds of pyproject.toml, in an environment of their own.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt torch
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[tuab,dev]"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -31,7 +39,7 @@ docs: $(READY)
 	@echo "The site is in site/index.html"
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) .venv-oldest build dist site *.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

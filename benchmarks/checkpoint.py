@@ -9,8 +9,11 @@ of two sums is noisy; what the step that saves takes longer than a bare one is t
 Beside them the limits: the state's bytes over the bandwidth of the disk, written once and flushed, and over that of a
 plain copy to host memory (pinned, on a GPU).
 
+With `--sharded` the same for FSDP2 in a world of one process: each rank writes what it holds, by torch's distributed
+checkpoint. Beside Lightning's ModelCheckpoint stands torch's own `async_save`, as it is called with no options.
+
 usage: python benchmarks/checkpoint.py [--quick] [--rounds N] [--minutes M] [--device cuda] [--folder DIR]
-                                       [--json FILE] [--gpu-tests]
+                                       [--json FILE] [--gpu-tests] [--sharded]
 """
 
 from __future__ import annotations
@@ -33,7 +36,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -67,7 +74,8 @@ def main() -> None:
 
 def measure(device: torch.device, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     width = 3317 if not options.quick else 1658
-    module = Module(width, rows=64 if device.type == "cuda" else 4).to(device)
+    ways = SHARDED_WAYS if options.sharded else WAYS
+    module = Module(width, rows=64 if device.type == "cuda" else 4, sharded=options.sharded).to(device)
     state = trained_state(module, device)
     size = sum(tensor.numel() * tensor.element_size() for tensor in state)
     limits = {"disk": disk_seconds(size, folder), "copy": copy_seconds(state, device)}
@@ -75,14 +83,14 @@ def measure(device: torch.device, folder: Path, options: argparse.Namespace) -> 
     step = bare_step(module, device, folder, steps=5)
     # long enough for a save in the background to end within its block
     steps = max(4, math.ceil(2 * max(limits["disk"]["median"], 0.2) / step))
-    lost: dict[str, list[float]] = {way: [] for way in WAYS}
-    waited: dict[str, list[float]] = {way: [] for way in WAYS}
+    lost: dict[str, list[float]] = {way: [] for way in ways}
+    waited: dict[str, list[float]] = {way: [] for way in ways}
     bare_steps: list[float] = []
     rounds, longest = 0, 0.0
     while rounds < options.rounds and (not rounds or time.monotonic() + longest < options.until):
         started = time.monotonic()
         before = bare_step(module, device, folder, math.ceil(steps / 4))
-        for name, way in WAYS.items():
+        for name, way in ways.items():
             blocks = block_seconds(module, device, way, folder, steps, saves=3)
             after = bare_step(module, device, folder, math.ceil(steps / 4))
             lost[name] += [block - steps * (before + after) / 2 for block in blocks.seconds[1:]]
@@ -122,6 +130,42 @@ def ours(folder: Path, steps: int, async_save: bool) -> pl.Callback:
     return FractionalCheckpoint(steps / EPOCH, dirpath=folder / "ours", async_save=async_save)
 
 
+class TorchsOwn(pl.Callback):
+    """torch's `async_save`, as it is called with no options."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        self.folder, self.steps = folder / "torch", steps
+        self.group: Any = None
+        self.future: Any = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.group = torch.distributed.new_group(backend="gloo")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step % self.steps:
+            return
+        self.wait()
+        model, optimizer = get_state_dict(pl_module, trainer.optimizers)
+        path = self.folder / str(trainer.global_step)
+        state = {"state_dict": model, "optimizer_0": optimizer}
+        self.future = async_save(state, checkpoint_id=path, process_group=self.group)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.wait()
+
+    def wait(self) -> None:
+        if self.future is not None:
+            self.future.result()
+
+
+SHARDED_WAYS: dict[str, Way] = {
+    "ModelCheckpoint": WAYS["ModelCheckpoint"],
+    "torch's async_save": lambda folder, steps: ([TorchsOwn(folder, steps)], []),
+    "FractionalCheckpoint": WAYS["FractionalCheckpoint"],
+    "FractionalCheckpoint, async_save": WAYS["FractionalCheckpoint, async_save"],
+}
+
+
 class SameSample(Dataset[Tensor]):
     """One sample over and over, so that no loading is timed."""
 
@@ -138,10 +182,16 @@ class SameSample(Dataset[Tensor]):
 class Module(pl.LightningModule):
     """Ten square layers: little to compute, much to save."""
 
-    def __init__(self, width: int, rows: int) -> None:
+    def __init__(self, width: int, rows: int, sharded: bool = False) -> None:
         super().__init__()
-        self.width, self.rows = width, rows
+        self.width, self.rows, self.sharded = width, rows, sharded
         self.net = nn.Sequential(*(nn.Linear(width, width) for _ in range(10)))
+
+    def configure_model(self) -> None:
+        if self.sharded and not hasattr(self.net[0].weight, "full_tensor"):
+            for layer in self.net:
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self.net(batch.expand(self.rows, -1)).pow(2).mean()
@@ -186,20 +236,24 @@ def block_seconds(
     """Train for so many blocks, with a save in each, or without."""
     callbacks, plugins = ([], []) if way is None else way(folder, steps)
     blocks = Blocks(device, steps)
+    if module.sharded:
+        module = Module(module.width, module.rows, sharded=True)
     trainer = pl.Trainer(
+        strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1) if module.sharded else "auto",
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
         max_steps=steps * (saves + 1),
         logger=False,
         callbacks=[blocks, *callbacks],
         plugins=plugins,
-        enable_checkpointing=way is not None,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(module, StatefulDataLoader(SameSample(module.width), batch_size=1))
     shutil.rmtree(folder / "lightning", ignore_errors=True)
     shutil.rmtree(folder / "ours", ignore_errors=True)
+    shutil.rmtree(folder / "torch", ignore_errors=True)
     os.sync()  # what was written lazily is not left to the next one
     return blocks
 
@@ -271,6 +325,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, default=None, help="where to write, a folder on the disk to be measured")
     parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--sharded", action="store_true", help="FSDP2 in a world of one process")
     parser.add_argument("--gpu-tests", action="store_true", help="first run the checkpoints' tests marked gpu")
     return parser.parse_args()
 

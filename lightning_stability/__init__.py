@@ -29,9 +29,9 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _is_status_command() -> bool:
-    """Whether this process is `lightning-stability status`, which reads files and needs neither torch nor Lightning."""
-    if sys.argv[1:2] != ["status"]:
+def _only_reads_events() -> bool:
+    """Whether this process is `lightning-stability status` or `report`, which need neither torch nor Lightning."""
+    if sys.argv[1:2] not in (["status"], ["report"]):
         return False
     name = Path(sys.argv[0]).stem
     if name == "-m":  # as Python calls it while it imports the package
@@ -39,7 +39,7 @@ def _is_status_command() -> bool:
     return name in ("lightning-stability", "lightning", __name__)
 
 
-if TYPE_CHECKING or not _is_status_command():
+if TYPE_CHECKING or not _only_reads_events():
     # at once: the command line knows the short names of callbacks that have been imported
     from lightning_stability.callbacks import (
         FractionalCheckpoint,

@@ -8,8 +8,12 @@ import sys
 def main() -> int:
     """Run the command and return its exit status.
 
-    `status` is called again and again, on login nodes too: it does without torch and Lightning, which take seconds.
+    `status` and `report` are called on login nodes too: they do without torch and Lightning, which take seconds.
     """
+    if sys.argv[1:2] == ["report"]:
+        from lightning_stability.status import show_report
+
+        return show_report(sys.argv[1:])
     if sys.argv[1:2] == ["status"]:
         from lightning_stability.status import show_status
 

@@ -138,8 +138,12 @@ def move_into_place(
 
 
 def delete(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder, if it is there. A folder is first made a part, so that a kill leaves no half of it."""
     if path.is_dir() and not path.is_symlink():
+        if not is_part(path.name):
+            part = part_path(path)
+            if not part.exists():
+                path = path.rename(part)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from lightning_stability.callbacks import InputError, NonFiniteError
 from lightning_stability.checkpointing.listing import LAST_GOOD, find_checkpoints, newest_good, shown
 from lightning_stability.commands import PROG, show_checkpoints, write_synthetic
 from lightning_stability.plugin import CALLBACKS
-from lightning_stability.status import show_status
+from lightning_stability.status import show_report, show_status
 from lightning_stability.tuab.configs import config_names, packaged_file
 
 DEFAULT_CONFIG = "demo"
@@ -33,7 +33,9 @@ also:
   {PROG} demo [options of fit]         train, validate and test the probe on synthetic EEG, in about two minutes
   {PROG} synthetic FOLDER [options]    write a synthetic corpus of EDF files
   {PROG} checkpoints FOLDER [--verify] list checkpoints: step, epoch, size, complete, finite, metrics
+  {PROG} checkpoints FOLDER --replay N train the N steps after the newest good one again, and compare
   {PROG} status FOLDER [--watch]       say how a run is doing: running or dead, step, loss, incidents, checkpoint
+  {PROG} report FOLDER [FOLDER ...]    write a page about a run, or about several: curves, events, totals
   {PROG} diagnose INCIDENT             say where the first non-finite value of a recorded step was made
 
 --ckpt_path {LAST_GOOD} goes on from the newest checkpoint that is complete and finite.
@@ -72,6 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "synthetic": write_synthetic,
         "checkpoints": show_checkpoints,
         "status": show_status,
+        "report": show_report,
         "diagnose": _diagnose,
     }
     command = commands.get(words[0] if words else "", train)

@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 
 from lightning_stability._compat import MisconfigurationException
-from lightning_stability.checkpointing.listing import checkpoint_folders, list_checkpoints, shown, table
+from lightning_stability.checkpointing.consolidation import consolidate
+from lightning_stability.checkpointing.listing import (
+    checkpoint_folders,
+    list_checkpoints,
+    newest_good,
+    shown,
+    table,
+)
+from lightning_stability.checkpointing.sharded import is_sharded
+from lightning_stability.checkpointing.verification import UnusableError
 
 PROG = "lightning-stability"
 
@@ -41,9 +50,23 @@ def show_checkpoints(words: list[str]) -> int:
     )
     parser.add_argument("folder", type=Path, help="such as lightning_logs/version_0/checkpoints")
     parser.add_argument("--verify", action="store_true", help="read every byte: check sums, and that all is finite")
+    parser.add_argument(
+        "--replay", type=int, metavar="N", help="train the N steps after the newest good one again, twice, and compare"
+    )
+    parser.add_argument(
+        "--consolidate", action="store_true", help="make one file of the newest good one that several ranks wrote"
+    )
+    parser.add_argument("--module", help="for --replay: package.module:function, which makes the module and its data")
     given = parser.parse_args(words[1:])
     if not given.folder.exists():
         raise MisconfigurationException(f"There is no folder {given.folder}.")
+    if given.consolidate:
+        _consolidate(given.folder)
+        return 0
+    if given.replay is not None:
+        from lightning_stability.replay_steps import replay  # slow to import
+
+        return replay(given.folder, given.replay, given.module)
     folders = checkpoint_folders(given.folder)
     if not folders:
         raise MisconfigurationException(f"There are no checkpoints (*.ckpt) in {given.folder} or its runs' folders.")
@@ -53,3 +76,18 @@ def show_checkpoints(words: list[str]) -> int:
         print(f"{shown(str(folder))}\n{table(infos)}\n")
         good = good and all(info.complete and info.finite is not False for info in infos)
     return 0 if good else 1
+
+
+def _consolidate(folder: Path) -> None:
+    path: Path | None = folder
+    if not is_sharded(folder):
+        infos = [info for below in checkpoint_folders(folder) for info in list_checkpoints(below)]
+        path = newest_good([info for info in infos if is_sharded(info.path)])
+    if path is None:
+        raise MisconfigurationException(f"There is no good checkpoint in {folder} that several ranks wrote.")
+    target = path.resolve().with_suffix(".consolidated.ckpt")
+    try:
+        consolidate(path, target)
+    except (UnusableError, OSError) as error:
+        raise MisconfigurationException(f"{path} cannot be made one file: {error}") from error
+    print(f"Wrote {shown(str(target))}.")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
 
 from lightning_stability import FractionalCheckpoint, NaNEarlyStop, PrecisionFallback
@@ -47,6 +47,16 @@ class Samples(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         noise = torch.rand(()) * random.random() * np.random.rand() if self.augment else 0.0
         return self.x[index] + noise, index
+
+
+class Indexless(IterableDataset):
+    """Data that is read from its beginning, and has no state."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return (self.samples[index] for index in range(len(self.samples)))
 
 
 class Stream(IterableDataset):
@@ -79,6 +89,7 @@ def make_module(
     large: int | None = None,
     eps: float = 1e-8,
     bad: int | None = None,
+    counts: bool = False,
 ) -> Any:
     """Batch norm, dropout, metrics of all kinds, and an average that the module's own hook updates.
 
@@ -89,6 +100,7 @@ def make_module(
         large: The batch, counted over the run, whose input fp16 cannot hold.
         eps: The optimizer's.
         bad: The batch, counted over the run, that holds NaN on the last rank.
+        counts: Whether it logs, over all ranks, the mean of the samples' indices and how many there were.
     """
 
     class Module(pl.LightningModule):
@@ -98,6 +110,7 @@ def make_module(
             self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
             self.mean, self.auroc = MeanMetric(), BinaryAUROC()
             self.scores = MetricCollection({"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()})
+            self.samples = SumMetric() if counts else None
             self.register_buffer("average", torch.zeros(8))
             self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
             self.seen: list[list[int]] = []
@@ -111,6 +124,11 @@ def make_module(
             out, target = self.net(x * 1e6 if number == large else x), x.sum(1, keepdim=True)
             loss = (out - target).pow(2).mean()
             self.log("train_loss", loss, on_step=True, on_epoch=True)
+            if self.samples is not None:
+                mean = indices.float().mean()
+                self.log("index", mean, on_step=False, on_epoch=True, batch_size=len(indices), sync_dist=True)
+                self.samples.update(len(indices))
+                self.log("samples", self.samples, on_step=False, on_epoch=True)
             if batch_idx % 3 == 0:
                 self.log("largest", loss.detach(), on_step=False, on_epoch=True, reduce_fx="max")
             probability, label = torch.sigmoid(out.detach()[:, 0]), (target[:, 0] > 0).int()
@@ -149,6 +167,46 @@ def make_module(
     return Module()
 
 
+def make_sharded(pl: Any) -> Any:
+    """A network that FSDP2 shards, with dropout, and rows that ranks cannot share evenly."""
+    base = type(make_module(pl))
+
+    class Sharded(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Dropout(0.3), nn.Linear(7, 1))
+            self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+            self.seen: list[list[int]] = []
+            self.at_start: dict[str, Any] = {}
+
+        def configure_model(self) -> None:
+            from torch.distributed.fsdp import fully_shard
+
+            if self.device_mesh is not None and not hasattr(self.net[0].weight, "full_tensor"):
+                fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def on_train_start(self) -> None:
+            self.at_start = whole(self.state_dict())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.seen.append(batch[1].tolist())
+            loss = (self.net(batch[0]) - batch[0].sum(1, keepdim=True)).pow(2).mean()
+            self.log("train_loss", loss, on_step=True, on_epoch=True)
+            return loss
+
+        configure_optimizers = base.configure_optimizers
+
+    return Sharded()
+
+
+def whole(state: Any) -> Any:
+    """A copy with every sharded tensor put together; all ranks have to ask."""
+    if isinstance(state, Tensor):
+        return getattr(state, "full_tensor", lambda: state)().detach().clone()
+    return {key: whole(value) for key, value in state.items()} if isinstance(state, dict) else state
+
+
 def file_logger(pl: Any, folder: Path) -> Any:
     """A logger that a kill takes nothing from."""
 
@@ -176,6 +234,7 @@ def fit(
     workers: int = 0,
     augment: bool = True,
     validate: Any = True,
+    batch_size: int = 4,
     ckpt_path: str | None = None,
     kill_after_batch: int | None = None,
     kill_in: str | None = None,
@@ -197,9 +256,10 @@ def fit(
         namespace: The Trainer's.
         seed: Of all generators: a resumed run is given another one.
         data: "samples", "stream", "weighted" for a sampler with a global random order, "balanced" for that of the TUAB
-            data module, or what makes loaders or a data module.
+            data module, with "plain" before it for a loader without a state; or what makes loaders or a data module.
         workers: Processes that load.
         augment: Whether samples are made noisy by the global generators.
+        batch_size: The loader's.
         validate: Whether there is a validation set, or what makes its loader.
         ckpt_path: Where to go on from.
         kill_after_batch: The process is killed when so many batches of this fit have been trained.
@@ -218,6 +278,9 @@ def fit(
     pl = runs.load_namespace(namespace)
     torch.manual_seed(0)
     model = module(pl) if callable(module) else make_module(pl, **(module or {}))
+    if trainer.get("strategy") == "fsdp2":
+        model, size = make_sharded(pl), trainer["devices"]
+        trainer["strategy"] = pl.strategies.ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -245,37 +308,45 @@ def fit(
     validation = StatefulDataLoader(Samples(8, augment=False), batch_size=4) if validate else None
     if callable(validate):
         validation = validate()
-    training = data() if callable(data) else loader(data, workers, augment)
+    training = data() if callable(data) else loader(data, workers, augment, batch_size)
     if isinstance(training, pl.LightningDataModule):
         validation = None
     made.fit(model, training, validation, ckpt_path=ckpt_path)
     state = {
-        "module": model.state_dict(),
-        "optimizers": [optimizer.state_dict().get("state") for optimizer in made.optimizers],
+        "module": whole(model.state_dict()),
+        "at_start": getattr(model, "at_start", {}),
+        "optimizers": [whole(optimizer.state_dict().get("state")) for optimizer in made.optimizers],
         "random": [torch.rand(3), random.random(), float(np.random.rand())],
         "seen": model.seen,
         "global_step": made.global_step,
         "epoch": made.current_epoch,
         "metrics": {name: float(value) for name, value in made.callback_metrics.items()},
         "precision": [str(made.precision), made.precision_plugin.state_dict()],
+        "proved": getattr(saver, "_proved", None) and (saver._proved[0] is None, saver._proved[1]),
     }
     torch.save(state, folder / RESULT.format(rank=made.global_rank))
     return made
 
 
-def loader(data: str, workers: int, augment: bool) -> Any:
-    if data == "stream":
-        return StatefulDataLoader(Stream(augment), batch_size=4, num_workers=workers)
-    if data == "plain":
-        return torch.utils.data.DataLoader(Samples(augment=augment), batch_size=4, shuffle=True, num_workers=workers)
-    if data == "weighted":
-        sampler = torch.utils.data.WeightedRandomSampler([1.0] * 14 + [3.0] * 14, 28)
-        return StatefulDataLoader(Samples(augment=augment), batch_size=4, sampler=sampler, num_workers=workers)
-    if data == "balanced":
-        sampler = BalancedSampler(BALANCED_LABELS)
-        return StatefulDataLoader(Samples(56, augment), batch_size=4, sampler=sampler, num_workers=workers)
-    count = 56 if data == "ranks" else 28
-    return StatefulDataLoader(Samples(count, augment=augment), batch_size=4, shuffle=True, num_workers=workers)
+def loader(data: str, workers: int, augment: bool, batch_size: int = 4) -> Any:
+    """A loader: a plain one where the name begins so, else one with a state."""
+    kind = data.removeprefix("plain").strip() or "samples"
+    made = StatefulDataLoader if kind == data else torch.utils.data.DataLoader
+    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": workers}
+    if kind == "stream":
+        return made(Stream(augment), **options)
+    if kind == "unstateful":
+        return made(Indexless(Samples(32, augment)), **options)
+    count = {"ranks": 56, "balanced": 56, "uneven": 71}.get(kind, 28)
+    if kind.startswith("weighted"):
+        count = 56 if "ranks" in kind else 28
+        weights = [1.0] * (count // 2) + [3.0] * (count // 2)
+        options["sampler"] = torch.utils.data.WeightedRandomSampler(weights, count)
+    elif kind == "balanced":
+        options["sampler"] = BalancedSampler(BALANCED_LABELS)
+    else:
+        options["shuffle"] = True
+    return made(Samples(count, augment), **options)
 
 
 def lightnings(pl: Any, extra: str | None) -> list[Any]:
@@ -383,6 +454,7 @@ def serve() -> None:
         print(children[0], flush=True)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(next((status for status in statuses if status), 0), flush=True)
+    os._exit(0)
 
 
 def fork(options: dict[str, Any], rank: int, ranks: int) -> int:
@@ -391,7 +463,9 @@ def fork(options: dict[str, Any], rank: int, ranks: int) -> int:
         if ranks > 1:  # as torchrun does, so that Lightning starts no processes of its own
             place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": options.pop("port")}
             os.environ.update({name: str(value) for name, value in place.items()})
-            options.update(devices=ranks, strategy="ddp", seed=options.get("seed", 1) + rank)
+            if options.pop("killed_rank", rank) != rank:
+                options = {name: value for name, value in options.items() if not name.startswith("kill_")}
+            options.update(devices=ranks, strategy=options.get("strategy", "ddp"), seed=options.get("seed", 1) + rank)
         log = os.open(Path(options["folder"]) / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)

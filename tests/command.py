@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import subprocess
@@ -72,6 +73,7 @@ def _serve() -> None:
 
     from lightning_stability.cli import main
 
+    gc.freeze()  # so that a child's collector does not go through all that was imported
     for line in sys.stdin:
         words, cwd, folder, env = json.loads(line)
         child = os.fork()
@@ -85,6 +87,7 @@ def _serve() -> None:
             _run_and_exit(main, words)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+    os._exit(0)
 
 
 def _run_and_exit(main: Callable[[], int], words: list[str]) -> NoReturn:

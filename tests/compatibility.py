@@ -248,8 +248,6 @@ SAVED: dict[str, list[Case]] = {
         _saves("`ddp`", _options(strategy="ddp", devices=2), where="distributed"),
         _saves("FSDP2 (`ModelParallelStrategy`)", _fsdp2, base="fsdp2", where="distributed"),
         _saves("FSDP2, `async_save=True`", _fsdp2,
-               "refused at setup: cannot be used with ModelParallelStrategy and TorchCheckpointIO, which write in their"
-               " own way; leave async_save out",
                base="fsdp2", where="distributed", arguments={"async_save": True}),
         _saves("`async_save=True`", arguments={"async_save": True}),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from lightning_stability.tuab import SyntheticCorpus
 from tests import checkpoint_fit as fits
@@ -18,6 +19,10 @@ from tests.command import Launcher
 # An editable install has the entry points too: without this, every Trainer of every test, in processes that tests
 # start too, would have the automatic callbacks. `tests/plugin` sets it as it needs it.
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"
+
+# No example has a deadline: how long one takes says how busy the machine is.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 collect_ignore = [
     "distributed_fit.py",
@@ -63,7 +68,7 @@ def command() -> Iterator[Launcher]:
     launcher.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def processes() -> Iterator[fits.Fits]:
     """Runs fits, each in a process of its own that can be killed."""
     launcher = fits.Fits()

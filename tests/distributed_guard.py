@@ -19,6 +19,12 @@ from tests.recovery import poison
 
 FUSED = {False: lambda p: torch.optim.AdamW(p, lr=1e-2), True: lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True)}
 
+RANKS = int(os.environ.get("WORLD_SIZE", "2"))
+LAST = RANKS - 1
+"""The rank that has the bad batches."""
+PLACE: dict[str, Any] = {"accelerator": "cpu", "devices": RANKS}
+DEVICES = {"cpu": "cpu", "gpu": "cuda"}
+
 THOROUGH = "thorough" in sys.argv
 KINDS = [("inf_loss", False), ("nan_gradient", True)]
 if THOROUGH:
@@ -41,10 +47,10 @@ def ddp(pl: Any, rank: int) -> dict[str, Any]:
 
 
 def fall_back(pl: Any, rank: int) -> list[str]:
-    """Batch 4 of rank 1 alone overflows in fp16: both ranks change, and train it again."""
+    """Batch 4 of the last rank alone overflows in fp16: both ranks change, and train it again."""
     results = []
     for by_hand in (False, True):
-        module = poison.make_module(pl, {4: "large_input"} if rank == 1 else {}, FUSED[False], by_hand=False)
+        module = poison.make_module(pl, {4: "large_input"} if rank == LAST else {}, FUSED[False], by_hand=False)
         callback = change_by_hand(pl) if by_hand else PrecisionFallback()
         results.append(fit(pl, module, [callback], 256.0))
     precision = str(results[0]["trainer"].precision)
@@ -52,12 +58,12 @@ def fall_back(pl: Any, rank: int) -> list[str]:
 
 
 def fall_back_from_a_batch_changed_in_place(pl: Any, rank: int) -> list[str]:
-    """Rank 1 alone has changed the batch that overflows, so neither trains it again."""
+    """The last rank alone has changed the batch that overflows, so neither trains it again."""
     module = poison.make_module(pl, {}, FUSED[False], by_hand=False)
     original = module.training_step
 
     def training_step(batch: Any, batch_idx: int) -> torch.Tensor:
-        if rank == 1 and batch_idx == 4:
+        if rank == LAST and batch_idx == 4:
             batch[0].mul_(1e6)
         return original(batch, batch_idx)
 
@@ -77,7 +83,7 @@ def gpus(pl: Any, rank: int) -> dict[str, Any]:
         for accumulate in (1, 4):
             runs_of_both = []
             for by_hand in (False, True):
-                kinds = {4: "large_input"} if rank == 1 else {}
+                kinds = {4: "large_input"} if rank == LAST else {}
                 module = poison.make_module(pl, kinds, FUSED[fused], by_hand=False)
                 callback = change_by_hand(pl) if by_hand else PrecisionFallback()
                 scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
@@ -112,10 +118,10 @@ def change_by_hand(pl: Any) -> Any:
 
 
 def compare(pl: Any, rank: int, kind: str, fused: bool, scale: float | None = None) -> list[str]:
-    """Batches 1 and 4 of rank 1 are bad: what differs from a run in which both ranks leave these steps out."""
+    """Batches 1 and 4 of the last rank are bad: what differs from a run in which both ranks leave these steps out."""
     results = []
     for by_hand in (False, True):
-        kinds = {1: kind, 4: kind} if rank == 1 else {1: "left_out", 4: "left_out"} if by_hand else {}
+        kinds = {1: kind, 4: kind} if rank == LAST else {1: "left_out", 4: "left_out"} if by_hand else {}
         module = poison.make_module(pl, kinds, FUSED[fused], by_hand)
         callbacks = [] if by_hand else [NaNEarlyStop(patience=10**6)]
         results.append(fit(pl, module, callbacks, scale))
@@ -123,7 +129,7 @@ def compare(pl: Any, rank: int, kind: str, fused: bool, scale: float | None = No
 
 
 def stop(pl: Any, rank: int, fused: bool, scale: float | None = None) -> dict[str, Any]:
-    module = poison.make_module(pl, {4: "nan_loss"} if rank == 1 else {}, FUSED[fused], by_hand=False)
+    module = poison.make_module(pl, {4: "nan_loss"} if rank == LAST else {}, FUSED[fused], by_hand=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = fit(pl, module, [NaNEarlyStop(patience=0)], scale)
@@ -132,9 +138,9 @@ def stop(pl: Any, rank: int, fused: bool, scale: float | None = None) -> dict[st
 
 
 def fit(pl: Any, module: Any, callbacks: list[Any], scale: float | None = None) -> dict[str, Any]:
-    plugins = None if scale is None else runs.fp16(pl, init_scale=scale)
+    plugins = None if scale is None else runs.fp16(pl, DEVICES[PLACE["accelerator"]], init_scale=scale)
     torch.manual_seed(3 + int(os.environ["LOCAL_RANK"]))
-    return poison.fit(pl, module, callbacks, poison.data(12), devices=2, strategy="ddp", plugins=plugins)
+    return poison.fit(pl, module, callbacks, poison.data(6 * RANKS), strategy="ddp", plugins=plugins, **PLACE)
 
 
 def checksum(module: Any) -> float:
@@ -148,17 +154,21 @@ def fsdp2(pl: Any, rank: int) -> dict[str, Any]:
     for kind, fused in KINDS:
         sums = []
         for by_hand in (False, True):
-            kinds = {1: kind} if rank == 1 else {1: "left_out"} if by_hand else {}
+            kinds = {1: kind} if rank == LAST else {1: "left_out"} if by_hand else {}
             module = poison.make_module(pl, kinds, FUSED[fused], by_hand, net=Sharded)
-            module.configure_model = lambda module=module: shard(module)
-            strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-            torch.manual_seed(3)
-            callbacks = [] if by_hand else [NaNEarlyStop(patience=1)]
-            trainer = runs.trainer(pl, callbacks=callbacks, max_epochs=1, devices=2, strategy=strategy)
-            trainer.fit(module, poison.data(12))
+            trainer = fit_sharded(pl, module, [] if by_hand else [NaNEarlyStop(patience=1)])
             sums.append([checksum(module), trainer.global_step])
         results[f"{kind} fused={fused}"] = sums
     return results
+
+
+def fit_sharded(pl: Any, module: Any, callbacks: list[Any], **options: Any) -> Any:
+    module.configure_model = lambda: shard(module)
+    strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
+    torch.manual_seed(3)
+    trainer = runs.trainer(pl, callbacks=callbacks, strategy=strategy, **PLACE, **options)
+    trainer.fit(module, poison.data(6 * RANKS))
+    return trainer
 
 
 class Sharded(torch.nn.Module):

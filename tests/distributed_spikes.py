@@ -13,7 +13,7 @@ import torch
 
 from lightning_stability import NaNEarlyStop, SpikeRecovery
 from tests import runs
-from tests.distributed_guard import Sharded, checksum, shard
+from tests.distributed_guard import LAST, PLACE, RANKS, Sharded, checksum, shard
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -21,15 +21,15 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run(pl: Any, rank: int, kind: str, broken: bool) -> dict[str, Any]:
-    """Batch 50 spikes on rank 1; before batch 80 one of its weights, or its shard's, is NaN."""
+    """Batch 50 spikes on the last rank; before batch 80 one of its weights, or its shard's, is NaN."""
     torch.manual_seed(1)
-    x = torch.randn(2 * 90 * 2, 6)
+    x = torch.randn(RANKS * 90 * 2, 6)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=2)
     sums: dict[int, float] = {}
 
     class Breaks(pl.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-            if broken and rank == 1 and batch_idx == 80:
+            if broken and rank == LAST and batch_idx == 80:
                 with torch.no_grad():
                     local(next(module.parameters())).view(-1)[0] = float("nan")
 
@@ -41,17 +41,17 @@ def run(pl: Any, rank: int, kind: str, broken: bool) -> dict[str, Any]:
 
     def training_step(module: Any, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = module.net(batch[0]).pow(2).mean()
-        return loss * 1000 if rank == 1 and batch_idx == 50 else loss
+        return loss * 1000 if rank == LAST and batch_idx == 50 else loss
 
     methods = {"training_step": training_step, "on_before_optimizer_step": lambda *_: None}
     module = runs.make_module(pl, net=Sharded(), optimizer=optimizer, **methods)
     strategy: Any = "ddp"
     if kind == "fsdp2":
         module.configure_model = lambda: shard(module)
-        strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
     recovery = SpikeRecovery(every_n_steps=10)
     callbacks = [recovery, NaNEarlyStop(), Breaks()]
-    trainer = runs.trainer(pl, callbacks=callbacks, devices=2, strategy=strategy, max_steps=86)
+    trainer = runs.trainer(pl, callbacks=callbacks, strategy=strategy, max_steps=86, **PLACE)
     trainer.fit(module, loader)
     assert recovery._fit is None
     return {

@@ -157,7 +157,7 @@ def incidents(folder: Any) -> list[dict[str, Any]]:
     return [event for event in read_events(folder) if event["event"] not in others]
 
 
-def fp16(pl: types.ModuleType, **options: Any) -> list[Any]:
-    """Real fp16 with a real GradScaler on the CPU, where `precision="16-mixed"` would become bf16."""
-    scaler = torch.amp.GradScaler("cpu", **options)
-    return [pl.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler)]
+def fp16(pl: types.ModuleType, device: str = "cpu", **options: Any) -> list[Any]:
+    """Real fp16 with a real GradScaler; on a CPU `precision="16-mixed"` would become bf16."""
+    scaler = torch.amp.GradScaler(device, **options)
+    return [pl.plugins.precision.MixedPrecision("16-mixed", device, scaler)]

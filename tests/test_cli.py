@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from tests.command import run, run_python
+from tests.command import run
 from tests.tuab.test_encoder import published_form
 
 OWN_CLASSES = """
@@ -101,12 +101,12 @@ def test_a_checkpoint_of_another_model_is_refused(command, folder, corpus):
 
 
 @pytest.mark.parametrize("missing", ["mne", "edfio", "torchdata"])
-def test_without_the_extra_the_message_names_the_line_that_installs_it(tmp_path, missing):
+def test_without_the_extra_the_message_names_the_line_that_installs_it(command, tmp_path, missing):
     # None in sys.modules makes an import fail as if the package were not there
     script = (
         f"import sys; sys.modules[{missing!r}] = None; from lightning_stability.cli import main; exit(main(['fit']))"
     )
-    done = run_python("-c", script, cwd=tmp_path)
+    done = command("-c", script, cwd=tmp_path)
     assert done.returncode == 2
     assert f"The included TUAB trainer needs {missing}" in done.stderr
     assert "pip install 'lightning-stability[tuab]'" in done.stderr

@@ -40,7 +40,7 @@ def two_ranks(
     ]
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=180)
+            output, _ = process.communicate(timeout=600)
             assert process.returncode == 0, output.decode()[-3000:]
     finally:
         for process in processes:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -134,6 +134,65 @@ def test_a_loaders_iterator_asks_its_sampler_by_next_index():
         assert internals.delivers_in_order(iterator)
 
 
+def test_a_loaders_iterator_begins_counts_and_takes_another_order():
+    begun = []
+
+    def begin(iterator: Any, loader: Any, first_iter: bool = False) -> None:
+        original(iterator, loader, first_iter)
+        begun.append(first_iter)
+
+    original, overrides = getattr(internals.LoaderIterator, internals.BEGIN_ANEW), internals.Overrides()
+    overrides.set(internals.LoaderIterator, internals.BEGIN_ANEW, begin)
+    loader = DataLoader(range(6), batch_size=2, num_workers=2, persistent_workers=True)
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5]]
+    iterator = iter(loader)
+    overrides.restore()
+    assert begun == [True, False]
+    assert internals.index_sampler(loader) is loader.batch_sampler
+    assert internals.batches_delivered(iterator) == 0
+    next(iterator)
+    assert internals.batches_delivered(iterator) == 1
+    internals.set_base_seed(iterator, 7)
+    assert internals.base_seed(iterator) == 7
+    single = iter(DataLoader(range(6), batch_size=2))
+    internals.set_sampler_iterator(single, iter([[5]]))
+    assert [batch.tolist() for batch in single] == [[5]]
+
+
+def test_the_next_batch_is_made_by_the_worker_whose_turn_it_is():
+    class Workers(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> int:
+            return torch.utils.data.get_worker_info().id
+
+    class Turning(torch.utils.data.Sampler):
+        iterator = None
+
+        def __len__(self) -> int:
+            return 6
+
+        def __iter__(self) -> Any:
+            for index in range(6):
+                if index == 4:
+                    internals.turn_workers(self.iterator, 3)
+                yield index
+
+    sampler = Turning()
+    loader = DataLoader(Workers(), sampler=sampler, num_workers=2, prefetch_factor=1)
+    sampler.iterator = iter(loader)
+    assert [batch.item() for batch in sampler.iterator] == [0, 1, 0, 1, 1, 0]
+
+
+def test_the_sampler_below_lightnings_is_found():
+    from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
+
+    sampler = torch.utils.data.SequentialSampler(range(4))
+    wrapper = DistributedSamplerWrapper(sampler, num_replicas=2, rank=0)
+    assert internals.wrapped_sampler(wrapper) is sampler
+
+
 def boring_model(library: Any) -> Any:
     return importlib.import_module(f"{library.__name__}.demos.boring_classes").BoringModel()
 
@@ -161,9 +220,13 @@ def test_loaders_and_their_fetcher_are_found(pl: Any) -> None:
         combined = internals.combined_loader(trainer)
         states = internals.loader_states(trainer)
         assert len(states) == 1
-        internals.load_loader_states(trainer, states)
         assert internals.consumed(trainer) == [False]
         internals.set_consumed(trainer, [False])
+        assert internals.limits(trainer) == [4]
+        assert not internals.ends_with_shortest(trainer)
+        assert internals.batches_of_epoch(trainer) == trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        internals.set_batches_of_epoch(trainer, internals.batches_of_epoch(trainer))
+        assert callable(getattr(trainer.fit_loop, internals.LOADERS_ARE_MADE))
         assert not internals.loaders_are_due(trainer)
         assert internals.epoch_of_loaders(trainer) == 0
         internals.load_loaders_of_epoch(trainer, 0)
@@ -189,12 +252,46 @@ def test_progress_and_results_are_found(pl: Any, tmp_path: Path) -> None:
         assert all(hasattr(internals.logger_connector(trainer), name) for name in internals.METRIC_STATE)
         assert hasattr(internals.training_results(trainer), "items")
         assert internals.writes_one_file(trainer)
+        assert not internals.writes_shards(trainer)
         assert internals.dump_checkpoint(trainer, weights_only=True).keys() >= {"state_dict", "global_step"}
         flags = internals.epoch_is_over(trainer), internals.window_is_incomplete(trainer)
         return *flags, internals.can_stop_early(trainer)
 
     assert in_second_epoch(pl, check) == (False, False, True)
     assert internals.last_saved(pl.callbacks.ModelCheckpoint(tmp_path)) == ""
+
+
+def test_a_strategy_with_shards_says_so_and_dumps_them_where_they_are(pl: Any, tmp_path: Path) -> None:
+    class Shards(pl.LightningModule):
+        def configure_model(self) -> None:
+            self.net = nn.Linear(2, 1)
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters())
+
+        def on_train_end(self) -> None:
+            assert internals.writes_shards(self.trainer)
+            dumped.update(internals.dump_shards(self.trainer, weights_only=False))
+            held.append(self.net.weight.to_local().data_ptr())
+
+    dumped, held = {}, []
+    strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    trainer = runs.trainer(pl, strategy=strategy, max_steps=1)
+    try:
+        trainer.fit(Shards(), DataLoader(torch.ones(2, 2)))
+        trainer.strategy.save_checkpoint(dict(dumped), tmp_path / "folder")
+    finally:
+        torch.distributed.destroy_process_group()
+    weight = dumped["state_dict"]["net.weight"]
+    assert weight.to_local().data_ptr() == held[0]
+    assert "net.weight" in dumped["optimizer_states"][0]["state"]
+    loaded = internals.load_all_shards(tmp_path / "folder")
+    assert torch.equal(loaded["state_dict"]["net.weight"], weight.to_local())
+    assert loaded["global_step"] == 1
 
 
 def test_progress_is_loaded_and_the_end_of_fit_runs_alone(pl: Any) -> None:
@@ -443,3 +540,19 @@ def test_the_values_of_sparse_and_nested_tensors_share_their_memory():
     assert internals.storage_key(sparse) == internals.storage_key(sparse.detach())
     nested = torch.nested.nested_tensor([torch.ones(1, 2), torch.ones(2, 2)], layout=torch.jagged)
     assert internals.strided_values(nested).shape == (3, 2)
+
+
+def test_what_was_trained_before_an_optimizer_was_toggled(one):
+    module = runs.make_module(one)
+    frozen, trained = nn.Linear(1, 1).requires_grad_(False), nn.Linear(1, 1)
+    module.parts = nn.ModuleList([frozen, trained])
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in module.parts]
+    module.trainer = one.Trainer(logger=False, enable_checkpointing=False)
+    module.trainer.strategy.optimizers = optimizers
+    assert internals.trained_before_toggle(module) == {}
+    module.toggle_optimizer(optimizers[0])
+    assert not trained.weight.requires_grad
+    parameters = module.parts.parameters()
+    assert internals.trained_before_toggle(module) == {id(p): p in set(trained.parameters()) for p in parameters}
+    module.untoggle_optimizer(optimizers[0])
+    assert internals.trained_before_toggle(module) == {}

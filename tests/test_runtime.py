@@ -366,16 +366,6 @@ class TestImport:
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         return set(result.stdout.split())
 
-    def test_brings_no_tensorboard_no_cli_no_mne(self) -> None:
-        modules = self.imported("import lightning_stability")
-        assert not modules & {
-            "tensorboard",
-            "jsonargparse",
-            "mne",
-            "lightning_stability.cli",
-        }
-        assert "pytorch_lightning" in modules
-
     def test_works_without_lightning(self) -> None:
         code = "import sys; sys.modules['lightning'] = None\n"
         code += "from lightning_stability import GradNormMonitor as G; import pytorch_lightning as pl\n"

@@ -11,12 +11,13 @@ from lightning_stability.notices import warn
 def warn_of_inexact_data(points: SavePoints) -> None:
     """Say once, when training starts, what of the data a resumed run will not find again."""
     data = points.data
-    if data.without_position:
+    if data.without_position and not data.skips_by_loading:
         kinds = ", ".join(sorted({type(loader).__name__ for loader in data.without_position}))
         warn(
-            f"FractionalCheckpoint: the position of a {kinds} within an epoch cannot be saved; a run resumed"
-            " inside an epoch sees that epoch's data from the beginning. Use"
-            " torchdata.stateful_dataloader.StatefulDataLoader, which takes the same arguments."
+            f"FractionalCheckpoint: the position of a {kinds} whose data has no indices cannot be saved; a run resumed"
+            " inside an epoch sees that epoch's data from the beginning. Give the dataset state_dict and"
+            " load_state_dict, and use torchdata.stateful_dataloader.StatefulDataLoader, which takes the same"
+            " arguments. Or have what was trained loaded once more and left out: skip_by_loading=True."
         )
     for phrase in data.unknown_orders:
         warn(

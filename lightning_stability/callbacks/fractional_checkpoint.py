@@ -16,19 +16,20 @@ from lightning_stability._compat import MisconfigurationException
 from lightning_stability.callbacks.base import SessionMember, warn, warn_always, warn_of_forgotten_precision
 from lightning_stability.callbacks.checkpoint_messages import warn_of_inexact_data, why_refused
 from lightning_stability.callbacks.ranked_checkpoint import RankedCheckpoint, refuse_other_triggers
+from lightning_stability.callbacks.resume_proof import ProvesResume
 from lightning_stability.checkpointing import writing
 from lightning_stability.checkpointing.listing import list_checkpoints
 from lightning_stability.checkpointing.loops import SavePoint, SavePoints
 from lightning_stability.checkpointing.own_objects import allow_own_hyperparameters
 from lightning_stability.checkpointing.resume import SECTION
-from lightning_stability.checkpointing.saving import PendingSave, Saver
+from lightning_stability.checkpointing.saving import PendingSave, Saver, can_write_in_background
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
 from lightning_stability.checkpointing.section import make_section, nonfinite_on_any_rank
 from lightning_stability.checkpointing.stopping import checkpoint_folder
 from lightning_stability.events import EventLog
 
 
-class FractionalCheckpoint(SessionMember, RankedCheckpoint):
+class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
     """Saves every `every_n_epochs` epochs, fractions included, and resumes as if nothing had happened.
 
     A `ModelCheckpoint` with another trigger: `monitor`, `save_top_k`, `save_last`, `filename`, `dirpath` and remote
@@ -36,8 +37,8 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
     counted over all epochs, after a validation that is due at that step. The end of fit is saved too.
 
     A checkpoint holds what an exact resume needs besides Lightning's own: the random state of Python, numpy and
-    torch, the position of the data (with a StatefulDataLoader of torchdata), the sums of `self.log`, the states of
-    torchmetrics and non-persistent buffers that training changes, of every rank. Before anything is written, weights,
+    torch, the position of the data, the sums of `self.log`, the states of torchmetrics and non-persistent buffers that
+    training changes, of every rank. Before anything is written, weights,
     buffers and optimizer state are checked; what became non-finite is not saved. Files are written beside, flushed,
     then moved into place.
 
@@ -48,6 +49,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         every_n_epochs: The interval, above 0: 0.25 saves four times an epoch.
         steps_per_epoch: Optimizer steps of an epoch, for data whose length is not known.
         async_save: Whether to write in the background. Training then waits for a copy in host memory only.
+        skip_by_loading: Whether a resume loads again, and leaves out, what was trained of data without a position.
         dirpath: The folder; by default `checkpoints` in the logger's.
         filename: The files' name. `{epoch}` is the number of epochs trained, `000.25`; `{step}` and any logged metric
             can be used too.
@@ -93,6 +95,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         auto_insert_metric_name: bool = True,
         enable_version_counter: bool = True,
         allow_nonfinite: str | Sequence[str] = (),
+        skip_by_loading: bool = False,
         **other_trigger: Any,
     ) -> None:
         refuse_other_triggers(other_trigger)
@@ -117,7 +120,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         self.steps_per_epoch = steps_per_epoch
         if steps_per_epoch is not None:
             _above_zero("steps_per_epoch", steps_per_epoch)
-        self.async_save = async_save
+        self.async_save, self.skip_by_loading = async_save, skip_by_loading
         self.allow_nonfinite = [allow_nonfinite] if isinstance(allow_nonfinite, str) else list(allow_nonfinite)
         self._begin_fit()
 
@@ -150,12 +153,13 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         self._begin_fit()
         if self.session is not None:
             self._events = self.session.events
-        if self.async_save and not internals.writes_one_file(trainer):
+        if self.async_save and not can_write_in_background(trainer, str(self.dirpath)):
             raise MisconfigurationException(
                 f"FractionalCheckpoint(async_save=True) cannot be used with {type(trainer.strategy).__name__} and"
                 f" {type(trainer.strategy.checkpoint_io).__name__}, which write in their own way; leave async_save out."
             )
         self._saver = Saver(self.async_save)
+        SavePoints.of(trainer).prepare()
         if trainer.is_global_zero:
             writing.remove_parts(str(self.dirpath))
 
@@ -165,6 +169,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
             return
         points = SavePoints.of(trainer)
         points.listen(self)
+        points.data.skips_by_loading = self.skip_by_loading
         points.finite.allow(self.allow_nonfinite)
         if trainer.is_global_zero and points.starts > 1 and writing.is_local(str(self.dirpath)):
             earlier = [info.start for info in list_checkpoints(str(self.dirpath)) if info.run == points.run_id]
@@ -174,6 +179,9 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         self._warn_of_refusal(points)
         if not self.save_weights_only:
             warn_of_inexact_data(points)
+            self._begin_proof(
+                trainer, str(self.dirpath), self._events, self.session.drain if self.session else _nothing
+            )
 
     def on_place(self, trainer: Any, place: SavePoint) -> None:
         """Save if it is due."""
@@ -190,15 +198,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         self._schedule.go_back_to(self._epochs_at_start(trainer))  # if its epoch begins again
         if self.monitor is not None:
             self._ranked = trainer.callback_metrics.get(self.monitor)
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: a batch is not over here."""
-
-    def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: an epoch is not over here."""
-
-    def on_validation_end(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the batch that a validation follows is not over here."""
+        self._compare_from_here(trainer)
 
     def disable(self, trainer: Any, reason: object) -> None:
         """Leave the Trainer as it was, and the run."""
@@ -213,6 +213,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Wait for what is being written."""
         self._finish_pending(trainer)
+        self._end_proof(trainer)
         SavePoints.of(trainer).leave(self)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -229,6 +230,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         warn_of_forgotten_precision(self, trainer, checkpoint)
         if SECTION in checkpoint and trainer.state.fn == "fit":
             SavePoints.of(trainer).resume_from(checkpoint, trainer.global_rank, trainer.world_size)
+            self._note_resume(trainer, checkpoint)
         states = checkpoint.get("callbacks", {})
         if self.state_key not in states:  # the interval is part of the key: it is another one now
             ours = [s for key, s in states.items() if key.startswith(f"{type(self).__qualname__}{{")]
@@ -256,6 +258,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
             self._refuse(trainer, bad)
             return
         pending = PendingSave(job, before, float(epochs), trainer.global_step, trainer.current_epoch)
+        self._fingerprint_from_here(trainer, section)
         self._saver.submit(trainer, pending, checkpoint)
         pending.seconds = time.perf_counter() - started
         if not self.async_save:
@@ -280,7 +283,8 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
 
     def _dump(self, trainer: Any, place: SavePoint, epochs: Fraction) -> tuple[dict[str, Any], dict[str, Any] | None]:
         with trainer.profiler.profile("save_checkpoint"):
-            checkpoint = internals.dump_checkpoint(trainer, self.save_weights_only)
+            dump = internals.dump_shards if internals.writes_shards(trainer) else internals.dump_checkpoint
+            checkpoint = dump(trainer, self.save_weights_only)
         if self.save_weights_only:
             return checkpoint, None
         # after everybody's `on_save_checkpoint`, which may draw random numbers
@@ -365,6 +369,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
         return place.epochs(self._batches_per_epoch(trainer))
 
     def _leave(self, trainer: Any) -> None:
+        self._end_proof(trainer, all_ranks=False)
         SavePoints.of(trainer).leave(self)
         if self._saver is not None:
             self._finish_pending(trainer, together=False, may_raise=False)  # without the other ranks, which may be gone
@@ -379,7 +384,7 @@ class FractionalCheckpoint(SessionMember, RankedCheckpoint):
     def __getstate__(self) -> dict[str, Any]:
         # A copy, here or in another process, has no fit under way. `log` and `log_dict` belong to the module.
         state = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
-        return {**state, "_saver": None, "_ranked": None}
+        return {**state, "_saver": None, "_ranked": None, "_proof": None}
 
 
 def _above_zero(option: str, value: float) -> float:
@@ -389,3 +394,7 @@ def _above_zero(option: str, value: float) -> float:
             f" {0.25 if option == 'every_n_epochs' else 1000}."
         )
     return value
+
+
+def _nothing() -> None:
+    pass

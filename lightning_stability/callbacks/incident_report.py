@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.callbacks.base import StabilityCallback, warn_always
@@ -12,6 +12,9 @@ from lightning_stability.checkpointing.loaders import training_iterator
 from lightning_stability.checkpointing.sample_indices import SampleIndices
 from lightning_stability.health import StepRecord
 from lightning_stability.runtime import BadStep, Outcome
+
+if TYPE_CHECKING:
+    from lightning_stability.callbacks.validation_watch import ValidationBatch, ValidationWatch
 
 _HISTORY = 500
 
@@ -24,8 +27,8 @@ class IncidentReport(StabilityCallback):
     A full disk or a batch that cannot be saved does not end the run: what could not be kept is named.
 
     The update of such a step is skipped, as with `NaNEarlyStop`; alone, this callback never ends the run. It records
-    a step whose loss, gradient or buffer is not finite, also where `PrecisionFallback` then trains it in fp32, and
-    the first one that `InputCheck(action="skip")` rejected.
+    a step whose loss, gradient or buffer is not finite, also where `PrecisionFallback` then trains it in fp32, the
+    first one that `InputCheck(action="skip")` rejected, and the first validation batch whose output is not finite.
 
     It logs nothing.
 
@@ -72,6 +75,8 @@ class IncidentReport(StabilityCallback):
     def _clear(self) -> None:
         self._seen = 0
         self._has_seen_rejected = False
+        self._has_seen_validation = False
+        self._validation: ValidationWatch | None = None
         self._history: deque[StepRecord] = deque(maxlen=_HISTORY)
         self._indices = SampleIndices()
         self._indices_known = False
@@ -104,6 +109,34 @@ class IncidentReport(StabilityCallback):
         indices = self._indices.take(training_iterator(trainer))
         self._samples.append((id(batch), indices if self._indices_known else None))
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look at its batches, until one of the run was bad."""
+        wanted = self._folder() is not None and not self._has_seen_validation and self._seen < self.max_incidents
+        if wanted and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            from lightning_stability.callbacks.validation_watch import ValidationWatch  # (it loads what few runs need)
+
+            self._validation = ValidationWatch(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Note what it starts from."""
+        if self._validation is not None:
+            self._validation.begin(batch, batch_idx, dataloader_idx)
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Write an incident of the first one that is bad."""
+        if self._validation is not None:
+            self._on_bad_validation(trainer, self._validation.end(outputs))
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Read the last verdict."""
+        if self._validation is not None:
+            self._on_bad_validation(trainer, self._validation.settle())
+            self._validation = None
+
     def on_record(self, record: StepRecord) -> None:
         """Keep what history.jsonl will say of the step."""
         self._history.append(record)
@@ -114,11 +147,16 @@ class IncidentReport(StabilityCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """How many incidents the run has seen."""
-        return {"seen": self._seen, "has_seen_rejected": self._has_seen_rejected}
+        return {
+            "seen": self._seen,
+            "has_seen_rejected": self._has_seen_rejected,
+            "has_seen_validation": self._has_seen_validation,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting."""
         self._seen, self._has_seen_rejected = state_dict["seen"], state_dict["has_seen_rejected"]
+        self._has_seen_validation = state_dict["has_seen_validation"]
 
     # A bad step.
 
@@ -126,6 +164,8 @@ class IncidentReport(StabilityCallback):
         """Write an incident. Whatever fails in it, the run continues."""
         record, folder = bad.record, self._folder()
         is_rejected = record.outcome == Outcome.REJECTED
+        if _is_finite(record) and not is_rejected:
+            return
         if folder is None or self._seen >= self.max_incidents or (is_rejected and self._has_seen_rejected):
             return
         self._seen += 1  # on all ranks alike
@@ -136,6 +176,17 @@ class IncidentReport(StabilityCallback):
         writer = IncidentWriter(folder, self._seen, self.save_state, self.budget_seconds, self.session.events)
         with bad.before():
             writer.write(bad, list(self._history), self._dataset_indices(bad))
+
+    def _on_bad_validation(self, trainer: Any, bad: ValidationBatch | None) -> None:
+        folder = self._folder()
+        if bad is None or folder is None or self.session is None:
+            return
+        self._seen += 1
+        self._has_seen_validation, self._validation = True, None
+        from lightning_stability.callbacks.incident_writing import IncidentWriter  # (it loads what few runs need)
+
+        writer = IncidentWriter(folder, self._seen, self.save_state, self.budget_seconds, self.session.events)
+        writer.write_validation(trainer, bad, list(self._history))
 
     def _folder(self) -> Path | None:
         if self.dirpath is not None:
@@ -151,7 +202,13 @@ class IncidentReport(StabilityCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Who listens to samplers belongs to this process's fit.
-        return {**super().__getstate__(), "_indices": SampleIndices()}
+        return {**super().__getstate__(), "_indices": SampleIndices(), "_validation": None}
+
+
+def _is_finite(record: StepRecord) -> bool:
+    """Whether the update was skipped because the squares of its gradients overflow, and nothing is non-finite."""
+    fine = record.loss_finite and not record.bad_loss_ranks and record.nonfinite_buffer is None
+    return record.gradients == "overflow" and fine and record.bad_option is None and record.exception is None
 
 
 def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_stability.checkpointing.resume import SECTION
+from lightning_stability.checkpointing.sharded import METADATA, load_sharded
 from lightning_stability.checkpointing.verification import load_checkpoint, what_is_not_finite
 from lightning_stability.checkpointing.writing import is_part
+
+_OF_DEEPSPEED = "checkpoint"
+"""What is in its folders, which are not looked into."""
 
 LAST_GOOD = "last_good"
 """The word that stands for the newest complete, finite checkpoint on the command line."""
@@ -196,15 +200,16 @@ def _inspect(path: Path, verify: bool) -> CheckpointInfo:
     size, saved = 0, 0.0
     try:
         status = path.stat()
-        size, saved = status.st_size, status.st_mtime
-        if stat.S_ISDIR(status.st_mode):
-            return _inspect_sharded(path, saved)
-        if not stat.S_ISREG(status.st_mode):  # reading it might never end
+        size, saved, is_folder = status.st_size, status.st_mtime, stat.S_ISDIR(status.st_mode)
+        if is_folder:
+            size = sum(inner.stat().st_size for inner in path.rglob("*") if inner.is_file())
+        elif not stat.S_ISREG(status.st_mode):  # reading it might never end
             raise ValueError("it is no regular file")
-        checkpoint = load_checkpoint(path, verify)
-        names = what_is_not_finite(checkpoint) if verify else []
+        checkpoint, names = _load(path, is_folder, verify)
     except Exception as error:  # whatever zip, pickle and torch stumble over, or it is deleted while we look
         return CheckpointInfo(path, size, saved, complete=False, problem=_first_line(error), verified=verify)
+    if not checkpoint:
+        return CheckpointInfo(path, size, saved, complete=True)
     section = checkpoint.get(SECTION, {})
     finite = section.get("finite")
     return CheckpointInfo(
@@ -223,12 +228,14 @@ def _inspect(path: Path, verify: bool) -> CheckpointInfo:
     )
 
 
-def _inspect_sharded(path: Path, saved: float) -> CheckpointInfo:
-    """A folder that several ranks wrote; what it holds is not looked into."""
-    if not any((path / name).exists() for name in (".metadata", "meta.pt", "checkpoint")):
-        return CheckpointInfo(path, 0, saved, complete=False, problem="it has no metadata")
-    size = sum(inner.stat().st_size for inner in path.rglob("*") if inner.is_file())
-    return CheckpointInfo(path, size, saved, complete=True)
+def _load(path: Path, is_folder: bool, verify: bool) -> tuple[dict[str, Any], list[str]]:
+    """What a checkpoint holds, and the names of what is not finite in it."""
+    if not is_folder:
+        checkpoint = load_checkpoint(path, verify)
+        return checkpoint, what_is_not_finite(checkpoint) if verify else []
+    if (path / METADATA).exists() or not (path / _OF_DEEPSPEED).exists():
+        return load_sharded(path, verify)
+    return {}, []
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ out: a checkpoint written in `on_train_batch_end` of an epoch's last batch makes
 these methods of the Trainer's loops are overridden on the instances while a fit runs:
 
     epoch_loop.on_advance_end    afterwards a batch is over
+    fit_loop._load_combined...   there are new loaders, not yet iterated over
     fit_loop.on_advance_end      afterwards an epoch is over
     fit_loop.on_advance_start    a resumed run is put where it was
     fit_loop.run                 a resumed run with nothing left to train ends like the one that was not interrupted
@@ -19,9 +20,7 @@ from __future__ import annotations
 import uuid
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -30,41 +29,11 @@ from lightning_stability.checkpointing.buffers import HiddenBuffers
 from lightning_stability.checkpointing.finite import FiniteCheck
 from lightning_stability.checkpointing.loaders import TrainingData
 from lightning_stability.checkpointing.metrics import capture_metrics
+from lightning_stability.checkpointing.passes import Passes
 from lightning_stability.checkpointing.resume import SECTION, Resume, epochs_are_through, steps_are_through
+from lightning_stability.checkpointing.save_point import Listener as Listener
+from lightning_stability.checkpointing.save_point import SavePoint as SavePoint
 from lightning_stability.recovery.random_state import RandomState
-
-
-@dataclass(frozen=True)
-class SavePoint:
-    """Where a run is when a batch or an epoch is over."""
-
-    epoch: int
-    """Epochs that are over."""
-    batches: int
-    """Batches that are over in the epoch under way; 0 between two epochs."""
-    stepped: bool
-    """Whether the optimizer has stepped in the last batch."""
-    ending: bool
-    """Whether the fit ends here."""
-    over: bool = True
-    """Whether the batch is over. If only its hooks are, a resumed run begins with what is left of it."""
-
-    def epochs(self, batches_per_epoch: float) -> Fraction:
-        """Epochs trained, as a fraction."""
-        return self.epoch + Fraction(min(self.batches, int(batches_per_epoch)), int(batches_per_epoch))
-
-
-class Listener(Protocol):
-    """Is told of the points where a save is right."""
-
-    def on_place(self, trainer: Any, place: SavePoint) -> None:
-        """Called when a batch, or the last one's epoch, is over."""
-
-    def on_resumed(self, trainer: Any) -> None:
-        """Called when a resumed run is where it was."""
-
-    def on_failure(self, trainer: Any, error: Exception) -> bool:
-        """The save points have failed. Whether the run can continue without them."""
 
 
 class SavePoints:
@@ -81,9 +50,10 @@ class SavePoints:
         self._run_override = internals.Overrides()
         self._hook: Any = None
         self._resume: Resume | None = None
+        self._passes = Passes()
         self._continues_inside_epoch = False
         self._batch_is_to_end = False
-        self._noted = self._begun = False
+        self._noted = self._begun = self._prepared = False
         self._order_is_wanted = False
         self._global_step = 0
         self._optimizer_steps = 0
@@ -107,6 +77,19 @@ class SavePoints:
         assert trainer is not None, "the save points do not outlive their Trainer"
         return trainer
 
+    def prepare(self) -> None:
+        """Follow the training loaders from when they are made, so that their position is known; from `setup` on."""
+        if not self._prepared:
+            self._prepared = True
+            self._passes.start()
+            self._override(self.trainer.fit_loop, internals.LOADERS_ARE_MADE, self._on_loaders_made)
+
+    def _leave_loops(self) -> None:
+        self._overrides.restore()
+        self._passes.stop()
+        self._passes.forget()
+        self._prepared = False
+
     def begin(self) -> None:
         """Note what a fit begins with, in `on_train_start`; enough for `capture`, and overrides nothing."""
         if self._noted:
@@ -114,7 +97,7 @@ class SavePoints:
         self._begun = self._order_is_wanted = False
         self.starts += 1
         module = self.trainer.lightning_module
-        self._data = TrainingData(self.trainer)
+        self._data = TrainingData(self.trainer, self._passes)
         self._buffers = HiddenBuffers(module)
         self.finite = FiniteCheck(module)
         self._global_step, self._optimizer_steps, self._batches = self.trainer.global_step, 0, 0
@@ -148,7 +131,7 @@ class SavePoints:
         if listener in self._listeners:
             self._listeners.remove(listener)
         if not self._listeners:
-            self._overrides.restore()
+            self._leave_loops()
             self._run_override.restore()
             if self._hook is not None:
                 self._hook.remove()
@@ -231,6 +214,7 @@ class SavePoints:
         """
         self._resume = Resume.of(checkpoint, checkpoint[SECTION], self.trainer, rank, world_size)
         if self._resume is not None:
+            self.prepare()
             self.run_id, self.starts = checkpoint[SECTION]["run_id"], checkpoint[SECTION]["start"]
             self._run_override.restore()
             run = self.trainer.fit_loop.run
@@ -266,8 +250,16 @@ class SavePoints:
     def _tell_resumed(self) -> None:
         for listener in self._listeners:
             listener.on_resumed(self.trainer)
+        if not self._listeners:
+            self._leave_loops()
 
     # In place of the loops' methods
+
+    def _on_loaders_made(self, original: Callable[..., None]) -> None:
+        original()
+        self._passes.follow(internals.combined_loader(self.trainer).flattened, self.trainer.world_size)
+        if self._resume is not None and self._resume.knows_positions:
+            self._passes.hold()  # until `_continue`: nothing is loaded that is not trained
 
     def _on_epoch_about_to_start(self, original: Callable[..., None]) -> None:
         resume, self._resume = self._resume, None
@@ -386,8 +378,3 @@ def _counting(points: weakref.ref[SavePoints]) -> Callable[..., None]:
             found.note_optimizer_step()
 
     return count
-
-
-# the names of before, while another module still imports them
-Place: TypeAlias = SavePoint
-TrainingPlaces: TypeAlias = SavePoints

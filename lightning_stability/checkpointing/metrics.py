@@ -85,7 +85,8 @@ def _restore_results(trainer: Any, captured: dict[str, Any], device: torch.devic
     library = sys.modules[type(results).__module__]  # each namespace has its own classes
     for key, state in captured.items():
         reduce_fx = getattr(builtins if state["is_builtin"] else torch, state["reduce_fx"])
-        meta = library._Metadata(**state["meta"], reduce_fx=reduce_fx)
+        kind = _as_logged_next(library._Metadata) if state.get("from_other_ranks") else library._Metadata
+        meta = kind(**state["meta"], reduce_fx=reduce_fx)
         meta.sync = library._Sync(
             _should=state["sync_dist"], fn=trainer.strategy.reduce, rank_zero_only=state["rank_zero_only"]
         )
@@ -104,6 +105,16 @@ def _restore_results(trainer: Any, captured: dict[str, Any], device: torch.devic
         metric.has_reset = state["has_reset"]
         metric._update_count = state["update_count"]
         results[key] = metric
+
+
+def _as_logged_next(kind: Any) -> Any:
+    """Metadata that takes how to synchronise from the next call of `self.log`: it depends on the number of ranks."""
+
+    def is_same(self: Any, other: Any) -> bool:
+        self._sync = other._sync
+        return all(getattr(self, name) == getattr(other, name) for name in (*_META, "reduce_fx"))
+
+    return type(kind.__name__, (kind,), {"__eq__": is_same, "__hash__": None})
 
 
 def _capture_torchmetrics(module: Any) -> dict[str, Any]:

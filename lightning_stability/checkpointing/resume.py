@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_stability import internals
 from lightning_stability._compat import is_instance_by_name
+from lightning_stability.checkpointing.elastic import state_of_rank
 from lightning_stability.checkpointing.loaders import TrainingData
 from lightning_stability.checkpointing.metrics import restore_metrics
 from lightning_stability.notices import warn
@@ -19,8 +20,11 @@ from lightning_stability.recovery.random_state import RandomState
 SECTION = "lightning_stability"
 """The key of what an exact resume needs, beside Lightning's own, in a checkpoint."""
 
-FORMAT = 3
+FORMAT = 4
 """Raised when what is in the section changes, so that no half of it is taken for the whole."""
+
+READABLE = (3, 4)
+"""The formats that an exact resume continues from. In 3 there is no position of loaders without a state."""
 
 _SET_AN_EPOCH_UP = ("GradientAccumulationScheduler", "StochasticWeightAveraging")
 """Lightning's callbacks that set in `on_train_epoch_start` what they keep in no checkpoint."""
@@ -48,18 +52,24 @@ class Resume:
         cls, checkpoint: dict[str, Any], section: dict[str, Any], trainer: Any, rank: int, world_size: int
     ) -> Resume | None:
         """Read a checkpoint's section; None, with a warning, where Lightning's own resume is all there can be."""
-        if section.get("format") != FORMAT:
+        if (found := section.get("format")) not in READABLE:
+            version = "a newer" if isinstance(found, int) and found > FORMAT else "another"
             warn(
-                "The checkpoint was written by another version of lightning-stability: Lightning's own resume continues"
-                " from it, and batches and random numbers will not be those of the run that was interrupted."
+                f"The checkpoint was written by {version} version of lightning-stability, in format {found}; this one"
+                f" reads {' and '.join(map(str, READABLE))}. Lightning's own resume continues from it, and batches and"
+                " random numbers will not be those of the run that was interrupted."
             )
             return None
-        if len(section["ranks"]) != world_size:
-            warn(
-                f"The checkpoint was written by {len(section['ranks'])} processes and is loaded by {world_size}:"
-                " batches and random numbers will not be those of the run that was interrupted."
-            )
-            return None
+        ranks = section["ranks"]
+        if len(ranks) == world_size:
+            own_rank = ranks[rank]
+        else:
+            own_rank = state_of_rank(ranks, rank, world_size, trainer.lightning_module)
+            if not section["more_batches"]:  # else more is to be said when the data is there
+                warn(
+                    f"The checkpoint was written by {len(ranks)} processes and is loaded by {world_size}: batches and"
+                    " random numbers will not be those of the run that was interrupted."
+                )
         loops = checkpoint["loops"]["fit_loop"]
         loops["state_dict"].pop("combined_loader", None)
         if not section["batch_is_over"]:  # here it continues as Lightning's own resume cannot
@@ -68,7 +78,7 @@ class Resume:
         return cls(
             trainer=trainer,
             loops=copy.deepcopy(loops),
-            rank=section["ranks"][rank],
+            rank={**own_rank, "data": {"positions": None, **own_rank["data"]}},
             inside_epoch=section["inside_epoch"],
             more_batches=section["more_batches"],
             batch_is_over=section["batch_is_over"],
@@ -77,6 +87,11 @@ class Resume:
             nonfinite_before=section["nonfinite_before"],
             rounded=_rounded(checkpoint.get("current_model_state", checkpoint.get("state_dict", {})), trainer),
         )
+
+    @property
+    def knows_positions(self) -> bool:
+        """Whether loaders can begin where they were."""
+        return any(self.rank["data"]["positions"] or ())
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -104,14 +119,19 @@ class Resume:
             internals.load_loaders_of_epoch(trainer, self.reloaded_in_epoch)
         trainer.should_stop = self.stop_is_due
         epoch = trainer.fit_loop.epoch_progress.current.processed - (0 if inside else 1)
-        if not data.restore(self.rank["data"], epoch, self.more_batches):
+        own_random = RandomState.capture()
+        done = data.restore(self.rank["data"], epoch, self.more_batches)
+        if done is None:
             # else it would be short of as many batches of these data as it has had of those
             trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
             batch_is_to_end, gradients = False, {}
+        elif self.more_batches:
+            internals.set_batches_of_epoch(trainer, done)
         self._restore_module(gradients)
         if inside:
             _set_epoch_up(trainer)
-        RandomState.from_state_dict(self.rank["random"]).restore()
+        saved = self.rank["random"]
+        (own_random if saved is None else RandomState.from_state_dict(saved)).restore()
         return batch_is_to_end
 
     def restore_at_end(self) -> None:
@@ -122,7 +142,8 @@ class Resume:
         for callback in self.trainer.callbacks:
             if is_instance_by_name(callback, "StochasticWeightAveraging"):
                 internals.prepare_end_of_averaging(self.trainer, callback)
-        RandomState.from_state_dict(self.rank["random"]).restore()
+        if self.rank["random"] is not None:
+            RandomState.from_state_dict(self.rank["random"]).restore()
 
     def _restore_module(self, gradients: dict[str, Tensor]) -> None:
         module = self.trainer.lightning_module

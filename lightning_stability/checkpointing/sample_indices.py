@@ -8,22 +8,15 @@ from typing import Any
 
 from torch.utils.data import default_collate
 
-from lightning_stability.internals import (
-    NEXT_INDEX,
-    LoaderIterator,
-    Overrides,
-    collates_by,
-    delivers_in_order,
-    sampler_iterator,
-)
+from lightning_stability.checkpointing.loader_hooks import LoaderListener
+from lightning_stability.internals import collates_by, delivers_in_order, sampler_iterator
 
 
-class SampleIndices:
+class SampleIndices(LoaderListener):
     """Notes what the samplers of data loaders yield, and hands it out batch by batch.
 
     Loaders ask their sampler in the order in which they deliver, some batches ahead where workers load. While a fit
-    runs, the method of torch's loader iterators that asks it is replaced; samplers, loaders and their states are not,
-    and torchdata's StatefulDataLoader asks by the same method.
+    runs, the method of torch's loader iterators that asks it is replaced; samplers, loaders and their states are not.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -38,18 +31,6 @@ class SampleIndices:
 
     def __init__(self) -> None:
         self._asked: weakref.WeakKeyDictionary[Any, _Asked] = weakref.WeakKeyDictionary()
-
-    def start(self) -> None:
-        """Listen from now on."""
-        if not _LISTENERS:
-            _OVERRIDES.set(LoaderIterator, NEXT_INDEX, _next_index)
-        _LISTENERS.add(self)
-
-    def stop(self) -> None:
-        """Listen no more; with the last listener torch's method is its own again."""
-        _LISTENERS.discard(self)
-        if not _LISTENERS:
-            _OVERRIDES.restore()
 
     def take(self, iterator: Any) -> list[int] | None:
         """Positions in the dataset of the next batch that this iterator delivered; to be called once for each.
@@ -70,7 +51,7 @@ class SampleIndices:
     def __reduce__(self) -> tuple[Any, ...]:
         return SampleIndices, ()  # what it has heard belongs to this process's loaders
 
-    def note(self, iterator: Any, index: Any) -> None:
+    def on_index(self, iterator: Any, index: Any) -> None:
         """An iterator has asked its sampler."""
         asked = self._asked.setdefault(iterator, _Asked())
         sampler = sampler_iterator(iterator)
@@ -89,15 +70,3 @@ class _Asked:
         self.sampler: Any = None
         self.indices: deque[Any] = deque(maxlen=4096)  # nobody takes those of a validation
         self.lost = False
-
-
-_ORIGINAL = getattr(LoaderIterator, NEXT_INDEX)
-_OVERRIDES = Overrides()
-_LISTENERS: weakref.WeakSet[SampleIndices] = weakref.WeakSet()
-
-
-def _next_index(iterator: Any) -> Any:
-    index = _ORIGINAL(iterator)
-    for listener in list(_LISTENERS):
-        listener.note(iterator, index)
-    return index

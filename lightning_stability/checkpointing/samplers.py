@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_stability._compat import is_instance_by_name
 from lightning_stability.recovery.random_state import (
@@ -45,6 +45,18 @@ _RUNNING: tuple[type[Any], ...] = (
 def is_stateful(loader: Any) -> bool:
     """Whether something can be saved in the middle."""
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
+
+
+def has_positions(loader: Any) -> bool:
+    """Whether it reads samples by their indices, so that batches can be left out in the sampler."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def deals_out_anothers_order(loader: Any) -> bool:
+    """Whether Lightning deals out among ranks what each of them draws."""
+    sampler = _sampler(loader)
+    sampler = sampler.inner if isinstance(sampler, FixedOrder) else sampler
+    return is_instance_by_name(sampler, "DistributedSamplerWrapper")
 
 
 def order_is_known(loader: Any) -> bool:

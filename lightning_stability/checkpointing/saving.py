@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lightning_stability import internals
 from lightning_stability.checkpointing import writing
+from lightning_stability.checkpointing.shard_writing import ShardWriter
 from lightning_stability.checkpointing.snapshot import HostSnapshot
 
 
@@ -37,14 +39,18 @@ class Saver:
     """
 
     def __init__(self, in_background: bool) -> None:
+        self._in_background = in_background
         self._writer = writing.Writer(in_background)
+        self._shards: ShardWriter | None = None
         self._snapshot = HostSnapshot() if in_background else None
         self._pending: PendingSave | None = None
 
     def submit(self, trainer: Any, pending: PendingSave, checkpoint: dict[str, Any]) -> None:
         """Begin to write; what was submitted before must have been finished. All ranks call it."""
         self._pending = pending
-        if not internals.writes_one_file(trainer):
+        if internals.writes_shards(trainer) and writing.is_local(pending.job.path):
+            self._submit_shards(trainer, pending, checkpoint)
+        elif not internals.writes_one_file(trainer):
             # all ranks write, or a plugin of the user's does: as safe as that is
             trainer.strategy.save_checkpoint(checkpoint, pending.job.path)
             trainer.strategy.barrier("FractionalCheckpoint")
@@ -56,6 +62,18 @@ class Saver:
                 state, ready = self._snapshot.take(checkpoint)
             pending.job.write = lambda path: writing.write_file(state, path)
             self._writer.submit(pending.job, ready)
+
+    def _submit_shards(self, trainer: Any, pending: PendingSave, checkpoint: dict[str, Any]) -> None:
+        """Each rank writes what it holds; the first one does what follows."""
+        if self._shards is None:
+            self._shards = ShardWriter(self._in_background)
+        job = pending.job if trainer.is_global_zero else writing.WriteJob(pending.job.path)
+        try:
+            wait = self._shards.begin(trainer, checkpoint, job.path)
+        except Exception as error:  # a full disk, or what another rank has met
+            wait = functools.partial(_raise, error)
+        job.write = lambda path: wait()
+        self._writer.submit(job)
 
     def finish(self, trainer: Any, together: bool) -> PendingSave | None:
         """Wait for the save under way; return it, or None if there is none.
@@ -75,6 +93,13 @@ class Saver:
     def close(self) -> None:
         """End the background thread."""
         self._writer.close()
+        if self._shards is not None:
+            self._shards.close()
+
+
+def can_write_in_background(trainer: Any, folder: str) -> bool:
+    """Whether checkpoints are one file, or shards in a folder of this machine."""
+    return internals.writes_one_file(trainer) or (internals.writes_shards(trainer) and writing.is_local(folder))
 
 
 def best_first(scores: dict[str, Tensor | None], mode: str) -> list[str]:
@@ -87,6 +112,10 @@ def best_first(scores: dict[str, Tensor | None], mode: str) -> list[str]:
     """
     ranked = {path: float(score) for path, score in scores.items() if score is not None}
     return sorted(ranked, key=lambda path: ranked[path], reverse=mode == "max")
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _nothing() -> None:

@@ -18,6 +18,7 @@ from lightning_stability._compat import is_instance_by_name
 from lightning_stability.checkpointing.listing import list_checkpoints, oldest_first
 from lightning_stability.checkpointing.loops import SavePoints
 from lightning_stability.checkpointing.own_objects import needs_pickle
+from lightning_stability.checkpointing.sharded import is_sharded
 from lightning_stability.checkpointing.verification import what_is_not_finite
 from lightning_stability.checkpointing.writing import is_local
 
@@ -95,7 +96,8 @@ def _is_file(path: str) -> bool:
 def _is_good(path: str) -> bool:
     """Whether a file that this run wrote or has loaded is whole and finite, read in this moment."""
     if is_local(path) and not _is_file(path):  # a folder that several ranks wrote
-        return any(info.complete for info in list_checkpoints(Path(path).parent) if info.path == Path(path))
+        infos = [info for info in list_checkpoints(Path(path).parent) if info.path == Path(path)]
+        return any(info.is_good if is_sharded(info.path) else info.complete for info in infos)
     if _is_file(path) and list_checkpoints(path, verify=True)[0].is_good:
         return True
     try:

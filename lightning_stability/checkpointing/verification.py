@@ -41,15 +41,10 @@ def load_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
     Raises:
         UnusableError: If it is damaged, or no checkpoint.
     """
-    _check_archive(path, verify)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UnusableError("it holds Python objects, and does not load with weights_only=True") from error
+    checkpoint = load_archive(path, verify)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UnusableError("it holds no state_dict")
-    _check_fields(checkpoint, _FIELDS, "")
-    _check_fields(checkpoint.get(SECTION, {}), _SECTION_FIELDS, f"{SECTION}.")
+    check_form(checkpoint)
     for name, value in checkpoint["state_dict"].items():
         if not isinstance(value, Tensor) and name.endswith((".weight", ".bias")):
             raise UnusableError(f"its {name} is no tensor")
@@ -57,8 +52,27 @@ def load_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
         _check_fields(state, _OPTIMIZER_FIELDS, f"optimizer_states.{place}.")
         for group in state.get("param_groups", []):
             _check_fields(group, _GROUP_FIELDS, f"optimizer_states.{place}.param_groups.")
-    _check_counts(checkpoint.get("loops", {}), "loops")
     return checkpoint
+
+
+def load_archive(path: Path, verify: bool) -> Any:
+    """What `torch.save` wrote, as `load_checkpoint` loads it, whatever it is."""
+    _check_archive(path, verify)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UnusableError("it holds Python objects, and does not load with weights_only=True") from error
+
+
+def check_form(checkpoint: dict[str, Any]) -> None:
+    """Whether what a checkpoint holds besides weights and optimizer state is of the right form.
+
+    Raises:
+        UnusableError: If it is not.
+    """
+    _check_fields(checkpoint, _FIELDS, "")
+    _check_fields(checkpoint.get(SECTION, {}), _SECTION_FIELDS, f"{SECTION}.")
+    _check_counts(checkpoint.get("loops", {}), "loops")
 
 
 def what_is_not_finite(checkpoint: dict[str, Any]) -> list[str]:
@@ -73,7 +87,7 @@ def what_is_not_finite(checkpoint: dict[str, Any]) -> list[str]:
     if by_design is not None:
         return [name for name, _ in found if own_name(name) not in by_design]
     is_weight = _weights_of(checkpoint, tensors)
-    return [name for name, tensor in found if is_weight(name, tensor) or not _is_mask(tensor)]
+    return [name for name, tensor in found if is_weight(name, tensor) or not is_mask(tensor)]
 
 
 def checked_tensors(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -260,13 +274,18 @@ def _weights_of(checkpoint: dict[str, Any], tensors: list[tuple[str, Tensor]]) -
     all_trained = trained >= len(checkpoint["state_dict"])
 
     def is_weight(name: str, tensor: Tensor) -> bool:
-        ours = name.startswith("optimizer_states.") or _WEIGHT.fullmatch(name) is not None
+        ours = name.startswith("optimizer_states.") or is_known_weight(name)
         return ours or all_trained or tensor.shape in shapes
 
     return is_weight
 
 
-def _is_mask(tensor: Tensor) -> bool:
+def is_known_weight(name: str) -> bool:
+    """Whether a name is that of a weight, whatever the module."""
+    return _WEIGHT.fullmatch(name) is not None
+
+
+def is_mask(tensor: Tensor) -> bool:
     """Whether it looks like a buffer that is infinite by design: infinities among zeros or ones, and no NaN."""
     rest = tensor[torch.isfinite(tensor)]
     return not bool(torch.isnan(tensor).any()) and rest.numel() > 0 and bool(((rest == 0) | (rest == 1)).all())

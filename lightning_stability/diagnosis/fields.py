@@ -26,6 +26,9 @@ _TYPES: dict[str, Any] = {
     "loss_scale": (*_NUMBER, type(None)),
     "clip_value": (*_NUMBER, type(None)),
     "clip_algorithm": (str, type(None)),
+    "steps_before": int,
+    "schedulers": list,
+    "validation_loader": (int, type(None)),
     "losses": list,
     "batch_indices": list,
     "trainer": dict,
@@ -60,21 +63,15 @@ def _what_is_wrong(about: dict[str, Any]) -> Iterator[str]:
             yield f"the field {name!r} is missing"
         if not isinstance(about[name], kind):
             yield f"the field {name!r} is a {type(about[name]).__name__}"
-    if not all(isinstance(index, int) for index in about["batch_indices"]):
-        yield "batch_indices are no whole numbers"
+    for name in ("batch_indices", "schedulers"):
+        if not all(isinstance(index, int) for index in about[name]):
+            yield f"{name} are no whole numbers"
     if about["loss_divisor"] < 1:
         yield f"loss_divisor is {about['loss_divisor']}; expected 1 or more"
     if not all(_is_hex(loss) for loss in about["losses"]):
         yield "losses are no hexadecimal numbers"
     module = about["module"]
-    known: dict[str, Any] = {
-        "class": str,
-        "file": (str, type(None)),
-        "hyperparameters": dict,
-        "not_kept": list,
-        "eval": list,
-    }
-    if not all(isinstance(module.get(name), kind) for name, kind in known.items()) or ":" not in module["class"]:
+    if not all(isinstance(module.get(name), kind) for name, kind in _OF_MODULE.items()) or ":" not in module["class"]:
         yield "the field 'module' names no class"
     if not {"random.pt", "history.jsonl"} <= set(about["files"]) <= _KNOWN_FILES:
         yield "it lists other files than an incident has"

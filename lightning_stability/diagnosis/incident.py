@@ -39,7 +39,10 @@ SCHEMA = 1
 _SPARE_BYTES = 64 * 2**20
 """What is left free on a disk."""
 _IN_STATE = {"parameters", "requires_grad", "buffers", "metrics", "optimizers", "schedulers", "scaler"}
-_FROM_STEP = ("precision", "failed", "optimizer", "loss_divisor", "loss_scale", "clip_value", "clip_algorithm")
+_FROM_STEP = (
+    *("precision", "failed", "optimizer", "loss_divisor", "loss_scale", "clip_value", "clip_algorithm"),
+    *("steps_before", "schedulers", "validation_loader"),
+)
 
 
 @dataclass
@@ -177,7 +180,7 @@ def _fill(
     if save_state:
 
         def state() -> State:
-            return step.state or capture_state(step.module, step.optimizers, copies=False) | step.extra_state
+            return (step.state or capture_state(step.module, step.optimizers, copies=False)) | step.extra_state
 
         kept += _try_to_save(part / "state.pt", state, left_out)
     else:

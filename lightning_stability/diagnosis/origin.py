@@ -26,6 +26,13 @@ _WRITES_NUMBERS = {
 }
 """Operations that place given numbers: an infinity that they make was asked for."""
 
+_OF_LOGARITHMS = {
+    *("add", "add_", "baddbmm", "logaddexp", "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "exp"),
+    *("max", "amax", "maximum", "clamp", "where", "masked_fill", "masked_fill_", "copy_", "clone", "_to_copy", "cat"),
+    *("stack", "index", "index_select", "gather", "embedding"),
+}
+"""Operations that a mask of the batch may go into: to them, -inf is the logarithm of 0."""
+
 _PUBLIC_NAMES = {
     "addmm": "linear",
     "convolution": "conv",
@@ -136,7 +143,7 @@ def _infinity_behind(trace: Trace, birth: _Birth) -> _Birth:
     infinite = [entry for entry in operation.inputs if entry.range.infinite and entry.reaches]
     sources = {entry.source: "" for entry in infinite if entry.source is not None}
     behind = _births(trace, sources, lambda r: r.infinite > 0)
-    behind += [_Birth(operation, entry) for entry in infinite if entry.source is None and _is_damage(entry)]
+    behind += [_Birth(operation, entry) for entry in infinite if entry.source is None and _is_damage(entry, operation)]
     if not behind:
         return birth
     return min(behind, key=lambda b: b.order)
@@ -174,16 +181,20 @@ def _births(
         to_do += [entry.source for entry in before if entry.source is not None and entry.source < index]
         to_do += from_python
         found += [
-            _Birth(operation, entry) for entry in before if entry.source is None and (on_purpose or _is_damage(entry))
+            _Birth(operation, entry)
+            for entry in before
+            if entry.source is None and (on_purpose or _is_damage(entry, operation))
         ]
         if not before and not from_python and (on_purpose or not _is_asked_for(operation)):
             found.append(_Birth(operation))
     return found
 
 
-def _is_damage(leaf: Input) -> bool:
+def _is_damage(leaf: Input, reader: Operation) -> bool:
     """Whether a leaf's values are none that anybody puts there: -inf is what masks are made of."""
-    return leaf.range.nan > 0 or leaf.range.posinf > 0
+    if leaf.range.nan or leaf.range.posinf:
+        return True
+    return (leaf.name or "").startswith("batch") and short_name(reader.name) not in _OF_LOGARITHMS
 
 
 def _is_asked_for(operation: Operation) -> bool:

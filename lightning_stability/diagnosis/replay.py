@@ -12,19 +12,20 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_stability._compat import is_instance_by_name
-from lightning_stability.diagnosis.errors import DiagnosisError, OutOfTimeError
-from lightning_stability.diagnosis.replayed_module import ReplayedOptimizer, attach
+from lightning_stability.diagnosis.errors import DiagnosisError, OutOfTimeError, memory_for
+from lightning_stability.diagnosis.replayed_module import ReplayedOptimizer, attach, note_logged
 from lightning_stability.diagnosis.step import RecordedStep, restore_state
-from lightning_stability.diagnosis.trace import Trace
+from lightning_stability.diagnosis.validation import metric_states, reset_metrics, spoilt_outputs
 from lightning_stability.health.values import nonfinite_names
 from lightning_stability.recovery.random_state import RandomState
 
@@ -36,7 +37,7 @@ class Failure(Exception):
     """What became non-finite first in a replay; ends it."""
 
     what: str
-    """`"loss"`, `"gradient"`, `"buffer"` or `"weight"`."""
+    """`"loss"`, `"gradient"`, `"buffer"`, `"weight"` or `"validation"`."""
     tensors: list[tuple[str, Tensor]]
     batch: int
     """Which of the window's."""
@@ -48,6 +49,22 @@ class Outcome:
 
     losses: list[float] = field(default_factory=list)
     failure: Failure | None = None
+
+
+class Watching(Protocol):
+    """What is told of a replay as it goes; active while it lasts."""
+
+    in_optimizer: bool
+    """Whether the optimizer's step is under way."""
+
+    def name_batch(self, batch: Any) -> None:
+        """The batch that is replayed next."""
+
+    def __enter__(self) -> Any:
+        """The replay begins."""
+
+    def __exit__(self, *error: Any) -> None:
+        """It is over."""
 
 
 class Replay:
@@ -62,41 +79,53 @@ class Replay:
 
     def __init__(self, step: RecordedStep) -> None:
         self.step = step
-        refuse(step.module)
+        refuse(step)
         self.module, self.optimizers = _copy(step)
         self._batches = [copy.deepcopy(batch) for batch in step.batches]  # a training_step may change them in place
-        self._device = next(self.module.parameters(), torch.empty(0)).device
-        self.plugin = make_precision(step.precision, self._device.type)
+        self.device = next(self.module.parameters(), torch.empty(0)).device
+        self.plugin = make_precision(step.precision, self.device.type)
         self._nonfinite_buffers: set[str] = set()
         self._outcome = Outcome()
-        self._trace: Trace | None = None
+        self._trace: Watching | None = None
         self._batch = 0
+        self._left_out = step.steps_before
+        self._loss: tuple[int, Tensor] | None = None
+        self._has_stepped = False
 
-    def run(self, trace: Trace | None = None) -> Outcome:
+    def run(self, trace: Watching | None = None, compiled: bool = False) -> Outcome:
         """Run the step once; a replay is used once.
 
         Args:
             trace: Told of each batch.
+            compiled: Whether compiled code runs compiled; else it runs eagerly.
 
         Raises:
             DiagnosisError: If the module's code raises an error.
         """
         self._trace = trace
         self._nonfinite_buffers = set(nonfinite_names(self.module.named_buffers()))
-        with _same_process_afterwards(), trace or contextlib.nullcontext(), torch.enable_grad():
+        again = memory_for("run the step again")
+        with _same_process_afterwards(compiled), again, trace or contextlib.nullcontext(), torch.enable_grad():
             try:
-                self._run_window()
+                self._run_window() if self.step.validation_loader is None else self._run_validation()
             except Failure as failure:
                 self._outcome.failure = failure
             except OutOfTimeError:
                 raise
-            except torch.OutOfMemoryError as error:
-                raise DiagnosisError("there was not enough memory to run the step again") from error
             except Exception as error:
+                where = "training_step" if self.step.validation_loader is None else "validation_step"
                 raise DiagnosisError(
-                    f"the step could not be run again: {type(error).__name__} in training_step: {error}"
+                    f"the step could not be run again: {type(error).__name__} in {where}: {error}"
                 ) from error
         return self._outcome
+
+    def change_batches(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put other tensors into the copies of the batches.
+
+        Args:
+            change: Returns what takes a tensor's place.
+        """
+        self._batches = [apply_to_collection(batch, Tensor, change) for batch in self._batches]
 
     def _run_window(self) -> None:
         step, module = self.step, cast(Any, self.module)
@@ -104,19 +133,41 @@ class Replay:
         attach(self)
         for number, batch in enumerate(self._batches):
             self._batch = number
+            index = step.batch_indices[self._batch]
+            module.on_train_batch_start(batch, index)
             step.random_states[self._batch].restore()
             if self._trace is not None:
                 self._trace.name_batch(batch)
-            index = step.batch_indices[self._batch]
-            module.on_train_batch_start(batch, index)
             with self.plugin.train_step_context():
-                output = module.training_step(batch, index) if _takes_index(module) else module.training_step(batch)
+                output = module.training_step(*((batch, index) if _takes_index(module.training_step) else (batch,)))
             loss = output if isinstance(output, Tensor) or output is None else output.get("loss")
             if automatic and loss is not None:
                 self._backward(loss / step.loss_divisor)
+            elif not automatic and not self._left_out:  # of optimizers that Lightning does not know, too
+                self._check("weight", list(self.module.named_parameters()))
             self._check("buffer", self._new_buffers())
         if automatic:
             self.update(self.optimizers[step.optimizer] if self.optimizers else None)
+
+    def _run_validation(self) -> None:
+        """The modules are in the modes that they were recorded in."""
+        step, module, [batch] = self.step, cast(Any, self.module), self._batches
+        attach(self)
+        logged = note_logged(module)
+        reset_metrics(module)
+        before = set(nonfinite_names(metric_states(module)))
+        arguments = [batch, step.batch_indices[0]]
+        if _takes(module.validation_step, "dataloader_idx"):
+            arguments.append(cast(int, step.validation_loader))
+        elif not _takes_index(module.validation_step):
+            arguments.pop()
+        step.random_states[0].restore()
+        if self._trace is not None:
+            self._trace.name_batch(batch)
+        with self.plugin.val_step_context(), torch.no_grad():
+            output = module.validation_step(*arguments)
+        states = [(name, state) for name, state in metric_states(module) if name not in before]
+        self._check("validation", [*spoilt_outputs(output), *logged, *states])
 
     def _backward(self, loss: Tensor) -> None:
         module = cast(Any, self.module)
@@ -133,10 +184,31 @@ class Replay:
             args: Passed on.
             kwargs: Passed on.
         """
-        self._check("loss", [("loss", loss.detach())])
         scale = self.step.loss_scale
+        if not self._left_out:
+            self._check("loss", [("loss", loss.detach())])
         run(loss if scale is None else loss * scale, *args, **kwargs)
-        self._check("gradient", self._gradients())
+        if not self._left_out:
+            self._check("gradient", self._gradients())
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The same in manual optimization, where a batch may have several.
+
+        Args:
+            loss: Not scaled.
+            args: Passed on.
+            kwargs: Passed on.
+        """
+        if self._has_stepped:
+            self._has_stepped = False
+            self._outcome.losses.clear()
+        batch, before = self._loss or (-1, loss)
+        total = loss.detach() if batch != self._batch else before + loss.detach()  # summed as the recording's
+        if batch == self._batch:
+            self._outcome.losses.pop()
+        self._loss = self._batch, total
+        self._outcome.losses.append(float(total.sum()))
+        self.backward(loss, cast(Any, self.module).backward, *args, **kwargs)
 
     def update(self, optimizer: Optimizer | None) -> None:
         """What Lightning does between the backward pass and the next batch.
@@ -146,6 +218,10 @@ class Replay:
         """
         step, module = self.step, cast(Any, self.module)
         if optimizer is None:
+            return
+        self._loss, self._has_stepped = None, True  # (a second optimizer may step on the same losses)
+        if self._left_out:
+            self._left_out -= 1
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if step.loss_scale is not None:
@@ -178,16 +254,18 @@ class Replay:
             raise Failure(what, [(name, tensor) for name, tensor in tensors if name in names], self._batch)
 
 
-def refuse(module: nn.Module) -> None:
+def refuse(step: RecordedStep) -> None:
     """Refuse what a replay in one process cannot do.
 
     Args:
-        module: The recorded one.
+        step: The recorded one.
 
     Raises:
         DiagnosisError: If its parameters are sharded, or it synchronises batch norms over ranks.
     """
-    if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+    module = step.module
+    recorded = {} if step.state is None else step.state["parameters"]
+    if any(hasattr(parameter, "to_local") for parameter in (*module.parameters(), *recorded.values())):
         raise DiagnosisError("the parameters are sharded over several ranks; a replay needs all of them on one")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
@@ -231,8 +309,12 @@ def same_losses(recorded: list[float], replayed: list[float]) -> bool:
     return len(replayed) > 0
 
 
-def _takes_index(module: Any) -> bool:
-    parameters = list(inspect.signature(module.training_step).parameters.values())
+def _takes(method: Any, name: str) -> bool:
+    return name in inspect.signature(method).parameters
+
+
+def _takes_index(method: Any) -> bool:
+    parameters = list(inspect.signature(method).parameters.values())
     several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     return len(parameters) >= 2 or several
 
@@ -241,11 +323,12 @@ def _copy(step: RecordedStep) -> tuple[nn.Module, list[Optimizer]]:
     """The module and its optimizers in the recorded state, apart from the run's own."""
     memo = _memo(step.module)
     try:
-        module, optimizers = copy.deepcopy((step.module, step.optimizers), memo)
-        if step.state is not None:
-            restore_state(step.state, module, optimizers)
-    except torch.OutOfMemoryError as error:
-        raise DiagnosisError("there was not enough memory for a second copy of the module") from error
+        with memory_for("make a second copy of the module"):
+            module, optimizers = copy.deepcopy((step.module, step.optimizers), memo)
+            if step.state is not None:
+                restore_state(step.state, module, optimizers)
+    except DiagnosisError:
+        raise
     except ValueError as error:  # restore_state's
         raise DiagnosisError(str(error)) from error
     except Exception as error:
@@ -278,10 +361,10 @@ def _memo(module: nn.Module) -> dict[int, Any]:
 
 
 @contextlib.contextmanager
-def _same_process_afterwards() -> Iterator[None]:
-    """The random state is restored, warnings are not shown again, compiled code runs eagerly."""
+def _same_process_afterwards(compiled: bool) -> Iterator[None]:
+    """The random state is restored, warnings are not shown again, compiled code runs eagerly if it shall."""
     random_state = RandomState.capture()
-    eagerly = getattr(torch.compiler, "set_stance", None)
+    eagerly = None if compiled else getattr(torch.compiler, "set_stance", None)
     try:
         with warnings.catch_warnings(), eagerly("force_eager") if eagerly else contextlib.nullcontext():
             warnings.simplefilter("ignore")

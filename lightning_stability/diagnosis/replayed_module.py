@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +21,7 @@ class Replaying(Protocol):
     module: nn.Module
     optimizers: list[Optimizer]
 
-    def backward(self, loss: Tensor, run: Any, *args: Any, **kwargs: Any) -> None:
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Check a loss, run the backward pass, and check the gradients."""
 
     def update(self, optimizer: Optimizer | None) -> None:
@@ -65,6 +67,30 @@ def give_trainer(module: nn.Module, recorded: dict[str, Any], optimizers: list[O
             object.__setattr__(part, "_fabric", None)
 
 
+def note_logged(module: Any) -> list[tuple[str, Tensor]]:
+    """From now on note what a LightningModule logs.
+
+    Args:
+        module: The copied module.
+
+    Returns:
+        The names and values, added as they come.
+    """
+    logged: list[tuple[str, Tensor]] = []
+
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(value, Tensor):
+            logged.append((name, value))
+
+    def log_dict(values: Any, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(values).items():
+            log(name, value)
+
+    object.__setattr__(module, "log", log)
+    object.__setattr__(module, "log_dict", log_dict)
+    return logged
+
+
 class ReplayedOptimizer:
     """An optimizer that manual optimization steps.
 
@@ -86,6 +112,16 @@ class ReplayedOptimizer:
         self._replay.update(self.optimizer)
         return result
 
+    @contextlib.contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
+        """Train its parameters alone for a while."""
+        module: Any = self._replay.module
+        module.toggle_optimizer(self)
+        try:
+            yield
+        finally:
+            module.untoggle_optimizer(self)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
 
@@ -93,7 +129,7 @@ class ReplayedOptimizer:
 class _NoScheduler:
     """A learning rate does not change within a step."""
 
-    def __init__(self, optimizer: Optimizer | None) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -101,7 +137,7 @@ class _NoScheduler:
 
     def get_last_lr(self) -> list[float]:
         """The rates of now."""
-        return [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
+        return [group["lr"] for group in self.optimizer.param_groups]
 
 
 def attach(replay: Replaying) -> None:
@@ -111,16 +147,17 @@ def attach(replay: Replaying) -> None:
         replay: The replay.
     """
     wrapped = [ReplayedOptimizer(optimizer, replay) for optimizer in replay.optimizers]
-    schedulers = [_NoScheduler(optimizer) for optimizer in replay.optimizers[:1]]
+    known = [index for index in replay.step.schedulers if index < len(replay.optimizers)]
+    schedulers = [_NoScheduler(replay.optimizers[index]) for index in known]
 
     def optimizers(use_pl_optimizer: bool = True) -> Any:
-        return wrapped[0] if len(wrapped) == 1 else wrapped
+        return wrapped[0] if len(wrapped) == 1 else list(wrapped)
 
     def lr_schedulers() -> Any:
-        return schedulers[0] if len(schedulers) == 1 else schedulers
+        return schedulers[0] if len(schedulers) == 1 else schedulers or None
 
     def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        replay.backward(loss, replay.module.backward, *args, **kwargs)
+        replay.manual_backward(loss, *args, **kwargs)
 
     def clip_gradients(optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

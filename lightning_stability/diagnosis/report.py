@@ -14,7 +14,9 @@ from lightning_stability.diagnosis.step import REJECTED
 
 SCHEMA = 1
 _SHOWN_SAMPLES = 8
+_NAMES = {"validation": "output of `validation_step`"}
 _LARGE = 1e3
+_MOST_LINES = 19
 _WHERE = {
     "input": "It was in the batch that the data loader gave.",
     "weights": "It was in the module before the step.",
@@ -68,18 +70,50 @@ def origin_as_json(origin: Origin) -> dict[str, Any]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """A report in at most twenty lines.
+    """A report in at most twenty lines, with room for the path of the report.
 
     Args:
         report: What `make_report` returned.
     """
     lines = [_reproduced(report)]
+    causes = report["causes"]
+    if causes:
+        lines += _cause_lines(report)
     if report["origin"] is not None:
-        lines += _origin_lines(report["origin"])
+        lines += _origin_lines(report["origin"], few=bool(causes))
     elif report["reproduced"]:
         lines.append("No operation of the replay explains it.")
-    lines += [f"note: {note}" for note in report["notes"]][:6]
+    lines += [f"note: {note}" for note in report["notes"]][: max(0, _MOST_LINES - len(lines))]
     return "\n".join(lines)
+
+
+def cause_in_a_line(report: dict[str, Any]) -> str | None:
+    """The first-named cause; None where none was looked for or found.
+
+    Args:
+        report: What `make_report` returned.
+    """
+    first = report["causes"][0] if report["causes"] else None
+    return None if first is None or first["cause"] == "unknown" else f"{first['cause']}: {first['summary']}"
+
+
+def _cause_lines(report: dict[str, Any]) -> list[str]:
+    """Cause, where, evidence in a sentence, remedy, what else it may be, what it is not."""
+    first, *others = report["causes"]
+    sure = f" (confidence {first['confidence']:.2f})" if first["confidence"] else ""
+    lines = [f"Cause: {first['cause']}{sure}. {first['summary'][:1].upper()}{first['summary'][1:]}."]
+    if first["evidence"]:
+        lines.append(f"  evidence {first['evidence'][0]}")
+    remedy = first["remedy"].splitlines()
+    lines += [f"  {'remedy' if number == 0 else '':8} {line}" for number, line in enumerate(remedy[:3])]
+    if first["dataset_indices"]:
+        lines.append(f"  dataset  {_samples(first['dataset_indices']).partition(' ')[2]} (indices of the samples)")
+    if others:
+        lines.append("  also     " + ", ".join(f"{cause['cause']} {cause['confidence']:.2f}" for cause in others[:4]))
+    excluded = list(dict.fromkeys(row["name"] for row in report["excluded"]))
+    if excluded:
+        lines.append(f"  excluded {', '.join(excluded)}")
+    return lines
 
 
 def one_sentence(origin: Origin) -> str:
@@ -127,7 +161,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def _reproduced(report: dict[str, Any]) -> str:
-    failed = report["failed"]
+    failed = _NAMES.get(report["failed"], report["failed"])
     if failed == REJECTED:
         then = {True: "is not finite", False: "is finite", None: "could not be run"}[report["reproduced"]]
         return f"InputCheck rejected a batch of the step, so its update was discarded. Run again, the step {then}."
@@ -139,7 +173,7 @@ def _reproduced(report: dict[str, Any]) -> str:
     return f"Reproduced: the {failed} becomes non-finite again{bits}."
 
 
-def _origin_lines(origin: dict[str, Any]) -> list[str]:
+def _origin_lines(origin: dict[str, Any], few: bool) -> list[str]:
     lines = [
         _WHERE[origin["phase"]],
         f"  phase    {origin['phase']}" + (" (made in the forward pass, which discarded it)" * origin["discarded"]),
@@ -153,7 +187,7 @@ def _origin_lines(origin: dict[str, Any]) -> list[str]:
         lines.append(f"  tensor   {origin['tensor']}")
     if origin["samples"]:
         lines.append(f"  samples  {_samples(origin['samples']).partition(' ')[2]}")
-    lines += [f"  input    {_range(values)}" for values in origin["inputs"][:4]]
+    lines += [f"  input    {_range(values)}" for values in origin["inputs"][: 1 if few else 4]]
     lines.append(f"  result   {_range(origin['output'])}")
     return lines
 

@@ -41,16 +41,27 @@ def trace_step(step: RecordedStep, budget_seconds: float = math.inf) -> tuple[Or
         step: The recorded step.
         budget_seconds: When to give up.
     """
+    origin, outcome, _ = look_at(step, budget_seconds)
+    return origin, outcome
+
+
+def look_at(step: RecordedStep, budget_seconds: float = math.inf) -> tuple[Origin | None, Outcome, Trace]:
+    """The same, and every operation of the replay.
+
+    Args:
+        step: The recorded step.
+        budget_seconds: When to give up.
+    """
     deadline = time.monotonic() + budget_seconds
     replay = Replay(step)
     trace = Trace(replay.module, deadline)
     outcome = replay.run(trace)
     if outcome.failure is None:
-        return None, outcome
+        return None, outcome, trace
     origin = find(trace, outcome.failure.tensors, outcome.failure.what)
     if origin is not None and origin.phase == "optimizer" and origin.file is None:
         _point_at_constructor(origin, step.module, step.optimizers[step.optimizer])
-    return origin, outcome
+    return origin, outcome, trace
 
 
 def _point_at_constructor(origin: Origin, module: nn.Module, optimizer: Optimizer) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -32,7 +33,7 @@ class RecordedStep:
         precision: Lightning's word, such as `"16-mixed"`.
         losses: The loss of each batch as Lightning has it in `outputs["loss"]`: unscaled, divided by
             `loss_divisor`. Empty if unknown: then a replay cannot be compared with the recording.
-        failed: What was non-finite: `"loss"`, `"gradient"`, `"buffer"`, `"weight"`, `"rejected"`, ...
+        failed: What was non-finite: `"loss"`, `"gradient"`, `"buffer"`, `"weight"`, `"validation"`, `"rejected"`, ...
         state: What `capture_state` gave before the first batch; None if the module is in that state now.
         optimizers: The module's.
         optimizer: Which of them made the step.
@@ -43,6 +44,10 @@ class RecordedStep:
         trainer: What `training_step` may read of its Trainer, by name: `current_epoch`, `global_step`, ...
         environment: What `capture_environment` gave; empty for the process of now.
         notes: What makes a replay inexact, such as a batch that `training_step` changed in place.
+        steps_before: How many optimizer steps the window had before this one, in manual optimization: `state` is that
+            after them, so a replay leaves them out.
+        schedulers: The optimizer of each of the Trainer's schedulers, by its index.
+        validation_loader: Of a step of the validation, the index of its data loader; None for a training step.
         extra_state: What `state.pt` shall hold besides, for the reader: a replay does not need it.
     """
 
@@ -63,6 +68,9 @@ class RecordedStep:
     trainer: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    steps_before: int = 0
+    schedulers: list[int] = field(default_factory=list)
+    validation_loader: int | None = None
     extra_state: State = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,9 +131,9 @@ def restore_state(state: State, module: nn.Module, optimizers: Iterable[Optimize
     for name, value in state["buffers"].items():
         _set_buffer(module, name, value)
     for path, values in state["metrics"].items():
-        metric = module.get_submodule(path)
-        for name, value in values.items():
-            setattr(metric, name, copy.deepcopy(value))
+        metric = cast(Metric, module.get_submodule(path))
+        for name, value in values.items():  # a list of tensors, or one
+            setattr(metric, name, move_data_to_device(copy.deepcopy(value), metric.device))
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=False):
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
 

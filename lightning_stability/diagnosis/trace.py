@@ -257,6 +257,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return found, None
         found.source = None if memory is None else _newest_nonfinite(memory)
         found.rows, found.length = _nonfinite_rows(tensor)
+        if found.source is None:
+            entry = next((t for n, t in self._names.get(storage_key(tensor), []) if n == found.name), None)
+            found.rows, found.length = (found.rows, found.length) if entry is None else _rows_of(entry, tensor)
         return found, ~torch.isfinite(_dense(tensor))
 
     def _range_of_leaf(self, tensor: Tensor) -> Range:
@@ -328,6 +331,17 @@ def _nonfinite_rows(tensor: Tensor) -> tuple[tuple[int, ...], int]:
         return (), 0
     rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1)
     return tuple(rows.nonzero().flatten().tolist()), len(values)
+
+
+def _rows_of(whole: Tensor, view: Tensor) -> tuple[tuple[int, ...], int]:
+    """The rows of a tensor in which a view of it is not finite: a view may have another first dimension."""
+    stride = whole.stride(0) if whole.dim() and whole.layout == torch.strided else 0
+    if not stride or stride * len(whole) < whole.numel() or view.dtype != whole.dtype or len(whole) > _MOST_ROWS:
+        return _nonfinite_rows(view)
+    places = (~torch.isfinite(view)).nonzero()
+    offsets = (places * torch.tensor(view.stride(), device=places.device)).sum(dim=1)
+    rows = (offsets + int(view.storage_offset()) - int(whole.storage_offset())) // stride
+    return tuple(sorted(set(rows.tolist()))), len(whole)
 
 
 def _arguments(schema: Any, short: str, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -92,6 +92,11 @@ def metric_defaults(metric: Metric) -> dict[str, Any]:
     return metric._defaults
 
 
+def metric_reductions(metric: Metric) -> dict[str, Any]:
+    """How the states of a metric are reduced over ranks, by name."""
+    return metric._reductions
+
+
 def set_update_count(metric: Metric, count: int) -> None:
     """Make a metric take itself for one that was updated so often, and compute anew when it is next asked."""
     metric._update_count = count

@@ -18,6 +18,49 @@ def sampler_iterator(iterator: Any) -> Any:
     return iterator._sampler_iter
 
 
+def set_sampler_iterator(iterator: Any, order: Any) -> None:
+    """Have a loader's iterator ask another one for the indices of its batches."""
+    iterator._sampler_iter = order
+
+
+BEGIN_ANEW = "_reset"
+"""The method by which a loader's iterator begins again; with workers it is called for the first time, too."""
+
+LOADERS_ARE_MADE = "_load_combined_loader_states"
+"""The fit loop's method that is called when there are new training loaders, before they are iterated over."""
+
+
+def index_sampler(loader: Any) -> Any:
+    """What a loader's iterator asks for indices: the batch sampler, or the sampler if there are no batches."""
+    return loader._index_sampler
+
+
+def batches_delivered(iterator: Any) -> int:
+    """How many batches a loader's iterator has yielded since it began."""
+    return int(iterator._num_yielded)
+
+
+def base_seed(iterator: Any) -> int:
+    """What the seeds of a loader's workers are made from."""
+    return int(iterator._base_seed)
+
+
+def set_base_seed(iterator: Any, seed: int) -> None:
+    """Restore what `base_seed` returned, before the workers are started."""
+    iterator._base_seed = seed
+
+
+def turn_workers(iterator: Any, batches: int) -> None:
+    """Have the next batch made by the worker whose turn it would be after so many more batches."""
+    for _ in range(batches % iterator._num_workers):
+        next(iterator._worker_queue_idx_cycle)
+
+
+def wrapped_sampler(sampler: Any) -> Any:
+    """The sampler whose order Lightning's DistributedSamplerWrapper deals out."""
+    return sampler.dataset._sampler
+
+
 def collates_by(iterator: Any) -> Any:
     """The function by which a loader's iterator makes a batch of samples."""
     return iterator._collate_fn
@@ -47,11 +90,6 @@ def loader_states(trainer: Any) -> list[Any]:
     """The states of those training loaders that have one."""
     states: list[Any] = combined_loader(trainer)._state_dicts()
     return states
-
-
-def load_loader_states(trainer: Any, states: list[Any]) -> None:
-    """Restore what `loader_states` returned; the loaders take effect when they are next iterated over."""
-    combined_loader(trainer)._load_state_dicts(states)
 
 
 def iterators(combined: Any) -> list[Any]:
@@ -121,6 +159,28 @@ def window_is_incomplete(trainer: Any) -> bool:
 def can_stop_early(trainer: Any) -> bool:
     """Whether `min_epochs` and `min_steps` are met."""
     return bool(trainer.fit_loop._can_stop_early)
+
+
+def limits(trainer: Any) -> list[float]:
+    """How many batches of each training loader make an epoch at most."""
+    found = combined_loader(trainer).limits
+    return [float("inf")] * len(combined_loader(trainer).flattened) if found is None else list(found)
+
+
+def ends_with_shortest(trainer: Any) -> bool:
+    """Whether an epoch ends with the first training loader that is through."""
+    return bool(combined_loader(trainer)._mode == "min_size")
+
+
+def batches_of_epoch(trainer: Any) -> int:
+    """How many batches of the epoch under way have been fetched and trained."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def set_batches_of_epoch(trainer: Any, batches: int) -> None:
+    """Have the epoch under way be so many batches in."""
+    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    current.ready = current.started = current.processed = current.completed = batches
 
 
 def load_loop_progress(trainer: Any, loops: dict[str, Any], inside_epoch: bool) -> None:

@@ -62,6 +62,11 @@ def on_closure(overrides: Overrides, trainer: Any, listener: Callable[[Any, dict
     overrides.set(loop, "_make_closure", make_closure)
 
 
+def trained_before_toggle(module: Any) -> dict[int, bool]:
+    """By the id of each parameter: whether it was trained before `toggle_optimizer`; empty where none is toggled."""
+    return {id(parameter): trained for parameter, trained in module._param_requires_grad_state.items()}
+
+
 def zero_without_hooks(closure: Any, zero_grad: Callable[[], None]) -> None:
     """Have a closure's next run zero the gradients without Lightning's hooks and counters around it.
 

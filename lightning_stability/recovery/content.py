@@ -139,6 +139,19 @@ class Contents:
                 restored.append(name)
         return restored
 
+    def mend(self, newer: Callable[[str], Tensor | None]) -> tuple[list[str], list[str]]:
+        """Restore what became non-finite, as far as there are copies.
+
+        Args:
+            newer: As for `restore`.
+
+        Returns:
+            The names of what has been restored, and of what could not be.
+        """
+        bad = self.became_nonfinite()
+        restored = self.restore(bad, newer) if bad else []
+        return restored, [name for name in bad if name not in restored]
+
     def _sized(self) -> list[tuple[_Entry, Tensor, float]]:
         read = list(self._entries_with_values())
         sizes = sizes_of([values for _, values in read])

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_stability.health import StepRecord
 from lightning_stability.internals import set_scaler_state, transferred, zero_without_hooks
 from lightning_stability.recovery import BufferUndo, Guard, MetricUndo
+from lightning_stability.runtime.manual_windows import ManualWindows
 from lightning_stability.runtime.record import Outcome
 from lightning_stability.runtime.windows import BadStep, Windows, options_of, set_options
 
@@ -46,7 +47,8 @@ class Retries:
         trainer: The Trainer.
         retrier: Decides; None if nothing is ever trained again.
         guard: Judges the steps.
-        windows: Keeps the batches; None where no window is known (manual optimization).
+        windows: Keeps the batches; None in manual optimization.
+        manual: Keeps them there.
         metrics: To keep and restore what a try has left in metrics.
         step: Runs one optimizer step: `(optimizer, model, closure, kwargs)`.
         drain: Waits for the records of all steps so far; they come through `add`.
@@ -63,6 +65,7 @@ class Retries:
         retrier: Retrier | None,
         guard: Guard,
         windows: Windows | None,
+        manual: ManualWindows | None,
         metrics: MetricUndo,
         step: Callable[[Optimizer, Any, Callable[[], Any], dict[str, Any]], Any],
         drain: Callable[[], None],
@@ -74,6 +77,7 @@ class Retries:
     ) -> None:
         self.retrier = retrier
         self.windows = windows
+        self.manual = manual
         self._trainer = trainer
         self._guard = guard
         self._metrics = metrics
@@ -87,6 +91,12 @@ class Retries:
         self._is_ending = is_ending
         self._arrived: deque[StepRecord] = deque()
         self._newest: tuple[Optimizer, Any, dict[str, Any]] | None = None
+
+    def rescan(self) -> None:
+        """An epoch begins."""
+        for windows in (self.windows, self.manual):
+            if windows is not None:
+                windows.rescan()
 
     def add(self, record: StepRecord) -> None:
         """A step's record is complete; nobody hears of it before it is settled."""
@@ -208,10 +218,14 @@ class Retries:
             self._show(self._bad_step(record), False)
         if self.windows is not None and self.windows.closed:
             self.windows.release()
+        if self.manual is not None:
+            self.manual.note(record)
         self._deliver(record)
 
     def _bad_step(self, record: StepRecord) -> BadStep:
-        window = self.windows.closed[0] if self.windows is not None and self.windows.closed else None
-        optimizer = None if self._newest is None else self._newest[0]
         is_late = any(later.outcome == Outcome.APPLIED for later in self._arrived)
-        return BadStep(record, window, optimizer, self._trainer, is_late)
+        if self.manual is not None:
+            optimizer = self._trainer.optimizers[record.optimizer]
+            return BadStep(record, self.manual.of(record), optimizer, self._trainer, is_late)
+        window = self.windows.closed[0] if self.windows is not None and self.windows.closed else None
+        return BadStep(record, window, None if self._newest is None else self._newest[0], self._trainer, is_late)

@@ -19,6 +19,7 @@ from lightning_stability.recovery.content import Contents
 from lightning_stability.runtime.containment import Contained, ContainedListener
 from lightning_stability.runtime.dispatch import Dispatch
 from lightning_stability.runtime.hooks import PluginHooks
+from lightning_stability.runtime.manual_windows import ManualWindows
 from lightning_stability.runtime.optimizers import UnknownOptimizers
 from lightning_stability.runtime.pipeline import Pipeline
 from lightning_stability.runtime.record import Limits, Outcome
@@ -163,8 +164,8 @@ class Watch:
         """Modules, buffers and metrics may be others."""
         if self.guard is not None:
             self.guard.rescan()
-        if self.retries is not None and self.retries.windows is not None:
-            self.retries.windows.rescan()
+        if self.retries is not None:
+            self.retries.rescan()
 
     def begin_batch(self, batch: Any) -> None:
         """A batch is about to enter `training_step`."""
@@ -195,18 +196,12 @@ class Watch:
         return next((batch for number, batch in self._recent if number == record.batch_number), None)
 
     def restore_contents(self) -> tuple[list[str], list[str]]:
-        """Look at everything the module holds; restore what became non-finite. Waits for the device.
-
-        Returns:
-            The names of what has been restored, and of what could not be: there is no copy of it.
-        """
-        contents, guard = self._contents, self.guard
-        if contents is None or guard is None:
+        """Restore what became non-finite: names of what was restored, and what could not be. Waits for the device."""
+        if self._contents is None or self.guard is None:
             return [], []
-        bad = contents.became_nonfinite()
-        restored = contents.restore(bad, guard.copy_of) if bad else []
-        guard.keep(contents.written)
-        return restored, [name for name in bad if name not in restored]
+        answer = self._contents.mend(self.guard.copy_of)
+        self.guard.keep(self._contents.written)
+        return answer
 
     def check_contents(self, all_ranks: bool) -> None:
         """Where no step was bad, something may have been written that no step's judgement sees.
@@ -287,6 +282,8 @@ class Watch:
     def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call it; an exception that a non-finite batch has caused may be answered by skipping the batch."""
         batch = args[0] if args else next(iter(kwargs.values()), None)
+        if self.retries is not None and self.retries.manual is not None and self._is_ours():
+            self.retries.manual.add(internals.batch_number(self._trainer), args, not self.pipeline.losses.batches)
         return self._call(original, args, kwargs, "`training_step`", batch)
 
     def backward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -340,28 +337,32 @@ class Watch:
         """Keep the batches of the open window where somebody may need them again."""
         trainer, guard = self._trainer, self.guard
         # (one that is open goes on: its batches so far are nowhere else)
-        windows, lag = (None if self.retries is None else self.retries.windows), self.pipeline.read_lag or 0
+        windows, manual = (None, None) if self.retries is None else (self.retries.windows, self.retries.manual)
+        lag = self.pipeline.read_lag or 0
         self._overrides.restore()
         self.retries = self.pipeline.read_lag = None
         candidates: list[Any] = [policy for policy in self._dispatch.policies if hasattr(policy, "wants_retry")]
         retrier = next((policy for policy in candidates if policy.wants_retry()), None)
         if guard is None or (retrier is None and not self.subscribers):
             return
-        module = trainer.lightning_module
+        module, device = trainer.lightning_module, trainer.strategy.root_device
         copies = retrier is not None or any(copies for _, copies in self.subscribers)
-        if windows is None:
+        if windows is None and manual is None:
             lag = read_lag(trainer, retries=retrier is not None or (copies and trainer.world_size > 1))
         self.pipeline.read_lag = lag
         if module.automatic_optimization:
             if windows is None:
                 most = math.inf if retrier is not None else self.most_batches
-                windows = Windows(module, self.results, trainer.strategy.root_device, lag + 1, copies, most)
+                windows = Windows(module, self.results, device, lag + 1, copies, most)
             internals.on_closure(self._overrides, trainer, self._on_closure)
+        elif manual is None and self.subscribers:
+            manual = ManualWindows(module, self.results, device, lag, copies, self.most_batches)
         self.retries = Retries(
             trainer,
             retrier,
             guard,
             windows,
+            manual,
             MetricUndo(module, self.results),
             step=self._try_step,
             drain=self.pipeline.reads.drain,

@@ -70,6 +70,8 @@ class Window:
         """GradScaler's state before the step: a held step has counted as a good one."""
         self.options: Options = []
         """The optimizer's options when it stepped: a scheduler has moved them by the time a window is trained again."""
+        self.is_too_long = False
+        """Whether it has had more batches than are kept: then none is."""
 
     def rescan(self) -> None:
         """An epoch begins: modules, buffers and metrics may be others."""
@@ -84,9 +86,18 @@ class Window:
         random = RandomState.capture(self._device)
         self.batches.append(WindowBatch(closure, kwargs, uncast, random, _versions(kwargs)))
 
+    def add_up_to(self, most: float, closure: Any, kwargs: dict[str, Any], uncast: UncastBatch | None) -> None:
+        """The same, unless there are more batches than that: then all are let go of."""
+        if len(self.batches) < most and not self.is_too_long:
+            self.add(closure, kwargs, uncast)
+        else:
+            self.batches.clear()
+            self.is_too_long = True
+
     def clear(self) -> None:
         """Let go of the batches."""
         self.batches.clear()
+        self.is_too_long = False
 
     def changed_in_place(self) -> bool:
         """Whether `training_step` wrote into one of its batches."""
@@ -140,8 +151,8 @@ class BadStep:
 
     Attributes:
         record: Its numbers.
-        window: Its batches with the random state before each; None in manual optimization. They are let go of when
-            the listener returns.
+        window: Its batches with the random state before each; in manual optimization a `ManualWindow`. They are let go
+            of when the listener returns.
         optimizer: The bare torch optimizer.
         trainer: The Trainer.
         is_late: Whether another update was made before the verdict was known.
@@ -156,7 +167,7 @@ class BadStep:
     @contextlib.contextmanager
     def before(self) -> Iterator[None]:
         """Around what needs buffers, metric states and the optimizer's options as they were for this step."""
-        if self.window is None or self.optimizer is None:
+        if self.window is None or self.optimizer is None or not self.window.options:
             yield
             return
         options = options_of(self.optimizer)
@@ -204,8 +215,7 @@ class Windows:
 
     def add(self, closure: Callable[[], Any], kwargs: dict[str, Any], uncast: UncastBatch | None) -> None:
         """A batch is about to be trained."""
-        if len(self.open.batches) < self._most:
-            self.open.add(closure, kwargs, uncast)
+        self.open.add_up_to(self._most, closure, kwargs, uncast)
 
     def note_scaler(self, plugin: Any) -> None:
         """The open window's step is about to be made."""

@@ -64,6 +64,7 @@ def look(run: Run, now: float | None = None) -> Report:
         ("state", said),
         ("progress", _progress(run, step)),
         ("estimated end", _end(run, estimate, now) if state == "running" else ""),
+        ("resume", _resume(run)),
         ("loss", _newest(run, "loss")),
         ("gradient norm", _newest(run, "grad_norm")),
         ("precision", _precision(run)),
@@ -249,6 +250,14 @@ def trend(values: list[float]) -> str:
     return "rising" if new > old else "falling"
 
 
+def _resume(run: Run) -> str:
+    """Whether the steps that were taken again were the same."""
+    event = run.resume
+    if event is None:
+        return ""
+    return str(event["why"]) if event["event"] == "resume_verified" else f"not exact: {event['why']}"
+
+
 def _precision(run: Run) -> str:
     change = run.precision_changed
     if change is not None:
@@ -296,6 +305,15 @@ def _layers(run: Run) -> str:
 
 
 def _incident(event: dict[str, Any]) -> str:
+    return f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  step {event['step']:,}  {what_happened(event)}"
+
+
+def what_happened(event: dict[str, Any]) -> str:
+    """An event that changes a run, in words.
+
+    Args:
+        event: The event.
+    """
     name = event["event"]
     said = {
         "update_skipped": "update skipped by {by}: {why}",
@@ -314,7 +332,7 @@ def _incident(event: dict[str, Any]) -> str:
         text = ""
     if not text:
         text = f"{name}: {event['why']}" if "why" in event else name
-    return f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  step {event['step']:,}  {text}"
+    return text
 
 
 def _recorded(run: Run) -> str:
@@ -322,8 +340,8 @@ def _recorded(run: Run) -> str:
     event = run.newest_recorded
     if event is None:
         return ""
-    origin = f": {event['origin']}" if event["origin"] else ""
-    return f"{run.recorded}; the newest, of step {event['step']:,}, in {event['path']}{origin}"
+    why = event.get("cause") or event["origin"]
+    return f"{run.recorded}; the newest, of step {event['step']:,}, in {event['path']}" + (f": {why}" if why else "")
 
 
 def _checkpoint(run: Run, now: float) -> str:

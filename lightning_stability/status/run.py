@@ -16,7 +16,7 @@ from lightning_stability.processes import is_alive
 _DEPTH = 4
 _NO_INCIDENTS = (
     *("training_started", "training_ended", "training_stopped", "checkpoint_saved", "progress"),
-    *("input_scales", "input_flagged", "incident_recorded"),  # they have lines of their own
+    *("input_scales", "input_flagged", "incident_recorded", "resume_verified"),  # they have lines of their own
 )
 _INPUT_CHECK = "InputCheck"
 _SAME_START = 2.0
@@ -59,6 +59,8 @@ class Run:
         self.newest_flagged: dict[str, Any] | None = None
         self.far_layers: list[dict[str, Any]] = []
         """What InputCheck's check of the layers warned of."""
+        self.resume: dict[str, Any] | None = None
+        """Whether the newest start took the same steps as the run before it: `resume_verified` or `resume_differs`."""
         self.recorded = 0
         self.newest_recorded: dict[str, Any] | None = None
         """The `incident_recorded` of IncidentReport."""
@@ -104,7 +106,7 @@ class Run:
             if self.ended is not None and not _is_end_of(self.ended, event):
                 self.ended = None
             self.started, self.stopped, self.precision_changed, self.many_skips = event, None, None, None
-            self.progress = []
+            self.progress, self.resume = [], None
         elif name == "training_ended":
             self.ended = self.ended or event  # what the first rank died of, not what followed from it
         elif name == "training_stopped":
@@ -129,6 +131,8 @@ class Run:
         elif name == "incident_recorded":
             self.recorded += 1
             self.newest_recorded = event
+        elif name in ("resume_verified", "resume_differs"):
+            self.resume = event
         elif name == "precision_changed":
             self.precision_changed = event
         if name not in _NO_INCIDENTS and not event.get("ordinary") and event.get("by") != _INPUT_CHECK:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import MeanSquaredError
 from torchmetrics.aggregation import RunningMean
@@ -87,11 +87,90 @@ def combined(mode: str, *loaders: Callable[[], Any]) -> dict[str, Any]:
     return {"module": lambda pl: SeveralBatches(), "data": lambda: CombinedLoader([make() for make in loaders], mode)}
 
 
+def plain(count: int = 28, **options: Any) -> Any:
+    augment = options.pop("augment", True)
+    return DataLoader(fits.Samples(count, augment), **{"batch_size": 4, "shuffle": True, **options})
+
+
+class Buckets(Sampler[list[int]]):
+    """Counts its epochs, and draws from a global generator while it is asked."""
+
+    def __init__(self) -> None:
+        self.epochs = 0
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.epochs += 1
+        for first in range(0, 28, 4):
+            bucket = [(index + self.epochs) % 28 for index in range(first, first + 4)]
+            random.shuffle(bucket)
+            yield bucket
+
+
+class SeededPerSample(fits.Samples):
+    """Noise from the seed of the worker that makes the sample, and its index."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        worker = torch.utils.data.get_worker_info()
+        generator = torch.Generator().manual_seed((worker.seed + index) % 2**63)
+        return self.x[index] + torch.rand((), generator=generator), index
+
+
+class WithoutState(IterableDataset):
+    """In an order that each epoch draws."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        samples = fits.Samples(32, augment=False)
+        return iter([samples[index] for index in torch.randperm(32).tolist()])
+
+
+class PlainChangingData(pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return plain([28, 16, 40][self.trainer.current_epoch % 3])
+
+    def val_dataloader(self) -> Any:
+        return plain(8, augment=False)
+
+
 def stream() -> Any:
     return fits.loader("stream", 0, True)
 
 
 LOADERS: dict[str, dict[str, Any]] = {
+    "plain": {"data": plain, "val_check_interval": 2, "validate": lambda: plain(8)},
+    "plain, a generator of its own": {"data": lambda: plain(generator=torch.Generator().manual_seed(3))},
+    "plain, drawn with replacement": {
+        "data": lambda: plain(
+            shuffle=None,
+            sampler=RandomSampler(range(28), replacement=True, generator=torch.Generator().manual_seed(1)),
+        )
+    },
+    "plain, a batch sampler that draws as it goes": {
+        "data": lambda: DataLoader(fits.Samples(), batch_sampler=Buckets())
+    },
+    "plain, workers seeded as they were": {
+        "data": lambda: DataLoader(
+            SeededPerSample(), batch_size=4, shuffle=True, num_workers=3, persistent_workers=True, prefetch_factor=3
+        ),
+        "max_epochs": 3,
+    },
+    "plain, workers started for each epoch": {
+        "data": lambda: DataLoader(SeededPerSample(), batch_size=4, shuffle=True, num_workers=2)
+    },
+    "plain and short, beside another": combined("max_size_cycle", stateful, lambda: plain(12)),
+    "plain, epochs of changing length": {
+        "data": PlainChangingData,
+        "max_epochs": 3,
+        "reload_dataloaders_every_n_epochs": 2,
+        "accumulate_grad_batches": 2,
+    },
+    "plain, limited": {"data": plain, "limit_train_batches": 5},
+    "plain data without a position, skipped by loading": {
+        "data": lambda: DataLoader(WithoutState(), batch_size=4),
+        "checkpoint": {"steps_per_epoch": 8, "skip_by_loading": True},
+    },
     "batch sampler with set_epoch": {"data": lambda: StatefulDataLoader(fits.Samples(), batch_sampler=Batches())},
     "sampler with set_epoch": {"data": lambda: stateful(shuffle=None, sampler=SetEpoch())},
     "two loaders, the longest counts": combined("max_size", stateful, lambda: stateful(20)),

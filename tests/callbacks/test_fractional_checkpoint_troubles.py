@@ -79,7 +79,8 @@ def test_a_disk_that_is_full_for_a_while_costs_only_the_saves_of_that_time(small
     assert ["step=000003" in failures[0], "step=000004" in failures[1], len(failures)] == [True, True, 2]
     assert "the disk is full: 0." in failures[0]
     assert "0.0 MB free" in failures[0], "what torch says of it does not name the disk"
-    assert sorted(path.name for path in small_disk.iterdir()) == ["epoch=001.00-step=000007.ckpt", "last.ckpt"]
+    files = sorted(path.name for path in small_disk.iterdir())
+    assert files == ["epoch=001.00-step=000007.ckpt", "last.ckpt", "steps.jsonl"]
     assert all(info.is_good for info in list_checkpoints(small_disk, verify=True))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lightning_stability.diagnosis import diagnose, read_incident
+from lightning_stability.diagnosis import DiagnosisError, diagnose, read_incident
 from tests import runs
+from tests.distributed_guard import Sharded
 from tests.distributed_incident import KINDS, adamw
 from tests.recovery import poison
 from tests.test_distributed import two_ranks
@@ -43,3 +44,18 @@ def test_a_rank_that_is_fine_says_that_another_one_is_not(ranks):
     assert second["said"] == []
     [said] = first["said"]
     assert "origin: Run again on this rank alone, the same step is finite: it came from another rank." in said
+
+
+def test_of_sharded_parameters_the_report_says_why_no_replay(tmp_path):
+    results = two_ranks(tmp_path, "fsdp2", "pytorch_lightning", launch_both=True, script=SCRIPT)
+    assert results[0] == results[1]  # the run has gone on
+    pl: Any = runs.load_namespace("pytorch_lightning")
+    folders = sorted((tmp_path / "incidents").iterdir())
+    assert folders[0].name == "1-step2-rank1"
+    for folder in folders:
+        report = json.loads((folder / "report.json").read_text())
+        assert report["reproduced"] is None
+        assert report["notes"] == ["the parameters are sharded over several ranks; a replay needs all of them on one"]
+    again = {"module": lambda: poison.make_module(pl, KINDS, adamw, by_hand=False, net=Sharded)}
+    with pytest.raises(DiagnosisError, match="the parameters are sharded over several ranks"):
+        diagnose(folders[0], **again)

@@ -15,12 +15,15 @@ from tests.callbacks.test_fractional_checkpoint import assert_same, log, result
 
 KILLS = int(os.environ.get("KILLS", "300"))
 SEED = int(os.environ.get("KILL_SEED", "0"))
+PLAIN = ("plain", "plain", "plain weighted")
 HOOKS = ("on_train_end", "on_fit_end", "teardown", "on_train_epoch_end", "on_validation_end", "on_save_checkpoint")
 
 
 def settings(rng: random.Random) -> dict[str, Any]:
     """A run's options."""
-    options: dict[str, Any] = {"max_epochs": 2, "data": rng.choice(["samples", "samples", "weighted", "stream"])}
+    options: dict[str, Any] = {"max_epochs": 2, "data": rng.choice(["samples", "weighted", "stream", *PLAIN])}
+    if rng.random() < 0.3:
+        options.update(workers=2, augment=False)  # what workers draw is in no checkpoint
     checkpoint: dict[str, Any] = {
         "every_n_epochs": rng.choice([1 / 7, 0.3, 0.5, 1]),
         "save_top_k": rng.choice([1, 1, -1]),
@@ -32,6 +35,8 @@ def settings(rng: random.Random) -> dict[str, Any]:
         options["module"] = {"manual": True}
     else:
         options["accumulate_grad_batches"] = rng.choice([1, 1, 2, 4])
+    if rng.random() < 0.2 and "manual" not in options.get("module", {}):
+        options["module"] = {**options.get("module", {}), "plateau": rng.choice(["step", "epoch"])}
     if rng.random() < 0.3 and options["data"] != "stream":
         options["val_check_interval"] = 3
     if rng.random() < 0.2:

@@ -4,10 +4,10 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_stability import GradNormMonitor
 from lightning_stability.callbacks.loggers import notify_loggers
@@ -26,15 +26,54 @@ def fit(pl: Any, loggers: list[Any], automatic: bool) -> tuple[Any, list[str]]:
     return trainer, [str(w.message) for w in caught if "lightning-stability" in str(w.message)]
 
 
-def raising_logger(pl: Any, calls: list[Any]) -> Any:
-    logger = runs.memory_logger(pl)
+def raising_logger(pl: Any) -> Any:
+    """A logger whose server is gone, with the steps of the calls that it got."""
 
-    def log_metrics(metrics: Any, step: Any = None) -> None:
-        calls.append(step)
-        raise ConnectionError("the server is gone")
+    class Unreachable(pl.loggers.Logger):
+        name = "unreachable"
+        version = "0"
 
-    logger.log_metrics = log_metrics
-    return logger
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[Any] = []
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.calls.append(step)
+            raise ConnectionError("the server is gone")
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    return Unreachable()
+
+
+class FullDisk(SummaryWriter):
+    """TensorBoard's writer on a disk that takes no more texts."""
+
+    texts = 0
+
+    def add_text(self, *args: Any, **kwargs: Any) -> None:
+        self.texts += 1
+        raise OSError("disk full")
+
+
+class LooksLikeALogger:
+    """All that a Trainer asks of a logger, but it is none of Lightning's: other projects test with such doubles."""
+
+    name, version = "double", "0"
+
+    def __init__(self, folder: Path) -> None:
+        self.save_dir = self.log_dir = self.root_dir = str(folder)
+        self.experiment = None
+        self.rows: list[Any] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, metrics))
+
+    def ignore(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    log_hyperparams = log_graph = save = finalize = after_save_checkpoint = ignore
 
 
 @pytest.mark.parametrize("automatic", [True, False])
@@ -55,18 +94,18 @@ def test_every_logger_but_the_automatic_ones_csv_gets_the_norms(pl: Any, tmp_pat
 
 def test_what_only_looks_like_a_logger_is_not_called(one: Any, tmp_path: Path) -> None:
     """As tests of other projects have it: they count the calls."""
-    double = Mock(save_dir=str(tmp_path), log_dir=str(tmp_path))
-    fit(one, [double], automatic=True)
-    assert double.log_metrics.mock_calls == []
+    double, memory = LooksLikeALogger(tmp_path), runs.memory_logger(one)
+    fit(one, [double, memory], automatic=True)
+    assert len(memory.rows) == 4
+    assert double.rows == []
 
 
 @pytest.mark.parametrize("automatic", [True, False])
 def test_a_logger_that_raises_is_called_once_and_warned_of_once(pl: Any, automatic: bool) -> None:
-    calls: list[Any] = []
-    memory = runs.memory_logger(pl)
-    trainer, messages = fit(pl, [raising_logger(pl, calls), memory], automatic)
+    memory, unreachable = runs.memory_logger(pl), raising_logger(pl)
+    trainer, messages = fit(pl, [unreachable, memory], automatic)
     assert trainer.global_step == len(memory.rows) == 4
-    assert calls == [0]
+    assert unreachable.calls == [0]
     [message] = messages
     assert "raised ConnectionError: the server is gone" in message
 
@@ -85,14 +124,17 @@ def test_a_notice_is_a_text_in_tensorboard(pl: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("filter_", ["always", "error"])
 def test_a_notice_never_raises(pl: Any, tmp_path: Path, filter_: str) -> None:
-    board = pl.loggers.TensorBoardLogger(tmp_path)
-    trainer, _ = fit(pl, [board], automatic=True)
-    board.experiment.add_text = Mock(side_effect=OSError("disk full"))
+    writer = FullDisk(str(tmp_path))
+
+    class Board(pl.loggers.TensorBoardLogger):
+        experiment = writer
+
+    trainer, _ = fit(pl, [Board(tmp_path)], automatic=True)
     with warnings.catch_warnings():
         warnings.simplefilter(filter_)
         for _ in range(3):
             notify_loggers(trainer, *NOTICE)
-    assert board.experiment.add_text.call_count == 1
+    assert writer.texts == 1
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_stability import FractionalCheckpoint, NaNEarlyStop, NonFiniteError
+from lightning_stability import FractionalCheckpoint, NaNEarlyStop, NonFiniteError, internals
 from lightning_stability.checkpointing import last_good_checkpoint, list_checkpoints
 from lightning_stability.checkpointing.stopping import FILE_NAME
 from tests import checkpoint_fit as fits
@@ -29,6 +29,7 @@ EXACT: dict[str, tuple[int, dict[str, Any]]] = {
     "the epoch's last, a plain loader": (6, {"checkpoint": "none", "data": "plain"}),
     "the epoch's last, an order that is in no state": (6, {"checkpoint": "none", "data": "weighted"}),
     "in the middle of an order that is in no state": (3, {"checkpoint": LONG, "data": "weighted"}),
+    "in the middle of a plain loader": (3, {"checkpoint": LONG, "data": "plain"}),
     "in the middle of a stream": (3, {"checkpoint": {**LONG, "steps_per_epoch": 8}, "data": "stream"}),
     "a stream's last": (7, {"checkpoint": {**LONG, "steps_per_epoch": 8}, "data": "stream"}),
     "the second epoch's first": (7, {"checkpoint": "none"}),
@@ -117,6 +118,16 @@ def test_a_trainer_without_the_package_loses_no_batch_and_repeats_none(tmp_path:
     seen = result(tmp_path / "stopped")["seen"] + end["seen"]
     for epoch in (seen[:7], seen[7:]):
         assert sorted(index for batch in epoch for index in batch) == list(range(28))
+
+
+def test_a_plain_loader_goes_on_without_fractional_checkpoint_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_epochs": 2, "data": "plain", "module": {"bad": 3}}
+    fit(tmp_path / "reference", patience=1, checkpoint=LONG, **options)
+    kept = stop(tmp_path, {**options, "checkpoint": LONG})
+    trainer = fit(tmp_path / "resumed", patience=0, ckpt_path=str(kept), seed=99, checkpoint="none", **options)
+    assert_same(result(tmp_path / "resumed"), result(tmp_path / "reference"))
+    assert internals.LOADERS_ARE_MADE not in vars(trainer.fit_loop)
+    assert getattr(internals.LoaderIterator, internals.BEGIN_ANEW).__module__ == "torch.utils.data.dataloader"
 
 
 def test_fractional_checkpoint_makes_up_for_the_save_that_the_stop_kept_it_from(tmp_path: Path) -> None:

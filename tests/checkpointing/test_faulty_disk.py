@@ -57,7 +57,7 @@ def test_one_fault_anywhere_in_a_save_costs_at_most_that_save(
         without = [number - (number == step) for number in saved]
         assert result["found"] in (saved, without), result  # at each step the newest that was saved
         if step < faulty_fit.STEPS:
-            assert result["files"] == ["epoch=001.00-step=000007.ckpt", "last.ckpt"], result
+            assert result["files"] == ["epoch=001.00-step=000007.ckpt", "last.ckpt", "steps.jsonl"], result
     calls = {call for result in met for call in result["hit"].split()}
     assert calls >= {"open64", "write", "fsync", "rename", "unlink"}
     with capsys.disabled():

@@ -24,7 +24,7 @@ class Augmented(Module):
 
     def training_step(self, batch, batch_idx):
         features, label = batch
-        noise = torch.from_numpy(np.random.randn(*features.shape)).float()
+        noise = torch.from_numpy(np.random.randn(*features.shape)).to(features)
         features = features * random.uniform(0.9, 1.1) + 0.1 * noise
         out = self.head(self.net(features))
         self.log("accuracy", self.accuracy(out.argmax(dim=1), label))

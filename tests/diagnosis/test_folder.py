@@ -21,6 +21,8 @@ import torch
 from lightning_stability.checkpointing import writing
 from lightning_stability.diagnosis import DiagnosisError, diagnose, read_incident, write_incident
 from lightning_stability.diagnosis.fields import digest
+from tests.command import run_python
+from tests.diagnosis import large
 from tests.zoo import log_of_zero
 from tests.zoo.recording import record
 
@@ -212,3 +214,20 @@ def test_a_write_that_fails_half_way_is_named_and_leaves_no_file(step, tmp_path)
     assert list(left_out) == ["batches"]
     assert read_incident(tmp_path / "i").batches is None
     assert not (tmp_path / "i" / "batches.pt").exists()
+
+
+def test_a_replay_without_enough_memory_is_one_sentence_and_loses_nothing(tmp_path):
+    done = run_python(large.__file__, str(tmp_path), cwd=Path(large.__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert "steps: 4" in done.stdout  # the run has gone on
+    [folder] = (tmp_path / "incidents").iterdir()
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["reproduced"], report["notes"]) == (None, ["there was not enough memory to run the step again"])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) >= {"batches.pt", "state.pt"}
+    done = run_python(large.__file__, "diagnose", str(folder), cwd=Path(large.__file__).parents[2])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"lightning-stability: error: there was not enough memory to run the step of {folder} again, which is as it was"
+    )
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -241,6 +241,29 @@ def test_a_value_that_the_forward_pass_discarded_is_told_from_a_derivative():
     assert not by_hand.discarded
 
 
+@pytest.mark.parametrize(
+    ("function", "phase", "tensor"),
+    [
+        pytest.param(lambda net, x: net.linear(x).mean(), "input", "batch", id="a feature"),
+        pytest.param(lambda net, x: (net.linear.bias - x).abs().mean(), "input", "batch", id="a target"),
+        pytest.param(lambda net, x: (net.linear.bias + x).softmax(dim=-1).mean(), "forward", None, id="a mask"),
+    ],
+)
+def test_minus_infinity_in_the_batch_is_damage_unless_it_is_a_mask(function, phase, tensor):
+    x = torch.rand(3, 4)
+    x[1] = -math.inf
+    origin = find_origin(RecordedStep(Net(function), [x], [RandomState.capture()]))
+    assert (origin.phase, origin.tensor, origin.samples) == (phase, tensor, [1])
+
+
+@pytest.mark.parametrize("view", [lambda x: x.T, lambda x: x[:, 2:], lambda x: x.flatten(), lambda x: x[1:]])
+def test_samples_are_those_of_the_batch_whatever_view_of_it_was_read(view):
+    x = torch.rand(3, 4)
+    x[2, 3] = math.nan
+    step = RecordedStep(Net(lambda net, x: view(x).sum() * net.linear.bias.sum()), [x], [RandomState.capture()])
+    assert find_origin(step).samples == [2]
+
+
 def test_the_range_of_what_went_in_is_told():
     origin = origin_of(lambda net, x: torch.log(net.linear(x) * 0 - 2).mean())
     [values] = origin.inputs

@@ -39,7 +39,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ]
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=180)
+            output, _ = process.communicate(timeout=600)
             assert process.returncode == 0, output[-3000:]
     finally:
         for process in processes:

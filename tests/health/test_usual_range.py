@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_stability.health.usual_range import ENOUGH, UsualLoss, UsualRange
 
-settings.register_profile("few", max_examples=40, deadline=None)
-settings.load_profile("few")
+FEW = settings(max_examples=40)
 SEEDS = st.integers(0, 10_000)
 
 
@@ -25,6 +24,7 @@ def noise(seed: int, count: int, mean: float = 2.0, std: float = 0.2) -> list[fl
     return [generator.gauss(mean, std) for _ in range(count)]
 
 
+@FEW
 @given(SEEDS, st.integers(0, 199), st.floats(10.0, 1e30))
 def test_one_spike_does_not_widen_the_range(seed: int, place: int, spike: float) -> None:
     values = noise(seed, 200)
@@ -33,6 +33,7 @@ def test_one_spike_does_not_widen_the_range(seed: int, place: int, spike: float)
     assert filled(values).limit <= without + 1.0
 
 
+@FEW
 @given(SEEDS, st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), min_size=1, max_size=50))
 def test_what_is_not_finite_leaves_no_trace(seed: int, bad: list[float]) -> None:
     values = noise(seed, 150)
@@ -41,11 +42,13 @@ def test_what_is_not_finite_leaves_no_trace(seed: int, bad: list[float]) -> None
         assert filled(mixed, of_logs=of_logs).limit == filled(values, of_logs=of_logs).limit
 
 
+@FEW
 @given(SEEDS, st.integers(0, ENOUGH - 1))
 def test_there_is_no_limit_while_too_little_is_known(seed: int, count: int) -> None:
     assert filled(noise(seed, count)).limit == math.inf
 
 
+@FEW
 @given(SEEDS, st.floats(0.0, 0.5))
 def test_a_run_that_only_varies_is_within_its_limit(seed: int, spread: float) -> None:
     usual = UsualRange(of_logs=True)
@@ -58,6 +61,7 @@ def test_a_run_that_only_varies_is_within_its_limit(seed: int, spread: float) ->
     assert out == 0
 
 
+@FEW
 @given(SEEDS)
 def test_a_heavy_tail_is_not_called_a_spike_all_the_time(seed: int) -> None:
     usual = UsualRange()
@@ -70,6 +74,7 @@ def test_a_heavy_tail_is_not_called_a_spike_all_the_time(seed: int) -> None:
     assert out <= 15
 
 
+@FEW
 @given(SEEDS, st.floats(0.2, 5.0), st.floats(-0.01, 0.01))
 def test_a_level_that_drifts_stays_within(seed: int, scale: float, drift: float) -> None:
     usual = UsualRange(of_logs=True)
@@ -79,6 +84,7 @@ def test_a_level_that_drifts_stays_within(seed: int, scale: float, drift: float)
         usual.add(shifted)
 
 
+@FEW
 @given(SEEDS, st.integers(0, 300), st.booleans())
 def test_a_saved_range_continues_as_the_one_that_was_not(seed: int, count: int, of_logs: bool) -> None:
     values = noise(seed, 400)
@@ -89,6 +95,7 @@ def test_a_saved_range_continues_as_the_one_that_was_not(seed: int, count: int, 
     assert saved.limit == filled(values, of_logs=of_logs).limit
 
 
+@FEW
 @given(SEEDS)
 def test_a_loss_that_falls_does_not_widen_the_range(seed: int) -> None:
     usual = filled([8.0 * math.exp(-step / 20) + value for step, value in enumerate(noise(seed, 200, std=0.02))])

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_stability.checkpointing.writing import is_part
 from lightning_stability.events import read_events
@@ -61,10 +62,8 @@ def final_state(root: Path) -> dict[str, Any]:
 
 def last_logged(folder: Path, *tags: str) -> dict[str, tuple[int, float]]:
     """The newest value of each tag in a run's TensorBoard files, and its step."""
-    run = Run(folder)
-    run.update()
-    run.close()
-    return {tag: run.series[tag][-1][:2] for tag in tags}
+    files = EventAccumulator(str(folder)).Reload()
+    return {tag: ((last := files.Scalars(tag)[-1]).step, last.value) for tag in tags}
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -229,7 +228,7 @@ needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is no
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >"$EEGPT_RUN_DIR/words-$([[ " $* " == *" --print_config "* ]] && echo checked || echo started)"
 [[ " $* " != *" --wrong "* ]] || { echo "unrecognized arguments: --wrong" >&2; exit 2; }
-[[ " $* " == *" --print_config "* ]] || { echo "training, OMP_NUM_THREADS=$OMP_NUM_THREADS"; sleep 60; }
+[[ " $* " == *" --print_config "* ]] || { echo "training, OMP_NUM_THREADS=$OMP_NUM_THREADS"; sleep 600; }
 """
 
 
@@ -245,7 +244,7 @@ def test_the_script_starts_a_session_passes_options_on_and_refuses_a_second_one(
     tmux = Tmux(tmp_path, socket_folder, program.parent)
     # the stand-in of a session in a server that was started with another environment
     tmux.environment["OMP_NUM_THREADS"] = "7"
-    tmux.run("tmux", "new-session", "-d", "-s", "other", "sleep 60")
+    tmux.run("tmux", "new-session", "-d", "-s", "other", "sleep 600")
     tmux.environment["OMP_NUM_THREADS"] = "3"
     try:
         refused = tmux.script("RUN_STABLE_TRAINING.sh", "--wrong")
@@ -259,7 +258,7 @@ def test_the_script_starts_a_session_passes_options_on_and_refuses_a_second_one(
         assert "MONITOR_TRAINING.sh --watch" in begun.stdout
         assert tmux.is_running()
         log = tmp_path / "run" / "training.log"
-        end = time.monotonic() + 30
+        end = time.monotonic() + 300
         while not (log.exists() and "training, " in log.read_text()) and time.monotonic() < end:
             time.sleep(0.05)
         assert "training, OMP_NUM_THREADS=3" in log.read_text()

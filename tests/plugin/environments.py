@@ -113,16 +113,24 @@ def environment_variables(automatic: str | None) -> dict[str, str]:
 
 
 def _serve() -> None:
+    import atexit
     import contextlib
+    import gc
     import json
     import os
     import sys
+    import threading
+    import traceback
 
-    import pytorch_lightning  # noqa: F401
+    import pytorch_lightning
+    import pytorch_lightning.cli  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401 - each script with a logger would import it anew
 
     with contextlib.suppress(ImportError):
-        import lightning.pytorch  # noqa: F401
+        import lightning.pytorch
+        import lightning.pytorch.cli  # noqa: F401
     assert "lightning_stability" not in sys.modules
+    gc.freeze()  # so that a child's collector does not go through all that was imported
     for line in sys.stdin:
         script, cwd, folder, automatic = json.loads(line)
         child = os.fork()
@@ -132,7 +140,20 @@ def _serve() -> None:
             os.chdir(cwd)
             if automatic is not None:
                 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = automatic
-            exec(compile(script, "script", "exec"), {"__name__": "__main__"})
-            sys.exit(0)
+            failed = 0
+            try:
+                exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+            except SystemExit as end:
+                failed = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except BaseException:
+                traceback.print_exc()
+                failed = 1
+            # as an interpreter ends, but without taking torch apart in memory, which takes longer than most scripts
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(failed)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+    os._exit(0)

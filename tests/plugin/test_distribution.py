@@ -17,7 +17,7 @@ from tests.plugin.environments import ROOT, environment_variables, tracked_files
 pytestmark = pytest.mark.xdist_group("installed")
 
 # Of no use outside of the repository.
-LEFT_OUT = (".gitignore", ".ci/")
+LEFT_OUT = (".gitignore", ".ci/", ".github/", ".pre-commit-config.yaml")
 
 TINY_FIT = """
 import lightning_stability, pathlib, pytorch_lightning as pl, torch

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,15 +16,24 @@ from lightning_stability.events import EventLog
 
 
 class Model(BoringModel):
-    """Trains one layer."""
+    """Trains one layer.
 
-    def __init__(self, at: int = -1, happens: str = "", seconds: float = 0.0) -> None:
+    Args:
+        at: The step at which something happens.
+        happens: What.
+        gates: Steps at which it waits for the file `go-STEP` in the working folder, or for its parent's end.
+    """
+
+    def __init__(self, at: int = -1, happens: str = "", gates: list[int] | None = None) -> None:
         super().__init__()
-        self.at, self.happens, self.seconds = at, happens, seconds
+        self.at, self.happens, self.gates = at, happens, gates or []
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = self.step(batch)
-        time.sleep(self.seconds)
+        if self.trainer.global_step in self.gates:
+            parent = os.getppid()
+            while not Path(f"go-{self.trainer.global_step}").exists() and os.getppid() == parent:
+                time.sleep(0.01)
         if self.trainer.global_step == self.at:
             if self.happens == "nan":
                 loss = loss * float("nan")
@@ -33,6 +43,8 @@ class Model(BoringModel):
                 raise KeyboardInterrupt
             elif self.happens == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif self.happens == "slow":
+                time.sleep(0.1)
             elif self.happens == "stop":
                 self.trainer.should_stop = True
         self.log("train_loss", loss)

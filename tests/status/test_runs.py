@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def train(folder: Path, happens: str = "", model: Any = None, data: Any = None, 
     options = {**defaults, "enable_checkpointing": True, "logger": TensorBoardLogger(folder), **options}
     options.setdefault("callbacks", [NaNEarlyStop(patience=0), GradNormMonitor(), FractionalCheckpoint(), Progress()])
     trainer = runs.trainer(pl, **options)
-    model = model or Model(at=9, happens=happens, seconds=0.1 if happens == "slow" else 0.0)
+    model = model or Model(at=9, happens=happens)
     trainer.fit(model, data or Data())
     return trainer
 
@@ -122,7 +123,7 @@ def test_a_run_that_nan_early_stop_ended(tmp_path: Path) -> None:
         ("raise in validation", {}, "failed", "failed: ValueError: before training ("),
         ("interrupt", {}, "failed", "failed: KeyboardInterrupt"),
         ("", {"max_steps": 9}, "finished", "finished: max_steps=9 reached"),
-        ("slow", {"max_time": {"seconds": 1}}, "stopped", "stopped early: Timer: max_time reached"),
+        ("slow", {"max_time": timedelta(seconds=0.1)}, "stopped", "stopped early: Timer: max_time reached"),
         (
             "",
             {"callbacks": [EarlyStopping("val_loss", stopping_threshold=1e9), NaNEarlyStop(patience=0)]},
@@ -196,27 +197,41 @@ def test_a_run_that_was_killed_and_one_that_goes_on_from_it(
 
 
 def test_a_run_that_writes_while_it_is_looked_at(fit: Callable[..., Done], tmp_path: Path) -> None:
-    """The estimates of the end agree with the moment at which it comes."""
-    thread = threading.Thread(target=fit, args=("--model.seconds=0.05",))
+    gates = [1, 9, 20]
+    thread = threading.Thread(target=fit, args=(f"--model.gates={gates}",))
     thread.start()
-    reports = []
+    seen: list[int | None] = []
     while thread.is_alive():
-        time.sleep(0.05)
         if list(tmp_path.rglob(FILE_NAME)):
-            reports.append((time.time(), told(tmp_path)))
-    [*_, ended] = read_events(find_run(tmp_path))
-    running = [(moment, report) for moment, report in reports if report.state == "running"]
-    steps = [report.step for _, report in running]
-    assert steps == sorted(steps)
-    assert len(set(steps)) > 10
-    estimates = [(moment, r.seconds_left) for moment, r in running if r.seconds_left is not None and r.step > 8]
-    assert len(estimates) > 5
-    for moment, left in estimates:
-        assert left == pytest.approx(ended["time"] - moment, abs=1.0 + 0.5 * ended["seconds"])
-    assert all(0 <= left < 3 * ended["seconds"] for _, left in estimates)
-    for _, report in running:
-        assert "running: process" in line(report, "state")
+            report = told(tmp_path)
+            assert report.state in ("running", "finished")
+            assert "running: process" in line(report, "state") or report.state == "finished"
+            seen.append(report.step)
+            if gates and report.step == gates[0]:
+                (tmp_path / f"go-{gates.pop(0)}").touch()
+        time.sleep(0.01)
+    assert seen == sorted(seen)  # type: ignore[type-var]
+    assert {1, 9, 20} <= set(seen)
     assert told(tmp_path).state == "finished"
+
+
+def test_the_estimates_of_the_end_agree_with_the_moment_at_which_it_comes(tmp_path: Path) -> None:
+    """At an even pace of two steps a second, with what each moment of a real run has written."""
+    train(tmp_path / "run")
+    written = [json.loads(text) for text in (find_run(tmp_path) / FILE_NAME).read_text().splitlines()]
+    begun = time.time()
+    for event in written:
+        event["time"] = begun + event["step"] / 2
+    (tmp_path / "seen").mkdir()
+    estimates = []
+    for event in written[:-1]:
+        with (tmp_path / "seen" / FILE_NAME).open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        if event["event"] == "progress":
+            estimates.append((event["step"], told(tmp_path / "seen", now=event["time"] + 0.25).seconds_left))
+    assert {step for step, _ in estimates} == set(range(1, 33))
+    for step, left in estimates:
+        assert left == pytest.approx(max(0.0, (32 - step) / 2 - 0.25)), step
 
 
 def test_two_ranks_write_one_start_and_one_end(fit: Callable[..., Done], tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from tests.status.test_runs import WORDS, start
 STATUS = (sys.executable, "-m", "lightning_stability", "status")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 CLEAR = "\033[H\033[2J"
+HANGS = 300.0
+"""Seconds after which a process is given up."""
 
 
 class Terminal:
@@ -37,7 +39,7 @@ class Terminal:
         os.close(theirs)
         self.shown = ""
 
-    def wait_for(self, pattern: str, seconds: float = 60.0) -> str:
+    def wait_for(self, pattern: str, seconds: float = HANGS) -> str:
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.shown, re.DOTALL)):
             assert time.monotonic() < end, self.shown
@@ -47,7 +49,7 @@ class Terminal:
     def press_ctrl_c(self) -> None:
         os.write(self._ours, b"\x03")
 
-    def end(self, seconds: float = 30.0) -> int:
+    def end(self, seconds: float = HANGS) -> int:
         """Wait for the process; return its exit status."""
         end = time.monotonic() + seconds
         while self._process.poll() is None:
@@ -83,28 +85,38 @@ def _take_as_terminal(descriptor: int) -> None:
 def test_the_watch_follows_a_run_on_a_terminal_until_ctrl_c_and_elsewhere_in_plain_text_until_its_end(
     command: Launcher, tmp_path: Path
 ) -> None:
-    fit = threading.Thread(target=command, args=(*WORDS, "--model.seconds=0.2"), kwargs={"cwd": tmp_path})
+    fit = threading.Thread(target=command, args=(*WORDS, "--model.gates=[9, 20]"), kwargs={"cwd": tmp_path})
     fit.start()
     while not list(tmp_path.rglob(FILE_NAME)):
         assert fit.is_alive()
-        time.sleep(0.05)
+        time.sleep(0.01)
     piped = subprocess.Popen(
         [*STATUS, str(tmp_path), "--watch"],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     terminal = Terminal(str(tmp_path), "--watch")
     try:
-        terminal.wait_for(re.escape(CLEAR) + ".*last written")
-        first, second = re.findall(r"step (\d+) of 32", terminal.shown)[:2]
-        assert int(first) < int(second)
+        assert piped.stdout is not None
+        out = ""
+        while "step 9 of 32" not in out:
+            read = piped.stdout.readline()
+            assert read, "it ends before the run does"
+            out += read
+        terminal.wait_for("step 9 of 32")
+        (tmp_path / "go-9").touch()
+        terminal.wait_for(re.escape(CLEAR) + ".*step 20 of 32.*last written")
         assert fit.is_alive()
         terminal.press_ctrl_c()
         assert terminal.end() == 0
         assert "Traceback" not in terminal.shown
         assert terminal.shown.endswith("\n")
 
-        out, err = piped.communicate(timeout=120)
+        (tmp_path / "go-20").touch()
+        rest, err = piped.communicate(timeout=HANGS)
+        out += rest
     finally:
+        for step in (9, 20):
+            (tmp_path / f"go-{step}").touch()
         terminal.close()
         piped.kill()
         fit.join()

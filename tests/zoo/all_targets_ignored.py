@@ -22,4 +22,5 @@ def program(seed):
     empty = draw(seed, 3)
     labels[4 * empty : 4 * empty + 4] = 255
     data = [(torch.randn(1, 8, 8), label) for label in labels]
-    return Program(Segmentation(), loader(data, 4), Expected("forward", "loss", __file__))
+    expected = Expected("forward", "loss", __file__, cause="empty_reduction")
+    return Program(Segmentation(), loader(data, 4), expected)

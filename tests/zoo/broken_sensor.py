@@ -23,5 +23,5 @@ def program(seed):
     broken = draw(seed, 8)
     signal[8 + broken, 1, 5:9] = float("nan")
     data = [{"signal": s, "label": torch.tensor(1)} for s in signal]
-    expected = Expected("input", "conv", __file__, tensor="batch['signal']", samples=[broken])
+    expected = Expected("input", "conv", __file__, tensor="batch['signal']", samples=[broken], cause="nonfinite_input")
     return Program(Classifier(), loader(data), expected)

@@ -27,4 +27,5 @@ def program(seed):
     table = torch.randn(32, 6)
     table[8:16, draw(seed, 6)] = 1.0  # the second batch; a power of two, so that its mean is exact
     data = [(row, torch.zeros(())) for row in table]
-    return Program(Tabular(), loader(data), Expected("forward", "standardize", __file__))
+    expected = Expected("forward", "standardize", __file__, cause="undefined_operation")
+    return Program(Tabular(), loader(data), expected)

@@ -27,4 +27,5 @@ def program(seed):
     empty = draw(seed, 3)
     mask[4 * empty : 4 * empty + 4] = False
     data = [(torch.randn(1, 6, 6), torch.randn(1, 6, 6), m) for m in mask]
-    return Program(Depth(), loader(data, 4), Expected("forward", "loss", __file__))
+    expected = Expected("forward", "loss", __file__, cause="empty_reduction")
+    return Program(Depth(), loader(data, 4), expected)

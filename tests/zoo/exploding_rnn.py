@@ -33,4 +33,7 @@ class Recurrent(Module):
 
 def program(seed):
     data = list(1 + torch.rand(16, 150, 4))
-    return Program(Recurrent(draw(seed, 4)), loader(data), Expected("forward", "cell", __file__))
+    expected = Expected(
+        "forward", "cell", __file__, cause=("extreme_weights", "divergence"), cause_tensor="cell.recurrent"
+    )
+    return Program(Recurrent(draw(seed, 4)), loader(data), expected)

@@ -33,4 +33,5 @@ def program(seed):
     pictures = 0.5 + 0.05 * torch.rand(24, 1, 6, 6)
     edge = draw(seed, 8)
     pictures[16 + edge, 0, 2, 3] = 5.0
-    return Program(Brighten(), loader(list(pictures)), Expected("forward", "gamma", __file__, samples=[edge]))
+    expected = Expected("forward", "gamma", __file__, samples=[edge], cause="undefined_operation")
+    return Program(Brighten(), loader(list(pictures)), expected)

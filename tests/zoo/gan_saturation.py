@@ -48,4 +48,5 @@ class GAN(Module):
 def program(seed):
     module = GAN(sure_of=draw(seed, 3))
     nn.init.ones_(module.discriminator[2].weight)
-    return Program(module, loader(list(torch.randn(24, 4))), Expected("forward", "", __file__))
+    expected = Expected("forward", "", __file__, cause="undefined_operation")
+    return Program(module, loader(list(torch.randn(24, 4))), expected)

@@ -40,4 +40,5 @@ class Probe(Module):
 
 def program(seed):
     data = [(torch.randn(4, 64), torch.tensor(draw(seed + i, 2))) for i in range(16)]
-    return Program(Probe(), loader(data), Expected("forward", "encoder.patch", __file__), precision="16-mixed")
+    expected = Expected("forward", "encoder.patch", __file__, cause="input_scale", cause_module="normalize")
+    return Program(Probe(), loader(data), expected, precision="16-mixed")

@@ -24,4 +24,5 @@ class WarmUp(Module):
 
 def program(seed):
     data = list(torch.randn(24, 4))
-    return Program(WarmUp(4 + draw(seed, 8)), loader(data), Expected("optimizer", "net.0", __file__))
+    expected = Expected("optimizer", "net.0", __file__, cause="optimizer_update", option="lr")
+    return Program(WarmUp(4 + draw(seed, 8)), loader(data), expected)

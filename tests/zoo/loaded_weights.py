@@ -33,5 +33,11 @@ def program(seed):
     published[f"blocks.{place}.weight"][draw(seed + 1, 8), 2] = float("nan")
     module = FineTuned()
     module.backbone.load_state_dict(published)
-    expected = Expected("weights", f"backbone.blocks.{place}", __file__, tensor=f"backbone.blocks.{place}.weight")
+    expected = Expected(
+        "weights",
+        f"backbone.blocks.{place}",
+        __file__,
+        tensor=f"backbone.blocks.{place}.weight",
+        cause="nonfinite_weights",
+    )
     return Program(module, loader(list(torch.randn(16, 8))), expected)

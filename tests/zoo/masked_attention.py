@@ -55,4 +55,5 @@ def program(seed):
     empty = draw(seed, 8)
     tokens[8 + empty] = 0
     data = [(line, torch.tensor(1)) for line in tokens]
-    return Program(TextClassifier(), loader(data), Expected("forward", "blocks.0.attention", __file__, samples=[empty]))
+    expected = Expected("forward", "blocks.0.attention", __file__, samples=[empty], cause="masked_attention")
+    return Program(TextClassifier(), loader(data), expected)

@@ -21,5 +21,5 @@ def program(seed):
     missing = draw(seed, 8)
     target[16 + missing] = float("nan")
     data = [(torch.randn(5), value) for value in target]
-    expected = Expected("input", "", __file__, tensor="batch[1]", samples=[missing])
+    expected = Expected("input", "", __file__, tensor="batch[1]", samples=[missing], cause="nonfinite_input")
     return Program(Regression(), loader(data), expected)

@@ -30,5 +30,7 @@ def program(seed):
     for layer in module.layers:  # no other unit is ever off
         nn.init.uniform_(layer.weight)
     data = list(torch.rand(16, 6))
-    expected = Expected("optimizer", f"layers.{dead}", __file__, tensor=f"layers.{dead}.weight")
+    expected = Expected(
+        "optimizer", f"layers.{dead}", __file__, tensor=f"layers.{dead}.weight", cause="optimizer_update", option="eps"
+    )
     return Program(module, loader(data), expected)

@@ -31,4 +31,5 @@ def program(seed):
     data = torch.randn(24, 5)
     silent = draw(seed, 8)
     data[8 + silent] = 0.0
-    return Program(Sparse(), loader(list(data)), Expected("backward", "", __file__, samples=[silent]))
+    expected = Expected("backward", "", __file__, samples=[silent], cause="undefined_gradient")
+    return Program(Sparse(), loader(list(data)), expected)

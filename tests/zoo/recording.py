@@ -66,7 +66,7 @@ class Recorder(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if nonfinite_names(pl_module.named_parameters()):
             self.stop("weight")
-        if nonfinite_names(pl_module.named_buffers()) != self.buffers:
+        if set(nonfinite_names(pl_module.named_buffers())) - set(self.buffers):
             self.stop("buffer")
 
     def stop(self, failed: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_stability import IncidentReport
 from lightning_stability.diagnosis.search import find_origin
+from tests.zoo import catalogue
+from tests.zoo.catalogue import FAILURES, HEALTHY
+from tests.zoo.program import WHERE
 from tests.zoo.recording import record
-
-HELPERS = {"__init__", "program", "recording", "test_zoo"}
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in HELPERS)
-FAILURES = [name for name in NAMES if not name.startswith("healthy_")]
-HEALTHY = [name for name in NAMES if name.startswith("healthy_")]
 
 
 def train(name: str, seed: int) -> tuple[Any, Any]:
     torch.manual_seed(seed)
-    program = importlib.import_module(f"tests.zoo.{name}").program(seed)
+    program = catalogue.program(name, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return program, record(program)[0]
@@ -55,5 +53,17 @@ def test_it_is_found_wherever_the_seed_puts_it(name, seed):
 
 
 @pytest.mark.parametrize("name", HEALTHY)
-def test_a_healthy_run_gives_no_incident(name):
-    assert train(name, seed=0)[1] is None
+def test_a_healthy_run_gives_no_incident(name, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step, _ = record(catalogue.program(name, 0), [IncidentReport(tmp_path)])
+    assert step is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_says_what_its_cause_is(name):
+    expected = catalogue.program(name, 0).expected
+    assert expected.causes
+    assert set(expected.causes) <= set(WHERE)
+    assert all(expected.fault(word) for word in expected.causes)

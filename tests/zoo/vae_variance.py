@@ -38,4 +38,5 @@ def program(seed):
     data = torch.randn(24, 6)
     far = draw(seed, 8)
     data[8 + far] = 1e4 * module.encoder.log_variance.weight[0].detach()
-    return Program(module, loader(list(data)), Expected("forward", "encoder", __file__, samples=[far]))
+    expected = Expected("forward", "encoder", __file__, samples=[far], cause="extreme_sample", cause_tensor="batch")
+    return Program(module, loader(list(data)), expected)

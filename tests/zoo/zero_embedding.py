@@ -28,4 +28,5 @@ def program(seed):
     data = torch.rand(24, 6)
     dark = draw(seed, 8)
     data[8 + dark] = -50.0
-    return Program(module, loader(list(data)), Expected("forward", "unit", __file__, samples=[dark]))
+    expected = Expected("forward", "unit", __file__, samples=[dark], cause="undefined_operation")
+    return Program(module, loader(list(data)), expected)

@@ -1,0 +1,205 @@
+"""What the zoo does not show: code that is compiled, faults that come once, budgets, and causes that stay unknown."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_stability.diagnosis import RecordedStep
+from lightning_stability.diagnosis.investigation import investigate
+from lightning_stability.diagnosis.report import as_text, cause_in_a_line, make_report
+from lightning_stability.recovery.random_state import RandomState
+from tests.zoo.program import Module, Tensor
+
+
+class Net(Module):
+    """A layer, and a loss that a test gives."""
+
+    def __init__(self, loss: Any = None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.loss = loss
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.loss(self.layer(batch), batch)
+
+
+class Double(nn.Module):
+    """(torch's own layers are not compiled by themselves.)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+class Compiled(Net):
+    """A part of it is compiled by a test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = Double()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.after(self.layer(batch)).pow(2).mean()
+
+
+def step_of(module: nn.Module, batch: Any, **given: Any) -> RecordedStep:
+    return RecordedStep(module, [batch], [RandomState.capture()], optimizers=[module.configure_optimizers()], **given)
+
+
+def report_of(step: RecordedStep, **given: Any) -> dict[str, Any]:
+    found = investigate(step, **given)
+    return json.loads(json.dumps(make_report(found.origin is not None, found.origin, step.failed, **found.as_json())))
+
+
+def wrong(graph: Any, inputs: Any) -> Any:
+    """A compiler that makes something else of it."""
+    return lambda *args: [out * torch.nan for out in graph(*args)]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_code_that_is_finite_eagerly_and_not_compiled_is_named(in_place):
+    module = Compiled()
+    if in_place:
+        module.after.compile(backend=wrong)
+    else:
+        module.after = torch.compile(module.after, backend=wrong)
+    [cause] = report_of(step_of(module, torch.randn(3, 4)))["causes"]
+    assert (cause["cause"], cause["module"]) == ("compiled_code", "after")
+    exec(cause["remedy"], {"model": module, "torch": torch})
+    assert module.after(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_a_compiled_step_that_is_finite_both_ways_has_an_unknown_cause():
+    module = Compiled()
+    module.after.compile(backend="eager")
+    assert report_of(step_of(module, torch.randn(3, 4)))["causes"][0]["cause"] == "unknown"
+
+
+def test_a_step_that_is_finite_now_was_a_transient_fault():
+    step = step_of(Net(lambda out, batch: out.mean()), torch.randn(3, 4), trainer={"global_rank": 3})
+    [cause] = report_of(step)["causes"]
+    assert cause["cause"] == "transient"
+    assert "rank 3" in cause["summary"]
+
+
+def test_no_transient_fault_is_claimed_where_the_replay_may_be_another_step():
+    step = step_of(Net(lambda out, batch: out.mean()), torch.randn(3, 4))
+    assert report_of(step, may_differ=True)["causes"][0]["cause"] == "unknown"
+
+
+def test_a_number_that_is_written_on_purpose_has_no_known_cause():
+    step = step_of(Net(lambda out, batch: out.mean() + torch.full((), torch.nan)), torch.randn(3, 4))
+    report = report_of(step)
+    assert [cause["cause"] for cause in report["causes"]] == ["unknown"]
+    assert {"precision", "learning rate"} <= {row["name"] for row in report["excluded"]}
+    assert cause_in_a_line(report) is None
+
+
+def test_without_time_for_a_trial_the_origin_is_still_named():
+    class Slow(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return torch.log(self.layer(batch).relu() * 0).mean()
+
+    found = investigate(step_of(Slow(), torch.randn(3, 4)), budget_seconds=0.05)
+    assert found.origin is not None
+    assert not found.was_complete
+    assert len(found.trials) < 5
+
+
+def test_a_diagnosis_leaves_everything_as_it_was():
+    module = Net(lambda out, batch: (out - out).pow(2).sum(dim=1).sqrt().mean())
+    step = step_of(module, torch.randn(5, 4), failed="gradient")
+    module.layer.weight.grad = torch.ones(2, 4)
+    torch.manual_seed(7)
+    weights, options = copy.deepcopy(module.state_dict()), copy.deepcopy(step.optimizers[0].state_dict())
+    batch, code = step.batches[0].clone(), Net.training_step.__code__
+    assert investigate(step).causes[0].cause == "undefined_gradient"
+    after = torch.rand(1)
+    torch.manual_seed(7)
+    assert after == torch.rand(1)
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+    assert step.optimizers[0].state_dict() == options
+    assert torch.equal(step.batches[0], batch)
+    assert torch.equal(module.layer.weight.grad, torch.ones(2, 4))
+    assert Net.training_step.__code__ is code
+
+
+def test_the_smallest_set_of_modules_in_float32_is_found():
+    class Deep(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+            self.large = nn.Linear(64, 1, bias=False)
+            nn.init.constant_(self.large.weight, 40.0)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            for layer in self.layers:
+                batch = 1 + layer(batch).relu()
+            return self.large(batch * 40).float().mean() * 1e-4
+
+    step = step_of(Deep(), torch.randn(3, 64), precision="16-mixed", loss_scale=1.0)
+    found = investigate(step)
+    assert found.causes[0].cause == "fp16_overflow", found.causes
+    assert found.causes[0].facts["modules"] == ["large"]
+    assert found.causes[0].remedy.startswith("m = model.large; m.forward = torch.autocast('cpu', enabled=False)(")
+
+
+def test_columns_within_a_wild_sample_are_named():
+    class Squares(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.layer(batch).pow(2).mean()
+
+    batch = torch.randn(8, 4)
+    batch[5, 2] = 3e21
+    [first, *_] = investigate(step_of(Squares(), batch), dataset_indices=[list(range(40, 48))]).causes
+    assert (first.cause, first.samples, first.dataset_indices) == ("extreme_sample", [5], [45])
+    assert first.facts["columns"] == [2]
+    assert first.remedy == "dataset = Subset(dataset, [i for i in range(len(dataset)) if i not in [45]])"
+
+
+def test_an_epsilon_of_a_layer_is_proposed():
+    module = Net(lambda out, batch: out.mean())
+    module.layer = nn.LayerNorm(4, eps=0.0)
+    batch = torch.randn(6, 4)
+    batch[1] = 2.0
+    [first, *_] = investigate(step_of(module, batch)).causes
+    assert (first.cause, first.module, first.remedy) == ("undefined_operation", "layer", "model.layer.eps = 1e-05")
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_masked_row_within_torchs_own_attention_is_seen(need_weights):
+    class Attention(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, padding = batch
+            scores = torch.zeros(len(x), 5).masked_fill(padding, float("-inf"))
+            out, _ = self.attention(x, x, x, key_padding_mask=scores, need_weights=need_weights)
+            return out.pow(2).mean()
+
+    padding = torch.zeros(6, 5, dtype=torch.bool)
+    padding[4] = True
+    found = investigate(step_of(Attention(), (torch.randn(6, 5, 8), padding)))
+    if found.outcome.failure is None:
+        pytest.skip("this version of torch gives 0 for a row whose keys are all masked")
+    assert (found.causes[0].cause, found.causes[0].samples) == ("masked_attention", [4])
+
+
+def test_a_report_is_at_most_twenty_lines_with_the_path_of_the_report():
+    class Long(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return torch.log(self.layer(batch).relu() * 0).mean()
+
+    report = report_of(step_of(Long(), torch.randn(3, 4)))
+    report["notes"] = [f"note {number}" for number in range(30)]
+    lines = as_text(report).splitlines()
+    assert len(lines) <= 19
+    assert lines[1].startswith("Cause: undefined_operation (confidence 0.95). `log` at ")
+    assert any(line.startswith("  remedy   return torch.log((self.layer(batch).relu() * 0)") for line in lines)
