@@ -64,8 +64,8 @@ def odd_numbers_message(restored: list[OddNumber], step: int, where: str) -> str
     )
     more = f"; and {len(restored) - 3} more" if len(restored) > 3 else ""
     return (
-        f"{shown}{more}. No update moves one number so far beyond all others of its tensor; a flipped bit"
-        f" in memory does. It and what the optimizer keeps of it are those of global step {step} ({where})."
+        f"{shown}{more}. It alone had moved far beyond all others of its tensor, as after a flipped bit in memory. It"
+        f" and what the optimizer keeps of it are those of global step {step} again ({where})."
     )
 
 

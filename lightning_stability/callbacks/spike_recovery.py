@@ -39,8 +39,8 @@ class SpikeRecovery(StabilityCallback):
     where the step is compared with them: nothing waits. The update of such a step is not applied, as if it were
     non-finite; `skipped_updates` and the events count it.
 
-    After a spike the weights and the optimizer's state are compared with a snapshot. A single number that no update
-    can have made, as a flipped bit in memory leaves one, is restored, with the event `number_restored`.
+    After a spike the weights and the optimizer's state are compared with a snapshot. A single number that has left all
+    others of its tensor far behind, as after a flipped bit in memory, is restored, with the event `number_restored`.
 
     The run goes back when 6 steps in a row spike, when the loss is out of its range in 10 of 16 steps, when weights
     have become non-finite, or when more than 2 updates in a row were non-finite (or `NaNEarlyStop(patience=...)`, if
@@ -96,7 +96,7 @@ class SpikeRecovery(StabilityCallback):
 
     def _clear(self) -> None:
         self.spikes = 0  # steps that were skipped
-        self.restored_numbers = 0  # that no update can have made
+        self.restored_numbers = 0  # as after a flipped bit
         self.rewinds = 0
         self.left_out = 0  # batches since the snapshots that were restored
         self._ranges: dict[int, StepRange] = {}
@@ -355,7 +355,7 @@ class SpikeRecovery(StabilityCallback):
             fit.measure(trainer, time.monotonic() - started, started)
 
     def _repair(self) -> None:
-        """A bit may have flipped: restore what no update can have made."""
+        """A bit may have flipped: restore single numbers that went far astray."""
         session, fit = self.session, self._fit
         if session is None or fit is None or fit.snapshots is None or session.restores_next or self._ending:
             return

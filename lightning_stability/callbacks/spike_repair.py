@@ -14,7 +14,7 @@ from lightning_stability.runtime import Session
 
 
 def repair_numbers(session: Session, snapshots: Snapshots, where: str) -> int:
-    """Restore single numbers that no update can have made, and say which. Returns how many.
+    """Restore single numbers that left all others far behind, and say which. Returns how many.
 
     Args:
         session: The fit's.

@@ -1,4 +1,4 @@
-"""Single numbers of weights or of an optimizer's state that no update can have made, as a flipped bit leaves one."""
+"""Single numbers of weights or of an optimizer's state that left all others far behind, as after a flipped bit."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ MOST = 4
 TIMES_LARGEST, TIMES_MOVES = 4.0, 100.0
 """A number is odd if it has moved by more than so many times the largest of its tensor, and so many times as far as the
 others have moved on average."""
+OF_STATE = 64.0
+"""In place of the 4, for what an optimizer keeps: one bad batch that is trained can move that far, but no weight."""
 FEWEST = 32
 """A tensor with fewer numbers has too few to compare with."""
 
@@ -41,7 +43,7 @@ class OddNumber:
 
 @torch.no_grad()
 def restore_odd_numbers(trained: dict[str, Any], kept: dict[str, Any], names: Mapping[Any, str]) -> list[OddNumber]:
-    """Restore single numbers that cannot come from training, each with all of its parameter's state at that place.
+    """Restore single numbers that left all others far behind, each with all of its parameter's state at that place.
 
     Args:
         trained: What optimizers write, as it is now (`RunState.trained`).
@@ -52,7 +54,7 @@ def restore_odd_numbers(trained: dict[str, Any], kept: dict[str, Any], names: Ma
         The numbers that were odd, of each kind of which there were no more than `MOST`.
     """
     pairs = _pairs(trained, kept, names)
-    looks = [(name, what, *_look(now, then)) for name, of in pairs.items() for what, now, then in of]
+    looks = [(name, what, *_look(what, now, then)) for name, of in pairs.items() for what, now, then in of]
     found: list[tuple[str, str, int]] = []
     for name, what, places, odd in looks:
         if odd is not None:
@@ -98,14 +100,15 @@ def _pairs(
     return pairs
 
 
-def _look(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor | None]:
+def _look(what: str, now: Tensor, then: Tensor) -> tuple[Tensor, Tensor | None]:
     """Places of the numbers that have moved furthest, and which of them are odd."""
     then = then.to(now.device).reshape(-1).double()
     moved = (now.reshape(-1).double() - then).abs_()
     furthest = moved.topk(MOST + 1)
     usual = moved.index_fill(0, furthest.indices, 0.0).mean()
     largest = then.abs_().amax()
-    limit = torch.maximum(TIMES_LARGEST * largest, TIMES_MOVES * usual)
+    times_largest = TIMES_LARGEST if what == "weight" else OF_STATE
+    limit = torch.maximum(times_largest * largest, TIMES_MOVES * usual)
     return furthest.indices, (furthest.values > limit) & (largest > 0.0)
 
 

@@ -254,7 +254,7 @@ class Snapshots:
                 self._newest = self.trusted
 
     def restore_odd_numbers(self) -> list[OddNumber]:
-        """Restore from the trusted one what no update can have made; a newer one may have seen it, and is dropped."""
+        """Restore single numbers that went astray from the trusted one; a newer one may hold them, and is dropped."""
         kept = self.trusted
         if kept is None:
             return []

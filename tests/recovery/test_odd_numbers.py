@@ -1,4 +1,4 @@
-"""Single numbers that no update can have made: which are restored, and which are left."""
+"""Single numbers that left all others far behind: which are restored, and which are left."""
 
 import copy
 from typing import Any
