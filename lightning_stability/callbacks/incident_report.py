@@ -20,7 +20,7 @@ _HISTORY = 500
 
 
 class IncidentReport(StabilityCallback):
-    """Records every step that goes wrong, up to a number, and finds where its first non-finite value was made.
+    """Records every step that goes wrong, up to a number, and finds where its first non-finite value was made, and why.
 
     Each becomes a folder `incidents/<n>-step<k>` with the batches, the state and the random state from before the
     step, the steps before it, and a report. `lightning-stability diagnose FOLDER` runs the step again on any machine.
@@ -30,14 +30,15 @@ class IncidentReport(StabilityCallback):
     a step whose loss, gradient or buffer is not finite, also where `PrecisionFallback` then trains it in fp32, the
     first one that `InputCheck(action="skip")` rejected, and the first validation batch whose output is not finite.
 
-    It logs nothing.
+    It logs no numbers. Loggers that have a form for events (TensorBoard, W&B, MLflow) are told the first-named cause
+    under `lightning_stability/incident`.
 
     Args:
         dirpath: Where the folder `incidents` is made; the run's log folder by default.
         max_incidents: How many a run may write.
         save_state: Whether weights and optimizer states are kept. Without them the step can be run again only with
             the weights that the module is made with.
-        budget_seconds: How long the search for the origin may take, in the run; 0 leaves it to the command.
+        budget_seconds: How long the search for origin and causes may take, in the run; 0 leaves it to the command.
 
     Raises:
         MisconfigurationException: If a number is out of its range; when training starts, if the optimizer cannot be

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from lightning_stability import IncidentReport, InputCheck, NaNEarlyStop, PrecisionFallback
@@ -195,6 +196,16 @@ def test_the_event_and_the_status_name_the_folder(one, tmp_path):
     said = str(look(Run(log)))
     assert event["cause"].startswith("undefined_gradient: `sqrt` at ")
     assert f"1; the newest, of step 2, in {event['path']}: {event['cause']}" in said
+
+
+def test_tensorboard_gets_the_cause_as_text(one, tmp_path):
+    logger = one.loggers.TensorBoardLogger(tmp_path)
+    train(one, {2: "nan_gradient"}, [IncidentReport()], logger=logger)
+    logger.experiment.flush()
+    board = EventAccumulator(logger.log_dir).Reload()
+    key = "lightning_stability/incident/text_summary"
+    [text] = [event.tensor_proto.string_val[0].decode() for event in board.Tensors(key)]
+    assert text.startswith("Incident at step 2: undefined_gradient: `sqrt` at ")
 
 
 def test_an_incident_of_another_run_is_not_replaced(one, tmp_path):

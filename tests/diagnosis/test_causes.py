@@ -203,3 +203,15 @@ def test_a_report_is_at_most_twenty_lines_with_the_path_of_the_report():
     assert len(lines) <= 19
     assert lines[1].startswith("Cause: undefined_operation (confidence 0.95). `log` at ")
     assert any(line.startswith("  remedy   return torch.log((self.layer(batch).relu() * 0)") for line in lines)
+
+
+def test_gradients_that_only_the_loss_scale_makes_too_large_are_no_failure_of_a_trial():
+    class Plain(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.layer(batch).float().mean() * 100
+
+    batch = torch.randn(8, 4)
+    batch[5] = 6e5
+    step = step_of(Plain(), batch, precision="16-mixed", loss_scale=65536.0)
+    first = investigate(step).causes[0]
+    assert (first.cause, first.samples) == ("extreme_sample", [5])
