@@ -14,11 +14,16 @@ from torch import nn
 
 from lightning_stability.diagnosis.repro import write_repro
 from lightning_stability.diagnosis.search import find_origin
+from tests.zoo.catalogue import FAILURES
 from tests.zoo.program import Module, Program, loader
 from tests.zoo.recording import record
-from tests.zoo.test_zoo import FAILURES, train
+from tests.zoo.test_zoo import train
 
-NOT_MENDED = {"exploding_rnn", "own_derivative"}  # a recurrence that grows, and a derivative written by hand
+NOT_MENDED = {  # no epsilon, clamp or wider format helps: what grew, was never filled, or is a derivative by hand
+    *("bootstrapped_target", "centred_rmsprop", "exploding_rnn", "free_of_charge", "learning_rate_too_large"),
+    *("one_of_a_batch", "own_derivative", "padded_tokens", "too_long_transcript", "uninitialised_parameter"),
+    "wrong_dequantization",
+}
 
 
 def write(step: Any, folder: Path) -> dict[str, Any]:
