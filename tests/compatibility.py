@@ -260,8 +260,7 @@ SAVED: dict[str, list[Case]] = {
     ],
     "Data": [
         _saves("torchdata's `StatefulDataLoader`", where="slow"),
-        _saves("torch's `DataLoader`", answer="works at epochs' borders; inside an epoch its data starts again, and a"
-               " warning at the start says so", data=lambda: _loader()),
+        _saves("torch's `DataLoader`", data=lambda: _loader()),
         _saves("an iterable dataset of unknown length",
                answer="refused at setup: has to know how long an epoch is, and the training data has no length. Give it"
                " steps_per_epoch=..., the optimizer steps of an epoch",

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lightning_stability import internals
 from lightning_stability.checkpointing import orders
 from lightning_stability.checkpointing.loader_hooks import LoaderListener
+from lightning_stability.checkpointing.samplers import is_stateful
 from lightning_stability.recovery.random_state import RandomState
 
 Position = dict[str, Any]
@@ -202,7 +203,7 @@ class _Followed:
                 self._source.update(orders.describe(loader, self._world_size))
             else:
                 self._restore_first()
-            if orders.draws_as_it_likes(loader):
+            if orders.draws_as_it_likes(loader) and not is_stateful(loader):  # else its state says how far it was asked
                 internals.set_sampler_iterator(iterator, _drawn_at_once(iterator, loader))
         if self._skipped and self.asked == self._skipped and loader.num_workers > 0:
             internals.turn_workers(iterator, self._skipped)

@@ -264,7 +264,7 @@ class TestAStopNeverMakesItWorse:
         run = Run(pl, {8: "nan_input"}, callbacks=[saver], enable_checkpointing=True)
         names = sorted(path.name for path in tmp_path.iterdir())
         steps = ["epoch=000.50-step=000003.ckpt", "epoch=001.00-step=000006.ckpt"]
-        assert names == [*steps, "last.ckpt", "nan_early_stop.ckpt"]
+        assert names == [*steps, "last.ckpt", "nan_early_stop.ckpt", "steps.jsonl"]
         assert not {"on_advance_start", "on_advance_end"} & vars(run.trainer.fit_loop).keys()
         assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
         module = poison.make_module(pl, {}, adamw, by_hand=False)

@@ -61,7 +61,7 @@ def test_options_are_spelled_as_in_python_and_their_types_are_checked():
         ("NaNEarlyStop(patience=2) GradNormMonitor(group_depth=1)", "is not of the form"),
         (
             "FractionalCheckpoint(every_n_train_steps=2)",
-            "enable_version_counter, allow_nonfinite.",
+            "enable_version_counter, allow_nonfinite, skip_by_loading.",
         ),
         (",", "',' is not of the form Name(option=value)"),
         ("NaNEarlyStop,NaNEarlyStop(patience=2)", "names NaNEarlyStop twice"),

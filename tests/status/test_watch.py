@@ -197,7 +197,7 @@ def test_whoever_else_imports_the_package_finds_the_callbacks_short_names_regist
     monkeypatch: pytest.MonkeyPatch, called: list[str], is_status: bool
 ) -> None:
     monkeypatch.setattr(sys, "argv", called)
-    assert lightning_stability._is_status_command() == is_status
+    assert lightning_stability._only_reads_events() == is_status
 
 
 @pytest.mark.parametrize(("module", "is_status"), [("lightning_stability", True), ("mine.train", False)])
@@ -207,7 +207,7 @@ def test_of_the_modules_that_python_runs_only_ours_is_the_status_command(
     monkeypatch.setattr(sys, "argv", ["-m", "status", "runs"])
     for called in (["-m", module], [f"-m{module}"]):
         monkeypatch.setattr(sys, "orig_argv", ["python", *called, "status", "runs"])
-        assert lightning_stability._is_status_command() == is_status
+        assert lightning_stability._only_reads_events() == is_status
 
 
 def test_the_public_names_are_there_on_demand_too() -> None:
