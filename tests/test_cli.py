@@ -79,7 +79,10 @@ def _small_encoder():
         ("demo --model own.Model", "The demo trains what it trains"),
         ("synthetic new --seed -1", "seed must not be negative, got -1"),
         ("synthetic junk.ckpt/new", "The corpus cannot be written to junk.ckpt/new"),
-        ("nonsense", "there is no command 'nonsense'; expected checkpoints, demo, diagnose, fit, predict, report, status,"),
+        (
+            "nonsense",
+            "there is no command 'nonsense'; expected checkpoints, demo, diagnose, fit, predict, report, status,",
+        ),
         ("synthetic empty/../full", "exists already"),
     ],
 )
