@@ -10,8 +10,7 @@ _arrived        they are there: classified, and delivered as a record
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -26,6 +25,7 @@ from lightning_stability.health.forward_order import forward_order
 from lightning_stability.health.loss_scale import clear_found_inf_, scale_tensor, unscales_itself
 from lightning_stability.recovery import Guard
 from lightning_stability.runtime.exchange import exchange_flags
+from lightning_stability.runtime.options import nonfinite_option
 from lightning_stability.runtime.record import (
     HELD,
     NO_LOSS,
@@ -177,7 +177,7 @@ class Pipeline:
             meter.remember_weights()
         step.meter = meter
         if self.guard is not None:
-            step.bad_option = _nonfinite_option(optimizer)
+            step.bad_option = nonfinite_option(optimizer)
             norm, divisor, loss = meter.total_norm(), scale if step.divide_by_scale else None, step.losses.total
             limits = self.spike_limits.get(self._index_of(optimizer)) if self.spike_limits else None
             step.verdict = self.guard.judge(
@@ -366,22 +366,3 @@ class Pipeline:
         if not bad:
             return None
         return max(bad, key=lambda name: (self._forward_order.get(name, -1), self._positions.get(name, -1)))
-
-
-def _nonfinite_option(optimizer: Optimizer) -> str | None:
-    """An option of the optimizer that is not finite, as `name=value`; those on a device are not read."""
-    for group in optimizer.param_groups:
-        for name, value in group.items():
-            if name != "params" and not all(map(_is_finite, _numbers(value))):
-                return f"{name}={float(value) if isinstance(value, Tensor) else value}"
-    return None
-
-
-def _numbers(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, (tuple, list)) else (value,)
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.device.type != "cpu" or value.numel() != 1 or math.isfinite(value)
-    return not isinstance(value, numbers.Real) or math.isfinite(value)
