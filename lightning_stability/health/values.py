@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -50,7 +50,7 @@ def _collect(tree: Any, found: list[Tensor]) -> None:
     kind = type(tree)
     if kind is Tensor:
         found.append(tree)
-    elif kind is dict:
+    elif kind is dict or kind is OrderedDict:  # (Lightning's arguments are one)
         for value in tree.values():
             _collect(value, found)
     elif kind is list or kind is tuple:

@@ -128,6 +128,7 @@ class _Span:
     new: Tensor
     names: list[str]
     ends: list[int]
+    zero: Tensor
 
     def is_finite(self) -> bool:
         """Whether nothing is NaN or +inf now; on the host, where it can be read at once."""
@@ -136,7 +137,7 @@ class _Span:
     def nonfinite(self) -> Found:
         old, new = (values.abs() if values.is_complex() else values for values in (self.old, self.new))
         # The largest is NaN if one of them is, with its index. What was NaN or +inf before is left out.
-        largest, index = torch.where(old < torch.inf, new, 0).max(0)
+        largest, index = torch.where(old < torch.inf, new, self.zero).max(0)
         return (largest < torch.inf).logical_not_(), index + self.start if self.start else index
 
     def name_at(self, index: int) -> str:
@@ -152,10 +153,14 @@ def _spans(memory: list[Tensor], names: list[str], old: Tensor, new: Tensor) -> 
         if dtype in CHECKED:
             names_here = [name for _, name in pairs]
             of_old, of_new = (flat[place : place + words].view(dtype) for flat in (old, new))
-            spans.append(_Span(start, of_old, of_new, names_here, ends))
+            spans.append(_Span(start, of_old, of_new, names_here, ends, _zero_of(of_old)))
             start += ends[-1]
         place += words
     return spans
+
+
+def _zero_of(values: Tensor) -> Tensor:
+    return torch.zeros((), dtype=values.dtype.to_real(), device=values.device)
 
 
 class _Launches:

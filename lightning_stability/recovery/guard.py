@@ -87,6 +87,8 @@ class Guard:
         self._watch_writes = 2  # forward passes in which to look for weights that are written
         self._batch_bad: Tensor | None = None
         self._forward_bad: Tensor | None = None
+        self._counted: Tensor | None = None  # the newest loss, and whether it is finite
+        self._counted_good: Tensor | None = None
         self._written: tuple[Tensor, Tensor] | None = None
         self._unseen: Tensor | None = None  # 1.0 if gradients of a backward pass that was not seen are not finite
         self._bad_in_a_row: dict[Optimizer, Tensor] = {}
@@ -133,8 +135,14 @@ class Guard:
             return self._rejected if before is None else before
         return torch.maximum(before, self._rejected)
 
-    def note_loss(self, loss: Tensor) -> None:
-        """A forward pass has ended in this loss; its backward pass is about to run."""
+    def note_loss(self, loss: Tensor, counted: Tensor | None = None) -> None:
+        """A forward pass has ended in this loss; its backward pass is about to run.
+
+        Args:
+            loss: What is differentiated.
+            counted: The same number, as `judge` will be given it if it is its step's only one.
+        """
+        self._counted = self._counted_good = None
         if not self._in_batch:
             return
         if self._watch_writes:
@@ -142,6 +150,8 @@ class Guard:
             self._buffers.find_written()
         finite = _finite(loss.detach())
         self._forward_bad = finite.logical_not()
+        if not loss.dim():
+            self._counted, self._counted_good = counted, finite
         if self._distributed and loss.requires_grad and (finite.device.type != "cpu" or not finite):
             # Ranks hear of each other through the gradients' all-reduce alone.
             factor = torch.where(finite, 1.0, math.nan)
@@ -252,7 +262,6 @@ class Guard:
 
     # A step.
 
-    @torch.no_grad()
     def judge(
         self,
         optimizer: Optimizer,
@@ -275,7 +284,8 @@ class Guard:
         forward_good: Tensor | None = None
         if not self._distributed:
             if loss is not None:
-                forward_good = _finite(loss).to(good.device)
+                of_loss = self._counted_good if loss is self._counted else None
+                forward_good = (_finite(loss) if of_loss is None else of_loss).to(good.device)
             elif forward_alone is not None:
                 forward_good = forward_alone.to(good.device).logical_not()
             if written is not None:

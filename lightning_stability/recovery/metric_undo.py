@@ -56,7 +56,6 @@ class MetricUndo:
         """Look again for metrics in the module."""
         self._metrics = [m for m in self._module.modules() if isinstance(m, Metric)]
 
-    @torch.no_grad()
     def remember(self) -> None:
         """Keep every state as it is now, before a batch."""
         if not self._metrics and not self._results():

@@ -119,8 +119,8 @@ class Pipeline:
 
     # One step, in order.
 
-    def on_loss(self, loss: Tensor) -> None:
-        """A backward pass begins at this loss."""
+    def on_loss(self, loss: Tensor) -> Tensor:
+        """A backward pass begins at this loss. Returns what is counted of it, 0-dimensional."""
         if self.guard is not None and not self._forward_order:
             names = {parameter: name for name, parameter in self._trainer.lightning_module.named_parameters()}
             self._forward_order = forward_order(loss, names) or {"": 0}
@@ -130,6 +130,7 @@ class Pipeline:
         elif not self._trainer.lightning_module.automatic_optimization:
             loss = loss.clone()  # it is the user's tensor; in automatic optimization Lightning just made it
         self.add_loss(loss)
+        return loss
 
     def add_loss(self, loss: Tensor) -> None:
         """Count a loss, 0-dimensional, to the step that comes."""
