@@ -8,6 +8,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -556,3 +557,12 @@ def test_what_was_trained_before_an_optimizer_was_toggled(one):
     assert internals.trained_before_toggle(module) == {id(p): p in set(trained.parameters()) for p in parameters}
     module.untoggle_optimizer(optimizers[0])
     assert internals.trained_before_toggle(module) == {}
+
+
+def test_the_memory_of_numpys_generator_says_when_it_has_made_a_number():
+    before = internals.numpy_memory()
+    assert internals.numpy_memory() == before
+    state = np.random.get_state(legacy=False)["state"]
+    assert before == state["key"].astype(np.uint32).tobytes() + np.int32(state["pos"]).tobytes()
+    np.random.rand()
+    assert internals.numpy_memory() != before

@@ -143,7 +143,6 @@ class GradientMeter:
         """Whether any of the gradients that were measured is sparse."""
         return self._absent and any(bucket.any_sparse() for bucket in self._buckets)
 
-    @torch.no_grad()
     def total_norm(self) -> Tensor:
         """Norm of all gradients as measured, 0-dimensional, on the device."""
         return _norm_of(self.norms if self._array is None else torch.from_numpy(self._array))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -37,6 +37,30 @@ def named_tensors(tree: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]
     for path, tensor in _walk(tree, name, ()):
         seen[path] += 1
         yield path if seen[path] == 1 else f"{path} ({seen[path]})", tensor
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The same tensors without their names, which take most of the time."""
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    kind = type(tree)
+    if kind is Tensor:
+        found.append(tree)
+    elif kind is dict or kind is OrderedDict:  # (Lightning's arguments are one)
+        for value in tree.values():
+            _collect(value, found)
+    elif kind is list or kind is tuple:
+        for value in tree:
+            _collect(value, found)
+    elif kind not in _HOLD_NONE:
+        found.extend(tensor for _, tensor in named_tensors(tree))
+
+
+_HOLD_NONE = (int, float, str, bytes, bool, type(None))
 
 
 def _walk(tree: Any, name: str, within: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,9 @@ from lightning_stability.internals.autograd import (
     storage_key,
     strided_values,
 )
+from lightning_stability.internals.generators import (
+    numpy_memory,
+)
 from lightning_stability.internals.loggers import (
     logger_prefix,
 )
@@ -201,6 +204,7 @@ __all__ = [
     "node_number",
     "non_persistent_buffers",
     "norm_of_each",
+    "numpy_memory",
     "on_closure",
     "on_failure_in_processes",
     "parameters_of",

@@ -22,7 +22,7 @@ class Verdict:
 
     Attributes:
         bad: 1.0 if this step's loss, gradients or buffers are not finite; float32, 0-dimensional, on the device.
-        ordinary: 1.0 if the loss and the buffers are finite, so that GradScaler may have an answer.
+        forward_good: Whether the loss and the buffers are finite, on the device; None if that is not known here.
         skipped: The same on the host, where it was read there; None where the device decided alone.
         found_inf: 1.0 if GradScaler found the gradients non-finite; None without its word.
         held: 1.0 if the update was held back because an earlier step has ended the run.
@@ -32,13 +32,18 @@ class Verdict:
     """
 
     bad: Tensor
-    ordinary: Tensor
+    forward_good: Tensor | None = None
     skipped: bool | None = None
     found_inf: Tensor | None = None
     held: Tensor | None = None
     buffer: tuple[Tensor, Tensor] | None = None
     rejected: Tensor | None = None
     spike: Tensor | None = None
+
+    @property
+    def ordinary(self) -> Tensor:
+        """1.0 if the loss and the buffers are finite, so that GradScaler may have an answer."""
+        return torch.ones_like(self.bad) if self.forward_good is None else self.forward_good.float()
 
     @property
     def unwanted(self) -> Tensor:
@@ -82,6 +87,8 @@ class Guard:
         self._watch_writes = 2  # forward passes in which to look for weights that are written
         self._batch_bad: Tensor | None = None
         self._forward_bad: Tensor | None = None
+        self._counted: Tensor | None = None  # the newest loss, and whether it is finite
+        self._counted_good: Tensor | None = None
         self._written: tuple[Tensor, Tensor] | None = None
         self._unseen: Tensor | None = None  # 1.0 if gradients of a backward pass that was not seen are not finite
         self._bad_in_a_row: dict[Optimizer, Tensor] = {}
@@ -128,15 +135,23 @@ class Guard:
             return self._rejected if before is None else before
         return torch.maximum(before, self._rejected)
 
-    def note_loss(self, loss: Tensor) -> None:
-        """A forward pass has ended in this loss; its backward pass is about to run."""
+    def note_loss(self, loss: Tensor, counted: Tensor | None = None) -> None:
+        """A forward pass has ended in this loss; its backward pass is about to run.
+
+        Args:
+            loss: What is differentiated.
+            counted: The same number, as `judge` will be given it if it is its step's only one.
+        """
+        self._counted = self._counted_good = None
         if not self._in_batch:
             return
         if self._watch_writes:
             self._watch_writes -= 1
             self._buffers.find_written()
-        finite = torch.isfinite(loss.detach()).all()
+        finite = _finite(loss.detach())
         self._forward_bad = finite.logical_not()
+        if not loss.dim():
+            self._counted, self._counted_good = counted, finite
         if self._distributed and loss.requires_grad and (finite.device.type != "cpu" or not finite):
             # Ranks hear of each other through the gradients' all-reduce alone.
             factor = torch.where(finite, 1.0, math.nan)
@@ -247,7 +262,6 @@ class Guard:
 
     # A step.
 
-    @torch.no_grad()
     def judge(
         self,
         optimizer: Optimizer,
@@ -267,23 +281,24 @@ class Guard:
                 self._unseen = good.logical_not().float()
             forward_alone = self._forward_alone_bad()
         written, self._written = self._written, None
-        forward_good = torch.ones_like(good)
+        forward_good: Tensor | None = None
         if not self._distributed:
-            if forward_alone is not None:
-                forward_good = forward_good & ~forward_alone.to(good.device)
             if loss is not None:
-                forward_good = torch.isfinite(loss).to(good.device)
+                of_loss = self._counted_good if loss is self._counted else None
+                forward_good = (_finite(loss) if of_loss is None else of_loss).to(good.device)
+            elif forward_alone is not None:
+                forward_good = forward_alone.to(good.device).logical_not()
             if written is not None:
-                forward_good = forward_good & ~written[0].to(good.device)
+                forward_good = _and_not(forward_good, written[0].to(good.device))
         if not options_finite:
-            forward_good = torch.zeros_like(forward_good)
-        bad = (good & forward_good).logical_not().float()
+            forward_good = torch.zeros_like(good)
+        bad = (good if forward_good is None else good & forward_good).logical_not().float()
         rejected = self.rejection_of(optimizer)
         if rejected is not None:
             rejected = rejected.to(bad.device)
         if spike is not None:
             self._leave_out(spike)
-        return Verdict(bad=bad, ordinary=forward_good.float(), buffer=written, rejected=rejected, spike=spike)
+        return Verdict(bad=bad, forward_good=forward_good, buffer=written, rejected=rejected, spike=spike)
 
     def _leave_out(self, spike: Tensor) -> None:
         """What the step's last batch has written is restored if it is a spike; so are metrics, with its verdict."""
@@ -336,13 +351,23 @@ class Guard:
         if (unwanted := verdict.passed_over) is not None:
             passed_over = unwanted if passed_over is None else torch.maximum(passed_over, unwanted)
         if passed_over is None:
-            row.add_(1.0).mul_(counted)
+            torch.addcmul(counted, row, counted, out=row)  # (row + 1) where it counts, else 0
         else:
             row.copy_(torch.where(passed_over > 0, row, (row + 1.0) * counted))
         verdict.held = torch.zeros_like(row) if self._held is None else self._held
         over = (row > self.patience).float()
         self._held = over if self._held is None else torch.maximum(self._held, over)
         return self._held
+
+
+def _finite(loss: Tensor) -> Tensor:
+    """Whether all of it is finite, 0-dimensional; by half the launches of `torch.isfinite`."""
+    finite = loss.abs() < torch.inf
+    return finite.all() if finite.dim() else finite
+
+
+def _and_not(a: Tensor | None, b: Tensor) -> Tensor:
+    return b.logical_not() if a is None else a > b  # one launch, for flags
 
 
 def decides_on_device(optimizer: Optimizer) -> bool:

@@ -56,9 +56,11 @@ class MetricUndo:
         """Look again for metrics in the module."""
         self._metrics = [m for m in self._module.modules() if isinstance(m, Metric)]
 
-    @torch.no_grad()
     def remember(self) -> None:
         """Keep every state as it is now, before a batch."""
+        if not self._metrics and not self._results():
+            self._kept, self._logged = {}, {}
+            return
         self._kept = {id(metric): _KeptMetric.of(metric) for metric in self._all()}
         self._logged = {key: _KeptItem(item.update_count, is_unlogged(item)) for key, item in self._items()}
 
@@ -97,6 +99,8 @@ class MetricUndo:
 
     def restore(self, bad: Tensor) -> None:
         """Restore every state as remembered if the flag (0-dimensional, bool) says so."""
+        if not self._metrics and not self._results():
+            return  # nothing is logged, and the module has no metric
         on_host = is_on_host(bad)
         self._note_keys(bad)
         if on_host and not bad:

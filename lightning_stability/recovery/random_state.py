@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_stability.internals import numpy_memory
+
 
 @dataclass(slots=True)
 class RandomState:
@@ -43,8 +45,8 @@ class RandomState:
         Args:
             device: The only device whose generator is wanted besides the CPU's; by default all devices.
         """
-        state = cls(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state())
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state = cls(random.getstate(), _numpy_state(), torch.get_rng_state())
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             if device is None:
                 state.cuda = dict(enumerate(torch.cuda.get_rng_state_all()))
             elif device.type == "cuda":
@@ -111,6 +113,27 @@ class RandomState:
             cuda={index: device_state.cpu() for index, device_state in enumerate(state.get("cuda", ()))},
             mps=state["mps"].cpu() if "mps" in state else None,
         )
+
+
+_newest_of_numpy: tuple[bytes, dict[str, Any]] | None = None
+
+
+def _numpy_state() -> Any:
+    """The state of numpy's global generator: the one that was returned before, if it has made no number since.
+
+    Nobody may write into it.
+    """
+    global _newest_of_numpy
+    memory = numpy_memory()
+    if memory is None:
+        return np.random.get_state(legacy=False)
+    known = _newest_of_numpy
+    # (normal numbers come in pairs, and the second one is not in that memory)
+    if known is not None and known[0] == memory and not known[1]["has_gauss"]:
+        return known[1]
+    state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+    _newest_of_numpy = memory, state
+    return state
 
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)

@@ -27,6 +27,8 @@ class BufferUndo:
     through `.data` too. On a device the choice between old and new is made there, without a host read; on the CPU,
     where a read is free, a good batch costs two copies.
 
+    No method needs `no_grad`, whose decorator takes longer than some of them: `tensors.dense` gives detached memory.
+
     Args:
         module: The LightningModule.
     """
@@ -59,7 +61,6 @@ class BufferUndo:
             self._found |= new
             self._stale = True
 
-    @torch.no_grad()
     def remember(self) -> None:
         """Keep everything as it is now, before a forward pass."""
         if self._stale or self._is_another_tree():
@@ -91,7 +92,6 @@ class BufferUndo:
         written += [w.parameter for (w, _), size in zip(read, sizes, strict=True) if _differ(w.size, size)]
         self.keep(written)
 
-    @torch.no_grad()
     def nonfinite(self) -> Found | None:
         """Whether the forward pass made something NaN or infinite that was not so before, and where.
 
@@ -144,7 +144,6 @@ class BufferUndo:
         """What was remembered of a buffer or parameter; None if it is not kept."""
         return next((old for slot, old in zip(self._slots, self._old, strict=False) if slot.path == name), None)
 
-    @torch.no_grad()
     def restore(self, bad: Tensor) -> None:
         """Restore what was remembered if the flag (0-dimensional, bool) says so."""
         on_host, gathered, self._gathered = is_on_host(bad), self._gathered, False

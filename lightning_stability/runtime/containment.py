@@ -73,10 +73,13 @@ class Contained:
 class ContainedListener(Contained):
     """A `hooks.StepListener` whose errors are contained, but for what the user's code raises."""
 
+    def __init__(self, target: Any, on_error: Callable[[Exception], bool]) -> None:
+        super().__init__(target, on_error)
+        self._after_step = contained(target.after_step, on_error, lambda: None)
+
     def after_step(self, optimizer: Any, model: Any, result: Any, kwargs: dict[str, Any]) -> Any:
         """A failure of ours leaves the step's result as it is."""
-        contained = super().__getattr__("after_step")
-        answer = contained(optimizer, model, result, kwargs)
+        answer = self._after_step(optimizer, model, result, kwargs)
         return result if answer is None else answer
 
     def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:

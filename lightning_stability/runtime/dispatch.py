@@ -55,7 +55,10 @@ class Dispatch:
     @property
     def read_steps(self) -> bool:
         """Whether any needs records."""
-        return any(policy.reads_steps for policy in self.policies)
+        for policy in self.policies:  # noqa: SIM110 (asked several times a step, and this makes no generator)
+            if policy.reads_steps:
+                return True
+        return False
 
     @property
     def need_hooks(self) -> bool:

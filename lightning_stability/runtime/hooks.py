@@ -16,6 +16,7 @@ They are set on the instances, so that the precision plugin keeps its class, whi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -62,8 +63,7 @@ class PluginHooks:
         self._overrides = Overrides()
         self._originals: dict[str, Callable[..., Any]] = {name: getattr(plugin, name) for name in PLUGIN_METHODS}
         for name in PLUGIN_METHODS:
-            method = getattr(self, name)
-            self._overrides.set(plugin, name, lambda *args, method=method, **kwargs: method(*args, **kwargs))
+            self._overrides.set(plugin, name, partial(getattr(self, name)))
         training_step = strategy.training_step
         self._overrides.set(strategy, "training_step", lambda *a, **k: listener.training_step(training_step, a, k))
 

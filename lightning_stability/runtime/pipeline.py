@@ -10,8 +10,7 @@ _arrived        they are there: classified, and delivered as a record
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -26,6 +25,7 @@ from lightning_stability.health.forward_order import forward_order
 from lightning_stability.health.loss_scale import clear_found_inf_, scale_tensor, unscales_itself
 from lightning_stability.recovery import Guard
 from lightning_stability.runtime.exchange import exchange_flags
+from lightning_stability.runtime.options import nonfinite_option
 from lightning_stability.runtime.record import (
     HELD,
     NO_LOSS,
@@ -119,8 +119,8 @@ class Pipeline:
 
     # One step, in order.
 
-    def on_loss(self, loss: Tensor) -> None:
-        """A backward pass begins at this loss."""
+    def on_loss(self, loss: Tensor) -> Tensor:
+        """A backward pass begins at this loss. Returns what is counted of it, 0-dimensional."""
         if self.guard is not None and not self._forward_order:
             names = {parameter: name for name, parameter in self._trainer.lightning_module.named_parameters()}
             self._forward_order = forward_order(loss, names) or {"": 0}
@@ -130,6 +130,7 @@ class Pipeline:
         elif not self._trainer.lightning_module.automatic_optimization:
             loss = loss.clone()  # it is the user's tensor; in automatic optimization Lightning just made it
         self.add_loss(loss)
+        return loss
 
     def add_loss(self, loss: Tensor) -> None:
         """Count a loss, 0-dimensional, to the step that comes."""
@@ -177,7 +178,7 @@ class Pipeline:
             meter.remember_weights()
         step.meter = meter
         if self.guard is not None:
-            step.bad_option = _nonfinite_option(optimizer)
+            step.bad_option = nonfinite_option(optimizer)
             norm, divisor, loss = meter.total_norm(), scale if step.divide_by_scale else None, step.losses.total
             limits = self.spike_limits.get(self._index_of(optimizer)) if self.spike_limits else None
             step.verdict = self.guard.judge(
@@ -366,22 +367,3 @@ class Pipeline:
         if not bad:
             return None
         return max(bad, key=lambda name: (self._forward_order.get(name, -1), self._positions.get(name, -1)))
-
-
-def _nonfinite_option(optimizer: Optimizer) -> str | None:
-    """An option of the optimizer that is not finite, as `name=value`; those on a device are not read."""
-    for group in optimizer.param_groups:
-        for name, value in group.items():
-            if name != "params" and not all(map(_is_finite, _numbers(value))):
-                return f"{name}={float(value) if isinstance(value, Tensor) else value}"
-    return None
-
-
-def _numbers(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, (tuple, list)) else (value,)
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.device.type != "cpu" or value.numel() != 1 or math.isfinite(value)
-    return not isinstance(value, numbers.Real) or math.isfinite(value)

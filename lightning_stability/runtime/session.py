@@ -52,9 +52,9 @@ class Session(Callback):
         self._lifecycle = Lifecycle()
         self.has_begun = False
         self.events = EventLog(log_folder(trainer), trainer.global_rank)
-        self.dispatch = Dispatch(lambda: self.trainer, self.events)
+        self.dispatch = Dispatch(self._trainer, self.events)
         limits = Limits(self.min_loss_scale, self.max_consecutive_skips)
-        self.watch = Watch(lambda: self.trainer, self.dispatch, limits, self.is_ours)
+        self.watch = Watch(self._trainer, self.dispatch, limits, self.is_ours)
         trainer.callbacks = [self, *trainer.callbacks]
 
     # The policies' side.
@@ -210,7 +210,11 @@ class Session(Callback):
     def is_ours(self) -> bool:
         """Whether the run is training; the learning-rate and batch-size finders do it with other callbacks."""
         trainer = self._trainer()  # gone, if a scheduler has kept our stand-in in an optimizer that outlives it
-        return trainer is not None and any(callback is self for callback in trainer.callbacks)
+        if trainer is None:
+            return False
+        callbacks = trainer.callbacks
+        # (it is the first one, but for those that somebody has added since)
+        return bool(callbacks) and (callbacks[0] is self or any(callback is self for callback in callbacks))
 
     # Lightning's hooks.
 

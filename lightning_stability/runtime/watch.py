@@ -235,10 +235,9 @@ class Watch:
         """A backward pass is about to run from this loss."""
         if not self._is_ours():
             return
+        counted = self.pipeline.on_loss(loss) if self._dispatch.read_steps else None  # (else no step would take it)
         if self.guard is not None:
-            self.guard.note_loss(loss)
-        if self._dispatch.read_steps:  # else no step would take it
-            self.pipeline.on_loss(loss)
+            self.guard.note_loss(loss, counted)
 
     def on_backward_end(self) -> None:
         """A backward pass is over: what the forward pass wrote stays, or is restored."""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_stability.health import StepRecord
-from lightning_stability.health.values import named_tensors
+from lightning_stability.health.values import tensors_of
 from lightning_stability.internals import scaler_state
 from lightning_stability.recovery.metric_undo import MetricUndo
 from lightning_stability.recovery.random_state import RandomState
@@ -255,4 +255,4 @@ def set_options(optimizer: Optimizer, options: Options) -> None:
 
 
 def _versions(kwargs: Any) -> list[int]:
-    return [tensor._version for _, tensor in named_tensors(kwargs)]
+    return [tensor._version for tensor in tensors_of(kwargs)]

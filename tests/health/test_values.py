@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_stability.health.values import named_tensors, nonfinite_names, nonfinite_rows, small_members
+from lightning_stability.health.values import named_tensors, nonfinite_names, nonfinite_rows, small_members, tensors_of
 
 X = torch.arange(12.0).reshape(3, 4)
 BAD = X.clone()
@@ -62,6 +62,7 @@ class RaisesAlways:
 )
 def test_tensors_have_the_names_that_python_gives_them(batch: Any, names: list[str]) -> None:
     assert [name for name, _ in named_tensors(batch)] == names
+    assert list(map(id, tensors_of(batch))) == [id(tensor) for _, tensor in named_tensors(batch)]
 
 
 KINDS = {
