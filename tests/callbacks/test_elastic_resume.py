@@ -36,9 +36,9 @@ def checkpoint(folder: Path) -> str:
     [
         ("plain uneven", (2, 1)),
         ("plain uneven", (1, 2)),
-        ("plain uneven", (2, 3, 1, 2)),
+        pytest.param("plain uneven", (2, 3, 1, 2), marks=pytest.mark.slow),
         ("uneven", (1, 2)),
-        ("uneven", (2, 1, 3)),
+        pytest.param("uneven", (2, 1, 3), marks=pytest.mark.slow),
     ],
 )
 def test_with_another_number_of_processes_every_sample_is_trained_and_counted_once(

@@ -181,7 +181,10 @@ KILLED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", KILLED)
+FAST = ("plain", "plain loader, two workers", "in the background", "two ranks, plain, weighted")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in KILLED])
 def test_a_killed_run_resumed_from_its_newest_checkpoint_ends_as_one_that_was_not_killed(
     tmp_path: Path, processes: fits.Fits, name: str
 ) -> None:

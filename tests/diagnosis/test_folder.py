@@ -216,6 +216,7 @@ def test_a_write_that_fails_half_way_is_named_and_leaves_no_file(step, tmp_path)
     assert not (tmp_path / "i" / "batches.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_replay_without_enough_memory_is_one_sentence_and_loses_nothing(tmp_path):
     done = run_python(large.__file__, str(tmp_path), cwd=Path(large.__file__).parents[2])
     assert done.returncode == 0, done.stderr

@@ -49,7 +49,9 @@ def diagnose(command: Launcher, folder: Path, elsewhere: Path, *words: str) -> t
     return json.loads((folder / "report.json").read_text()), done
 
 
-@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize(
+    "precision", ["32-true", "16-mixed", *(pytest.param(p, marks=pytest.mark.slow) for p in ("bf16-mixed", "64-true"))]
+)
 def test_a_fresh_process_gets_the_same_loss_bits(precision, tmp_path, command):
     torch.manual_seed(0)
     step = write(augmented.program(0, precision), tmp_path / "incident")
