@@ -71,7 +71,8 @@ class Module(pl.LightningModule):
         return self.loss(self.net, *batch)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        # not fused: Lightning refuses to clip with a fused optimizer in mixed precision
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
         if not self.steps:
             return optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share)
