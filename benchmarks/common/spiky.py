@@ -72,7 +72,8 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         # not fused: Lightning refuses to clip with a fused optimizer in mixed precision
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
+        betas, decay = (0.9, 0.95), 0.1
+        optimizer = torch.optim.AdamW(self.parameters(), self.rate, betas=betas, weight_decay=decay, foreach=True)
         if not self.steps:
             return optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share)

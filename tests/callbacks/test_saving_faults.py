@@ -294,6 +294,7 @@ class Grows(Base):
 
 @pytest.mark.parametrize("save", ["fractional", "none"])
 @pytest.mark.parametrize("room", [0, 40_000])
+@pytest.mark.parametrize("small_disk", [400], indirect=True)
 def test_a_second_stop_on_a_full_disk_leaves_the_first_ones_file(small_disk: Path, save: str, room: int) -> None:
     class Bad(pl.Callback):
         def __init__(self, at: int, fill: bool) -> None:
