@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from common import machine, quiet, save, spread  # noqa: E402
-from grad_norm import Transformer  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from grad_norm import SameBatch, Transformer  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 from lightning_stability.callbacks.resume_proof import ResumeProof, header  # noqa: E402
 from lightning_stability.checkpointing.fingerprints import StepFile  # noqa: E402
@@ -79,19 +79,6 @@ def convolutions() -> nn.Module:
     for _ in range(16):
         parts += [nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()]
     return Images(nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)))
-
-
-class Same(Dataset[Any]):
-    """One batch over and over, so that no loading is timed."""
-
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return 10**6
-
-    def __getitem__(self, index: int) -> Any:
-        return self.batch
 
 
 class Module(pl.LightningModule):
@@ -171,7 +158,7 @@ def measure(
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        trainer.fit(Module(net), DataLoader(Same(batch), batch_size=None))
+        trainer.fit(Module(net), DataLoader(SameBatch(batch), batch_size=None))
     bare, ours = blocks.seconds[2::2], blocks.seconds[3::2]  # the first of each makes its memory
     ratios = [2 * o / (a + b) for a, o, b in zip(bare, ours, bare[1:], strict=False)]
     step = statistics.median(bare) / steps
