@@ -152,6 +152,19 @@ def late_gradient() -> dict[str, Any]:
     return {}
 
 
+def raises() -> dict[str, Any]:
+    """Without any callback of ours, the last rank alone raises an exception."""
+    module = poison.make_module(pl, {}, FUSED[True], by_hand=False)
+
+    def stumble() -> None:
+        if rank == LAST and module.batch == BAD:
+            raise ValueError("a fault of one rank")
+
+    module.on_after_backward = stumble
+    guard.fit(pl, module, [])
+    return {}
+
+
 def train(kill_at: int | None = None, ckpt_path: str | None = None) -> dict[str, Any]:
     """With checkpoints, until one rank is killed; or from a checkpoint to the end."""
     torch.manual_seed(3)
@@ -187,6 +200,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "spikes": recovers,
     "incident": reports,
     "late_gradient": late_gradient,
+    "raises": raises,
     "undisturbed": train,
     "killed": lambda: train(kill_at=int(1.7 * SAMPLES / RANKS / 4)),
     "resumed": lambda: train(ckpt_path=os.environ["CKPT_PATH"]),

@@ -51,6 +51,7 @@ from lightning_stability.internals.overrides import (
 )
 from lightning_stability.internals.precision import (
     PLUGIN_METHODS,
+    abort_collectives,
     default_store,
     foreach_copies,
     foreach_norms,
@@ -139,6 +140,7 @@ __all__ = [
     "LoaderIterator",
     "Overrides",
     "StorageKey",
+    "abort_collectives",
     "active_results",
     "backward_engine_code",
     "base_seed",

@@ -46,6 +46,18 @@ def default_store() -> Any:
     return torch.distributed.distributed_c10d._get_default_store()
 
 
+def abort_collectives() -> None:
+    """Give up the collectives of NCCL that are under way in this process, and all that would come.
+
+    A process that ends without this, while another is inside of one, does not end: Lightning destroys the process group
+    at exit, which waits for the other.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+        abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)  # torch 2.6 has it
+        if abort is not None:
+            abort()
+
+
 def loss_scale(scaler: Any) -> Any:
     """GradScaler's scale as the device tensor that it updates in place; None before it scaled its first loss.
 

@@ -6,7 +6,7 @@ import datetime
 import itertools
 from typing import Any
 
-from lightning_stability.internals import default_store
+from lightning_stability.internals import abort_collectives, default_store
 from lightning_stability.runtime.policies import DeliberateError
 
 TIMEOUT = datetime.timedelta(seconds=20)
@@ -41,6 +41,7 @@ def exchange_flags(key: str, flag: bool, trainer: Any) -> list[bool]:
         store.wait(keys, TIMEOUT)
     except RuntimeError as error:  # torch's DistStoreError is one
         silent = [rank for rank in ranks if not store.check([keys[rank]])]
+        abort_collectives()
         raise RanksDisagreeError(
             f"{key}: the gradients were not finite on rank {trainer.global_rank}, but rank"
             f" {', '.join(map(str, silent))} did not report the same within {TIMEOUT.total_seconds():g} s. Gradients"
