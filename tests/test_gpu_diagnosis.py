@@ -6,16 +6,17 @@ import time
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from lightning_stability.diagnosis import RecordedStep, diagnose, find_origin, write_incident
+from lightning_stability import IncidentReport, NaNEarlyStop
+from lightning_stability.diagnosis import RecordedStep, diagnose, find_origin
 from lightning_stability.diagnosis.step import capture_state
 from lightning_stability.recovery.random_state import RandomState
 from tests.diagnosis import augmented
 from tests.diagnosis.test_origin import CASES, Net, line_of
 from tests.zoo.program import Module
-from tests.zoo.recording import record
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,13 +48,21 @@ def test_the_origin_is_the_same(function, phase, op, module, precision, failed):
 def test_the_same_bits_on_the_gpu_and_the_same_verdict_on_a_cpu(tmp_path, monkeypatch):
     torch.manual_seed(0)
     program = augmented.program(0)
-    program.options["accelerator"] = "gpu"
-    step = record(program)[0]
-    write_incident(tmp_path / "i", step)
-    report = diagnose(tmp_path / "i")
+    trainer = pl.Trainer(
+        accelerator="gpu",
+        devices=1,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=[IncidentReport(tmp_path), NaNEarlyStop(patience=0)],
+        **program.options,
+    )
+    trainer.fit(program.module, program.data)
+    [incident] = (tmp_path / "incidents").iterdir()
+    report = diagnose(incident)
     assert (report["reproduced"], report["exact"]) == (True, True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    report = diagnose(tmp_path / "i")
+    report = diagnose(incident)
     assert report["reproduced"] is True
     assert any("device: cuda recorded, cpu here" in note for note in report["notes"])
 

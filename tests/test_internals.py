@@ -566,3 +566,9 @@ def test_the_memory_of_numpys_generator_says_when_it_has_made_a_number():
     assert before == state["key"].astype(np.uint32).tobytes() + np.int32(state["pos"]).tobytes()
     np.random.rand()
     assert internals.numpy_memory() != before
+
+
+def test_nccls_collectives_can_be_aborted():
+    # (with NCCL itself: tests/test_many_gpus.py)
+    assert callable(torch.distributed.distributed_c10d._abort_process_group)
+    internals.abort_collectives()  # without a process group: nothing
