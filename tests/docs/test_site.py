@@ -16,7 +16,7 @@ from tests.docs.blocks import ROOT
 
 def build(root: Path, site: Path) -> Done:
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
-    return subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture

@@ -83,12 +83,11 @@ class OneStep(pl.LightningModule):
         return torch.optim.AdamW(self.parameters())
 
 
-def first_step(root: Path, cache_dir: Path, workers: int, balanced: bool) -> dict[str, Any]:
+def first_step(root: Path, cache_dir: Path, workers: int, balanced: bool, **options: Any) -> dict[str, Any]:
     """Train one step from nothing; return how long it took and how much memory the process gained."""
     before, started, used = resident_bytes(), time.perf_counter(), time.process_time()
-    data = TUABDataModule(
-        root=str(root), cache_dir=str(cache_dir), num_workers=workers, class_balanced=balanced, **OPTIONS
-    )
+    options = {**OPTIONS, "num_workers": workers, "class_balanced": balanced, **options}
+    data = TUABDataModule(root=str(root), cache_dir=str(cache_dir), **options)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -108,6 +107,12 @@ def first_step(root: Path, cache_dir: Path, workers: int, balanced: bool) -> dic
         "train_windows": len(data.datasets["train"]),
         "estimated_stepping_batches": module.estimated,
     }
+
+
+def read_bytes() -> int:
+    """Return how much this process has read so far, bytes."""
+    fields = dict(line.split(":") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["rchar"])
 
 
 def resident_bytes() -> int:

@@ -48,32 +48,47 @@ class Builder:
     Args:
         corpus: The corpus' root.
         folder: Where to build.
-        pause: Seconds between what one recording and the next one are written.
+        dies_in: The write in whose middle it is killed, counted from 1.
+        waits_at: How many recordings it finishes before it waits for `go_on`.
         processes: How many preprocess.
     """
 
-    def __init__(self, corpus: Path, folder: Path, pause: float = 0.0, processes: int = 1) -> None:
+    def __init__(
+        self, corpus: Path, folder: Path, dies_in: int | None = None, waits_at: int | None = None, processes: int = 1
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.log = folder.parent / f"read-{time.monotonic_ns()}.txt"
         self.log.touch()
-        self.error = self.log.with_suffix(".error")
-        self.process = FORK.Process(target=self._build, args=(corpus, folder, pause, processes))
+        self.error, self._gate = self.log.with_suffix(".error"), self.log.with_suffix(".go")
+        self._dies_in, self._waits_at, self._writes = dies_in, waits_at, 0
+        self.process = FORK.Process(target=self._build, args=(corpus, folder, processes))
         self.process.start()
 
-    def _build(self, corpus: Path, folder: Path, pause: float, processes: int) -> None:
-        read, add = preprocessing_module.read_recording, building_module._Writer.add
+    def _build(self, corpus: Path, folder: Path, processes: int) -> None:
+        read, add, write = preprocessing_module.read_recording, building_module._Writer.add, building_module._write
 
         def tell(path: Path) -> Any:
             with self.log.open("a") as log:
                 log.write(f"{path.relative_to(corpus).as_posix()}\n")
             return read(path)
 
-        def slowly(*args: Any) -> None:
-            add(*args)
-            time.sleep(pause)
+        def add_and_wait(writer: Any, *args: Any) -> None:
+            add(writer, *args)
+            if len(writer.index.files) == self._waits_at:
+                parent = os.getppid()
+                while not self._gate.exists() and os.getppid() == parent:
+                    time.sleep(0.002)
+
+        def write_or_die(descriptor: int, content: Any, offset: int | None = None) -> None:
+            self._writes += 1
+            if self._writes == self._dies_in:
+                write(descriptor, content[: len(content) // 2], offset)
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(descriptor, content, offset)
 
         preprocessing_module.read_recording = tell
-        building_module._Writer.add = slowly  # type: ignore[method-assign]
+        building_module._Writer.add = add_and_wait  # type: ignore[method-assign]
+        building_module._write = write_or_die  # type: ignore[assignment]
         try:
             build_cache(corpus, find_recordings(corpus), folder, processes)
         except Exception as error:
@@ -84,8 +99,11 @@ class Builder:
     def read(self) -> list[str]:
         return self.log.read_text().splitlines()
 
+    def go_on(self) -> None:
+        self._gate.touch()
+
     def end(self) -> int | None:
-        self.process.join(120)
+        self.process.join(300)
         return self.process.exitcode
 
     def kill(self) -> None:
@@ -93,7 +111,7 @@ class Builder:
         self.process.join()
 
 
-def wait_for(condition: Any, seconds: float = 100) -> None:
+def wait_for(condition: Any, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -104,21 +122,18 @@ def finished(folder: Path) -> set[str]:
     return set(read_index(folder).files)
 
 
-def test_a_build_that_is_killed_at_random_moments_ends_with_the_same_cache_and_reads_nothing_finished_again(
+def test_a_build_that_is_killed_in_random_writes_ends_with_the_same_cache_and_reads_nothing_finished_again(
     damaged_corpus: Path, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
-    moments, kills = random.Random(0), 0
-    for attempt in range(40):
+    moments, kills, status = random.Random(0), 0, None
+    while status != 0:
         before = finished(tmp_path / "cache")
-        builder = Builder(damaged_corpus, tmp_path / "cache", pause=0.01)
-        builder.process.join(moments.uniform(0, 0.02 * (attempt + 4)))
-        killed = builder.process.is_alive()
-        builder.kill()
-        kills += killed
+        builder = Builder(damaged_corpus, tmp_path / "cache", dies_in=moments.randint(1, 12))
+        status = builder.end()
+        assert status in (0, -signal.SIGKILL)
+        kills += status != 0
+        assert kills < 40, "it comes to no end"
         assert not before & set(builder.read)
-        if not killed:
-            assert builder.process.exitcode == 0
-            break
     assert kills >= 3
     check(tmp_path / "cache", expected)
 
@@ -167,7 +182,10 @@ def test_wherever_a_kill_cut_the_files_the_build_goes_on_and_reads_only_what_is_
 def test_of_two_builders_one_works_and_both_end_with_the_cache(
     damaged_corpus: Path, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
-    builders = [Builder(damaged_corpus, tmp_path / "cache", pause=0.01) for _ in range(2)]
+    builders = [Builder(damaged_corpus, tmp_path / "cache", waits_at=3) for _ in range(2)]
+    wait_for(lambda: len(finished(tmp_path / "cache")) == 3)
+    for builder in builders:
+        builder.go_on()
     assert [builder.end() for builder in builders] == [0, 0]
     assert sorted(map(len, (builder.read for builder in builders))) == [0, len(expected)]
     check(tmp_path / "cache", expected)
@@ -177,14 +195,14 @@ def test_a_builder_that_waits_takes_over_from_one_that_is_killed(
     damaged_corpus: Path, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     folder = tmp_path / "cache"
-    first = Builder(damaged_corpus, folder, pause=0.05)
-    wait_for(lambda: len(finished(folder)) >= 3)
+    first = Builder(damaged_corpus, folder, waits_at=3)
+    wait_for(lambda: len(finished(folder)) == 3)
     second = Builder(damaged_corpus, folder)
-    time.sleep(0.2)
+    time.sleep(0.2)  # in which it would read, if it did not wait
     assert second.read == []
     first.kill()
     done = finished(folder)
-    assert len(done) < len(expected)
+    assert len(done) == 3
     assert second.end() == 0
     assert set(second.read) == expected.keys() - done
     check(folder, expected)
@@ -213,7 +231,7 @@ def test_a_new_interpreter_preprocesses_as_this_one_does_and_ends_when_its_conne
         connection.send(damaged_corpus / next(iter(expected)))
         assert connection.recv().samples is not None
         connection.close()  # as a kill of the builder does
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=300) == 0
     finally:
         process.kill()
         process.wait()
@@ -221,8 +239,8 @@ def test_a_new_interpreter_preprocesses_as_this_one_does_and_ends_when_its_conne
 
 def builder_at_work(corpus: Path, folder: Path) -> tuple[Builder, list[int]]:
     """With its two processes, once some recordings are finished and some are not."""
-    builder = Builder(corpus, folder, pause=0.1, processes=2)
-    wait_for(lambda: len(finished(folder)) >= 3)
+    builder = Builder(corpus, folder, waits_at=3, processes=2)
+    wait_for(lambda: len(finished(folder)) == 3)
     assert builder.process.pid is not None
     return builder, children(builder.process.pid)
 
@@ -237,12 +255,12 @@ def test_processes_fill_the_cache_with_the_same_bits_and_end_when_the_builder_is
     builder.kill()
     assert builder.read == []  # the others read
     done = finished(folder)
-    assert 3 <= len(done) < len(expected)
+    assert len(done) == 3
     resumed = Builder(damaged_corpus, folder)  # although the other one's processes may still be at their last file
     assert resumed.end() == 0
     assert set(resumed.read) == expected.keys() - done
     check(folder, expected)
-    wait_for(lambda: not any(map(alive, workers)), 20)
+    wait_for(lambda: not any(map(alive, workers)))
 
 
 class Forked:
@@ -306,10 +324,11 @@ def test_a_killed_process_ends_the_build_with_a_message_and_what_is_finished_sta
     folder = tmp_path / "cache"
     builder, workers = builder_at_work(damaged_corpus, folder)
     os.kill(workers[0], signal.SIGKILL)
+    builder.go_on()
     assert builder.end() == 1
     assert "ended with status -9" in builder.error.read_text()
     assert "edf/" in builder.error.read_text()
-    wait_for(lambda: not any(map(alive, workers)), 20)
+    wait_for(lambda: not any(map(alive, workers)))
     done = finished(folder)
     resumed = Builder(damaged_corpus, folder)
     assert resumed.end() == 0
