@@ -24,35 +24,77 @@ BAD_BATCH = 2
 
 HEAD = """# What works together
 
-Written by `python -m tests.compatibility` from the cases in `tests/compatibility.py`; each line is a run. *Refused*
-means: an error before the first step that gives this reason. Automatic callbacks (see
-[Installed and forgotten](installed.md)) refuse nothing: they disable themselves, with one line that gives the reason.
+Whether a strategy, a precision, an optimizer or another callback works with these callbacks. Each line of the tables is
+a run, made by the cases in `tests/compatibility.py`. `python -m tests.compatibility` writes the page.
+
+- **Works** is defined above each group of tables.
+- **Refused** means: an error before the first step that gives this reason. Automatic callbacks (see
+  [Installed and forgotten](installed.md)) refuse nothing. They disable themselves, with one line that gives the reason.
+- **Tested on** says where the run was made. Two processes on a CPU use gloo, not NCCL.
+
+A combination that is not on this page was not tested.
+
+## Platforms
+
+| | what is known |
+|---|---|
+| Linux, CPU | tested: torch 2.13, pytorch-lightning 2.6.6, Python 3.11 |
+| Linux, oldest versions | fast tests: torch 2.4.0, pytorch-lightning 2.6.0, Python 3.10 (`make test-oldest`) |
+| Linux, NVIDIA GPU | tested on H100 and H200: torch 2.11, Python 3.12 |
+| AMD GPU, Intel GPU | not tested |
+| Apple's GPU (MPS), macOS | not tested |
+| Windows | not tested; the included trainer needs `fcntl`, and its scripts bash and tmux |
+| TPU (XLA) | not tested on one; the tables say what is refused |
+
+## Loggers
+
+| logger | numbers | skips, stops and changes of precision |
+|---|---|---|
+| TensorBoard | yes, with one chart for the groups of gradient norms | a text |
+| W&B | yes; the x-axis is `trainer/global_step` | an alert, and an entry of the run's summary |
+| MLflow | yes | a tag |
+| CSVLogger | yes; of the automatic `GradNormMonitor` no | nothing |
+| any other logger of Lightning | yes | nothing |
+
+W&B was tested offline and MLflow with a local store. A logger that raises does not end the run: one warning names the
+error, and that logger gets nothing more.
+
+## When one rank raises an exception
+
+An exception on one rank leaves the other ranks waiting for it in their next collective. The rank that raised cannot end
+either: Lightning destroys the process group at exit, and with NCCL that waits for the others.
+
+A rank that skipped a bad step raises `RanksDisagreeError` if another rank did not see it as bad. Before that our
+callbacks abort NCCL's collectives, so that the process can end. On two H200 the run then ended by itself in 58 s, and
+most of that was the 30 s for which torchrun waits. Without the abort it hung until it was killed. This needs torch 2.6
+or newer. An exception in your own code is not treated in this way.
 """
 ABOUT = {
     "guards": """## NaNEarlyStop and GradNormMonitor
 
 Both together, `NaNEarlyStop(patience=1)` and `GradNormMonitor()`. *Works* means: a batch with a NaN loss in the middle
-of the run is skipped, the run continues to its end, every weight and buffer is finite, and gradient norms were logged.
+of the run is skipped, and the run continues to its end. Every weight and buffer is finite, and gradient norms were
+logged.
 """,
     "FractionalCheckpoint": """## FractionalCheckpoint
 
-`FractionalCheckpoint(every_n_epochs=0.5, save_top_k=-1)`. *Works* means: every half epoch is saved, every file is
-complete and finite, and a run that resumes from the first of them, in the middle of the first epoch, ends with the same
-bits in every weight and buffer.
+`FractionalCheckpoint(every_n_epochs=0.5, save_top_k=-1)`. *Works* means: every half epoch is saved, and every file is
+complete and finite. A second run resumes from the first of them, in the middle of the first epoch. It ends with the
+same bits in every weight and buffer.
 """,
     "PrecisionFallback": """## PrecisionFallback
 
 `PrecisionFallback()` in fp16 with a gradient scaler, unless the line says otherwise. *Works* means: a batch whose loss
-overflows the 16-bit precision, and not fp32, is trained again in fp32; no batch is lost, the run continues in fp32 to
-its end, and every weight and buffer is finite.
+overflows the 16-bit precision, and not fp32, is trained again in fp32. No batch is lost, and the run continues in fp32
+to its end. Every weight and buffer is finite.
 """,
 }
 """What the lines of each section have in common, by the callback they are about."""
 SUITE = """## Lightning's own tests
 
-Of Lightning's own tests, those that `python -m tests.lightning_suite` has been run on end the same with this package
-installed as without, but for these. The package's one entry point is in every Trainer's list of callbacks, and during a
-fit the automatic ones are too.
+`python -m tests.lightning_suite` runs Lightning's own tests with this package installed and without it. They end the
+same, with the exceptions below. The reason is one: the package's entry point is in every Trainer's list of callbacks,
+and during a fit the automatic callbacks are too.
 """
 
 

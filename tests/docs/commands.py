@@ -24,6 +24,7 @@ VARIABLE = "LIGHTNING_STABILITY_CALLBACKS"
 SMALL = ("--data.batch_size=2", "--data.window_seconds=2", "--trainer.max_epochs=1", "--trainer.limit_train_batches=8")
 ADDED = {
     "fit": (*SMALL, "--trainer.limit_val_batches=2", "--trainer.num_sanity_val_steps=0"),
+    "demo": (*SMALL, "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=2"),
     "test": ("--data.batch_size=2", "--trainer.limit_test_batches=2"),
     "predict": ("--data.batch_size=2", "--trainer.limit_predict_batches=2"),
 }

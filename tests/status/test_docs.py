@@ -1,4 +1,4 @@
-"""docs/status.md says what events.jsonl holds, which is an interface: it has to say all of it."""
+"""docs/events.md says what events.jsonl holds, which is an interface: it has to say all of it."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ COMMON = {"event", "step", "epoch", "time", "rank"}
 
 def documented() -> dict[str, set[str]]:
     """Each event in the page's table, and the words in its last column that can be fields."""
-    rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|$", (ROOT / "docs" / "status.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|$", (ROOT / "docs" / "events.md").read_text(), re.MULTILINE)
     return {name: set(re.findall(r"`(\w+)`", fields)) for name, fields in rows}
 
 
