@@ -15,6 +15,8 @@ from lightning_stability.atomic import append
 
 FILE_NAME = "events.jsonl"
 PREVIOUS_FILE_NAME = "events.1.jsonl"
+LARGEST = 2**53
+"""Of a whole number: a larger one is no count of anything, and no float holds it."""
 _FIELDS: dict[str, Any] = dict(event=str, step=int, epoch=int, time=(int, float), rank=int, lost=int)  # noqa: C408
 _warned: set[Path] = set()
 """Files that could not be written, of all the logs in this process."""
@@ -138,7 +140,13 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(event, dict) or not {"event", "step"} <= event.keys():
         return None
-    return event if all(isinstance(event[name], _FIELDS[name]) for name in event.keys() & _FIELDS.keys()) else None
+    return event if all(_is_field(event[name], _FIELDS[name]) for name in event.keys() & _FIELDS.keys()) else None
+
+
+def _is_field(value: Any, kind: Any) -> bool:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return isinstance(value, str) or -LARGEST <= value <= LARGEST  # (which nan is not)
 
 
 def _warn_once(path: Path, error: Exception) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -15,12 +14,12 @@ from typing import Any
 from urllib.parse import quote
 
 from lightning_stability.atomic import replace_file
-from lightning_stability.events import read_events
 from lightning_stability.pages import what_is_missing
 from lightning_stability.pages.numbers import as_number, is_wide_ranging
+from lightning_stability.status.fields import Event, moment, read_run
 from lightning_stability.status.report import duration, look
 from lightning_stability.status.run import NoRunError, Run, find_run
-from lightning_stability.status.totals import Curve, Event, Totals, count, marks, told, words_of
+from lightning_stability.status.totals import Curve, Totals, count, marks, told, words_of
 
 _COLOURS = ("accent", "second", "third", "warn", "good", "bad")
 _MOST_EVENTS = 200
@@ -76,7 +75,7 @@ def show_report(words: list[str]) -> int:
         return 2
     try:
         text = page_of([find_run(folder) for folder in given.folders], given.output.resolve().parent)
-        replace_file(given.output, lambda file: file.write(text.encode()))
+        replace_file(given.output, lambda file: file.write(text.encode(errors="backslashreplace")))
     except (NoRunError, OSError) as error:
         print(f"lightning-stability: error: {error}", file=sys.stderr)
         return 2
@@ -125,18 +124,13 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _look_at(name: str, folder: Path, colour: str) -> Shown:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of lines that cannot be read: the status counts them
-        events = [event for event in read_events(folder) if "time" in event]
+    events, _ = read_run(folder)
     starts = [event for event in events if event["event"] == "training_started"]
     first = next((event for event in starts if not event.get("repeated")), None)
     events = [event for event in events if not event.get("repeated") or first is None]
-    try:
-        report = look(Run(folder))
-        state, said = report.state, next((text for line, text in report.lines if line == "state"), report.state)
-    except (KeyError, TypeError, ValueError):  # events of another program
-        state, said = "unknown", "unknown: its events are not those of this package"
-    return Shown(name, folder, events, state, said, count(events), colour)
+    report = look(Run(folder))
+    said = next((text for line, text in report.lines if line == "state"), report.state)
+    return Shown(name, folder, events, report.state, said, count(events), colour)
 
 
 def _section(run: Shown, beside: Path) -> dict[str, Any]:
@@ -213,7 +207,7 @@ def _totals(run: Shown) -> list[tuple[str, str]]:
 
 def _started(run: Shown) -> Event:
     starts = [event for event in run.events if event["event"] == "training_started"]
-    return starts[-1] if starts else {}
+    return starts[-1] if starts else Event()
 
 
 def _facts(run: Shown) -> list[tuple[str, str]]:
@@ -242,13 +236,13 @@ def _link(event: Event, folder: Path, beside: Path) -> str:
     told = Path(str(event.get("path")))
     for place in (told, folder / "incidents" / told.name):
         page = place / "report.html"
-        if page.is_file():
-            return quote(Path(os.path.relpath(page.resolve(), beside)).as_posix())
+        if os.path.isfile(page):  # noqa: PTH113 (no path at all, or one too long, is false here and no error)
+            return quote(os.fsencode(Path(os.path.relpath(page.resolve(), beside)).as_posix()))
     return ""
 
 
 def _clock(event: Event) -> str:
-    return f"{datetime.fromtimestamp(event['time']):%Y-%m-%d %H:%M:%S}"
+    return moment(event["time"], "%Y-%m-%d %H:%M:%S")
 
 
 def _curves(runs: list[Shown]) -> list[tuple[str, Any]]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
-from typing import Any
 
+from lightning_stability.status.fields import Event, counted, moment
 from lightning_stability.status.run import Run
 
 _SILENT_AFTER = 600.0
@@ -42,7 +41,7 @@ class Report:
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.lines) + 2
-        return "\n".join(f"{name:<{width}}{text}".rstrip() for name, text in self.lines)
+        return "\n".join(f"{name:<{width}}{printable(text)}".rstrip() for name, text in self.lines)
 
 
 def look(run: Run, now: float | None = None) -> Report:
@@ -84,6 +83,21 @@ def look(run: Run, now: float | None = None) -> Report:
     return report
 
 
+def printable(text: str) -> str:
+    """A text in one line, in which codes that a terminal would obey are escaped.
+
+    Args:
+        text: The text; events.jsonl may have come from anywhere.
+
+    Example:
+        >>> printable("two\\nlines, \\x1b[2J")
+        'two lines, \\\\x1b[2J'
+    """
+    return "".join(
+        c if c.isprintable() else " " if c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
 def duration(seconds: float) -> str:
     """A time span as people say it.
 
@@ -94,6 +108,8 @@ def duration(seconds: float) -> str:
         >>> duration(4.2), duration(125), duration(7500), duration(200_000)
         ('4 s', '2 min 5 s', '2 h 5 min', '2 d 7 h')
     """
+    if not math.isfinite(seconds):
+        return "unknown time"
     whole = max(0, round(seconds))
     parts = [(whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
     first = next((place for place, (count, _) in enumerate(parts) if count), 3)
@@ -112,7 +128,8 @@ def _state(run: Run, now: float, written: float | None) -> tuple[str, str]:
         return "stopped", f"stopped early: {by}: {why} ({_clock(run.stopped['time'], now)})"
     if started is None:
         return "unknown", "unknown: training has not begun, or no callback of this package was asked for"
-    ranks = f", {started['world_size']} ranks" if started["world_size"] > 1 else ""
+    world_size = started.get("world_size") or 1
+    ranks = f", {world_size} ranks" if world_size > 1 else ""
     process = f"process {started['pid']} on {started['host']}"
     silent = now - max(written or 0.0, started["time"])
     interval = _interval(run)
@@ -137,32 +154,32 @@ def _step(run: Run) -> int | None:
     return max(steps, default=None)
 
 
-def _position(run: Run, event: dict[str, Any]) -> float | None:
+def _position(run: Run, event: Event) -> float | None:
     """Which part of the whole run is done: of its steps, or of its epochs where the number of steps is unknown."""
-    started = run.started or {}
+    started = run.started or Event()
     if started.get("total_steps"):
         return float(event["step"] / started["total_steps"])
     if not started.get("max_epochs"):
         return None
     if event["event"] != "progress":
         return float(event["epoch"] / started["max_epochs"])
-    if not event.get("batches"):
+    if not event.get("batches") or "batch_idx" not in event:
         return None
     return float((event["epoch"] + (event["batch_idx"] + 1) / event["batches"]) / started["max_epochs"])
 
 
-def _points(run: Run) -> list[tuple[float, dict[str, Any]]]:
+def _points(run: Run) -> list[tuple[float, Event]]:
     """The start and each progress event, with their positions."""
     events = [run.started, *run.progress] if run.started is not None else []
     points = [(_position(run, event), event) for event in events if event is not None]
-    return [(position, event) for position, event in points if position is not None]
+    return [(p, event) for p, event in points if p is not None and math.isfinite(p) and math.isfinite(event["time"])]
 
 
 def _estimate(run: Run, now: float) -> tuple[float, float] | None:
     """Seconds to the end, and seconds per step, at the speed of the last epoch with its validation; in the first epoch,
     at that since the start.
     """
-    points, started = _points(run), run.started or {}
+    points, started = _points(run), run.started or Event()
     if len(points) < 2:
         return None
     total, per_epoch = started.get("total_steps"), started.get("steps_per_epoch")
@@ -177,12 +194,12 @@ def _estimate(run: Run, now: float) -> tuple[float, float] | None:
 
 
 def _interval(run: Run) -> float | None:
-    times = [event["time"] for event in run.progress[-_TREND:]]
+    times = [event["time"] for event in run.progress[-_TREND:] if math.isfinite(event["time"])]
     return median(b - a for a, b in pairwise(times)) if len(times) > 2 else None
 
 
 def _progress(run: Run, step: int | None) -> str:
-    started = run.started or {}
+    started = run.started or Event()
     parts = []
     if step is not None:
         total = started.get("total_steps")
@@ -196,22 +213,20 @@ def _progress(run: Run, step: int | None) -> str:
 
 def _epochs(run: Run) -> float | None:
     """Epochs trained."""
-    if run.ended is not None:
-        return float(run.ended["epoch"])
-    newest = run.progress[-1] if run.progress else run.last_event
-    if newest is None:
+    newest = run.ended or (run.progress[-1] if run.progress else run.last_event)
+    if newest is None or math.isnan(newest["epoch"]):
         return None
-    batches = newest.get("batches")
+    batches = newest.get("batches") if newest is not run.ended else None
     return float(newest["epoch"] + ((newest["batch_idx"] + 1) / batches if batches and "batch_idx" in newest else 0))
 
 
 def _end(run: Run, estimate: tuple[float, float] | None, now: float) -> str:
     if estimate is None:
-        started = run.started or {}
+        started = run.started or Event()
         has_last = started.get("total_steps") or started.get("max_epochs")
         return f"unknown: {'no progress was written yet' if has_last else 'the run has no last step'}"
     left, pace = estimate
-    speed = f"{pace:.3g} s a step" if pace >= 1 else f"{1 / pace:.3g} steps a second"
+    speed = f"{pace:.3g} s a step" if pace >= 1 else f"{1 / max(pace, 1e-9):.3g} steps a second"
     return f"{_clock(now + left, now)}, in {duration(left)} at {speed}, if it goes to the last step"
 
 
@@ -276,7 +291,7 @@ def _skipped(run: Run) -> str:
     said = [f"{ordinary} of these by GradScaler, which is ordinary"] if ordinary else []
     said += [f"{for_input} of these by InputCheck, for flagged inputs"] if for_input else []
     many = run.many_skips
-    said += [f"{many['skipped']} of the last {many['of']:,} at step {many['step']:,}: too many"] if many else []
+    said += [f"{many['skipped']} of the last {counted(many['of'])} at step {many['step']:,}: too many"] if many else []
     return ", ".join([str(max(run.skipped, told)), *said])
 
 
@@ -285,7 +300,7 @@ def _flagged(run: Run, now: float) -> str:
     event = run.newest_flagged
     if event is None:
         return ""
-    what = "".join(f": {finding['tensor']}: {finding['reason']}" for finding in event["findings"][:1])
+    what = "".join(f": {finding['tensor']}: {finding['reason']}" for finding in (event.get("findings") or [])[:1])
     newest = f"the newest at {_clock(event['time'], now)}, step {event['step']:,}, batch {event['batch_idx']}{what}"
     return f"{run.flagged} batch{'es' if run.flagged > 1 else ''} ({event['action']}); {newest}"
 
@@ -297,18 +312,18 @@ def _layers(run: Run) -> str:
     first = run.far_layers[0]
     what = f"the {first['side']} of {first['layer']}, deviation {_number(first['deviation'])}"
     said = f"far from unit scale at the start: {what}"
-    if first["cause"] is not None:
-        factor = first["factor"]
+    if first.get("cause") is not None:
+        factor = first.get("factor")
         said += f", by {first['cause']}" + (f" (x{_number(factor)})" if factor is not None else "")
-    others = len(run.far_layers) - 1 + sum(found["others"] for found in run.far_layers)
+    others = len(run.far_layers) - 1 + sum(found.get("others") or 0 for found in run.far_layers)
     return said + (f"; and {others} more" if others else "")
 
 
-def _incident(event: dict[str, Any]) -> str:
-    return f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  step {event['step']:,}  {what_happened(event)}"
+def _incident(event: Event) -> str:
+    return f"{moment(event['time'], '%H:%M:%S')}  step {event['step']:,}  {what_happened(event)}"
 
 
-def what_happened(event: dict[str, Any]) -> str:
+def what_happened(event: Event) -> str:
     """An event that changes a run, in words.
 
     Args:
@@ -327,8 +342,8 @@ def what_happened(event: dict[str, Any]) -> str:
         "checkpoint_refused": "no checkpoint: {nonfinite_tensors} tensors are not finite",
     }.get(name)
     try:
-        text = said.format(**event) if said else ""
-    except (KeyError, ValueError, IndexError):  # a number that was not finite is a string
+        text = said.format_map(event) if said else ""
+    except (ValueError, TypeError, OverflowError):  # what should be a number is none, such as one that was not finite
         text = ""
     if not text:
         text = f"{name}: {event['why']}" if "why" in event else name
@@ -340,7 +355,7 @@ def _recorded(run: Run) -> str:
     event = run.newest_recorded
     if event is None:
         return ""
-    why = event.get("cause") or event["origin"]
+    why = event.get("cause") or event.get("origin")
     return f"{run.recorded}; the newest, of step {event['step']:,}, in {event['path']}" + (f": {why}" if why else "")
 
 
@@ -348,9 +363,9 @@ def _checkpoint(run: Run, now: float) -> str:
     saved = run.last_good()
     if saved is not None:
         return f"{saved.path}, step {saved.step:,}, {duration(now - saved.time)} old"
-    resumed_from = (run.started or {}).get("resumed_from")
+    resumed_from = (run.started or Event()).get("resumed_from")
     if resumed_from:
-        there = "" if "://" in resumed_from or Path(resumed_from).exists() else ", which is gone"
+        there = "" if "://" in resumed_from or os.path.exists(resumed_from) else ", which is gone"  # noqa: PTH110
         return f"none since the start; it was resumed from {resumed_from}{there}"
     others = [path for path in (run.folder / "checkpoints").glob("*.ckpt") if path.exists()]
     if others:
@@ -371,6 +386,6 @@ def _missing_events(run: Run) -> str:
     return "; ".join(f"{what}: {count}" for what, count in parts if count)
 
 
-def _clock(moment: float, now: float) -> str:
-    day = datetime.fromtimestamp(moment).date() == datetime.fromtimestamp(now).date()
-    return f"{datetime.fromtimestamp(moment):{'%H:%M:%S' if day else '%Y-%m-%d %H:%M'}}"
+def _clock(seconds: float, now: float) -> str:
+    same_day = moment(seconds, "%x") == moment(now, "%x")
+    return moment(seconds, "%H:%M:%S" if same_day else "%Y-%m-%d %H:%M")

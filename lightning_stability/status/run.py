@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME, read_events
+from lightning_stability.events import FILE_NAME, PREVIOUS_FILE_NAME
 from lightning_stability.processes import is_alive
+from lightning_stability.status.fields import Event, read_run
 
 _DEPTH = 4
 _NO_INCIDENTS = (
@@ -44,39 +45,36 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.started: dict[str, Any] | None = None
-        self.ended: dict[str, Any] | None = None
-        self.stopped: dict[str, Any] | None = None
+        self.started: Event | None = None
+        self.ended: Event | None = None
+        self.stopped: Event | None = None
         """The `training_stopped` of NaNEarlyStop."""
-        self.last_event: dict[str, Any] | None = None
-        self.progress: list[dict[str, Any]] = []
+        self.last_event: Event | None = None
+        self.progress: list[Event] = []
         """Since the newest start."""
-        self.precision_changed: dict[str, Any] | None = None
+        self.precision_changed: Event | None = None
         self.skipped = self.skipped_ordinarily = self.skipped_for_input = 0
         """Skipped updates; those of them by which GradScaler looks for its scale, and those of flagged batches."""
-        self.many_skips: dict[str, Any] | None = None
+        self.many_skips: Event | None = None
         self.flagged = 0
-        self.newest_flagged: dict[str, Any] | None = None
-        self.far_layers: list[dict[str, Any]] = []
+        self.newest_flagged: Event | None = None
+        self.far_layers: list[Event] = []
         """What InputCheck's check of the layers warned of."""
-        self.resume: dict[str, Any] | None = None
+        self.resume: Event | None = None
         """Whether the newest start took the same steps as the run before it: `resume_verified` or `resume_differs`."""
         self.recorded = 0
-        self.newest_recorded: dict[str, Any] | None = None
+        self.newest_recorded: Event | None = None
         """The `incident_recorded` of IncidentReport."""
         self.lost = 0
         """Events that could not be written."""
         self.incidents = 0
-        self.newest_incidents: deque[dict[str, Any]] = deque(maxlen=3)
+        self.newest_incidents: deque[Event] = deque(maxlen=3)
         self.saved: deque[Saved] = deque(maxlen=100)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of lines that cannot be read: the report counts them
-            events = read_events(folder)
-            for event in events:
-                if not event.get("repeated") or self.started is None:
-                    self._add(event)
-        self.unreadable: int = getattr(events, "unreadable", 0)
-        """Lines that are no events."""
+        events, self.unreadable = read_run(folder)
+        """The second: lines that are no events."""
+        for event in events:
+            if not event.get("repeated") or self.started is None:
+                self._add(event)
 
     def last_written(self) -> float | None:
         """When its events were last written, in seconds since 1970."""
@@ -86,7 +84,7 @@ class Run:
         """The newest checkpoint that was found finite before it was written, and is still there."""
         for saved in reversed(self.saved):
             for path in (Path(saved.path), self.folder / "checkpoints" / Path(saved.path).name):
-                if path.exists():
+                if os.path.exists(path):  # noqa: PTH110 (no path at all, or one too long, is false here and no error)
                     return saved._replace(path=str(path))
             if "://" in saved.path:  # not this machine's to look at
                 return saved
@@ -96,9 +94,12 @@ class Run:
         """Whether the process that trains is there; None if that cannot be known from here."""
         if self.started is None or self.started["host"] != socket.gethostname():
             return None
-        return is_alive(int(self.started["pid"]), started_before=self.started["time"])
+        pid, began = self.started.get("pid"), self.started["time"]
+        if not pid or pid >= 2**31 or math.isnan(began):
+            return None
+        return is_alive(pid, started_before=began)
 
-    def _add(self, event: dict[str, Any]) -> None:
+    def _add(self, event: Event) -> None:
         self.last_event = event
         self.lost += event.get("lost", 0)
         name = event["event"]
@@ -116,7 +117,8 @@ class Run:
         elif name == "progress":
             self.progress.append(event)
         elif name == "checkpoint_saved":
-            self.saved.append(Saved(event["path"], event["step"], event["time"]))
+            if event.get("path"):
+                self.saved.append(Saved(event["path"], event["step"], event["time"]))
         elif name == "update_skipped":
             self.skipped += 1
             self.skipped_ordinarily += bool(event.get("ordinary"))
@@ -127,7 +129,7 @@ class Run:
             self.flagged += 1
             self.newest_flagged = event
         elif name == "input_scales":
-            self.far_layers = event["far_from_unit_scale"]
+            self.far_layers = event.get("far_from_unit_scale") or []
         elif name == "incident_recorded":
             self.recorded += 1
             self.newest_recorded = event
@@ -140,7 +142,7 @@ class Run:
             self.newest_incidents.append(event)
 
 
-def _is_end_of(ended: dict[str, Any], started: dict[str, Any]) -> bool:
+def _is_end_of(ended: Event, started: Event) -> bool:
     """Whether another rank had died when rank 0 wrote that training starts; a new start takes longer to come."""
     return bool(ended["rank"]) and abs(started["time"] - ended["time"]) < _SAME_START
 

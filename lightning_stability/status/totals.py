@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_stability.status.fields import Event
 from lightning_stability.status.report import what_happened
-
-Event = dict[str, Any]
 
 _QUIET = {"training_started", "training_ended", "progress", "checkpoint_saved"}
 _COLOURS = {
@@ -81,9 +80,10 @@ def count(events: list[Event]) -> Totals:
         events: Oldest first, without the copies of a start at the head of a new file.
 
     Example:
+        >>> from lightning_stability.status.fields import typed
         >>> start, end = {"event": "training_started", "step": 0}, {"event": "training_ended", "step": 10}
         >>> rewound = {"event": "rewound", "step": 4, "from_step": 8, "to_step": 4}
-        >>> found = count([start, rewound, end])
+        >>> found = count([typed(event) for event in (start, rewound, end)])
         >>> found.executed, round(found.kept, 2)
         (14, 0.71)
     """
