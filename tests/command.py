@@ -6,17 +6,24 @@ import atexit
 import gc
 import json
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 Done = subprocess.CompletedProcess[str]
 NO_CHANGE: Mapping[str, str | None] = {}
+HANGS = 600.0
+"""Seconds after which ranks are given up."""
 
 
 def run(*words: str, cwd: Path, timeout: float = 300) -> Done:
@@ -43,24 +50,49 @@ class Launcher:
         )
 
     def __call__(self, *words: str, cwd: Path, env: Mapping[str, str | None] = NO_CHANGE) -> Done:
-        """Run ``lightning-stability`` with ``words`` in ``cwd``, or Python if the words are ``-c`` and a program.
+        """Run ``lightning-stability`` with ``words`` in ``cwd``.
 
         Args:
-            words: The words of the command line.
+            words: The words of the command line. If they are ``-c`` and a program, or a script and its words, Python
+                runs that.
             cwd: The working folder.
             env: Variables of the environment to change; None takes one out.
         """
+        [done] = self._together(words, cwd, [env])
+        return done
+
+    def ranks(self, *words: str, cwd: Path, count: int = 2, env: Mapping[str, str | None] = NO_CHANGE) -> list[Done]:
+        """Run the same in ``count`` processes at once, with the variables that torchrun sets."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(count)}
+        each = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **env} for rank in range(count)]
+        return self._together(words, cwd, each, HANGS)
+
+    def _together(
+        self, words: Sequence[str], cwd: Path, envs: Sequence[Mapping[str, str | None]], seconds: float | None = None
+    ) -> list[Done]:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps([words, str(cwd), folder, dict(env)]), file=self._server.stdin, flush=True)
-            status = int(self._server.stdout.readline())
-            out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
-        return Done([*words], status, out, err)
+        with tempfile.TemporaryDirectory() as name:
+            folders = [Path(name) / str(number) for number in range(len(envs))]
+            for folder in folders:
+                folder.mkdir()
+            jobs = [[words, str(cwd), str(folder), dict(env)] for folder, env in zip(folders, envs, strict=True)]
+            print(json.dumps([jobs, seconds]), file=self._server.stdin, flush=True)
+            statuses = json.loads(self._server.stdout.readline())
+            said = [[(folder / stream).read_text() for stream in ("out", "err")] for folder in folders]
+        return [Done([*words], status, *texts) for status, texts in zip(statuses, said, strict=True)]
 
     def close(self) -> None:
         """End the process that the others are forked off."""
         self._server.communicate()
+
+
+@cache
+def launcher() -> Launcher:
+    """The one of this process; it ends with it."""
+    return Launcher()
 
 
 def _environment() -> dict[str, str]:
@@ -75,19 +107,37 @@ def _serve() -> None:
 
     gc.freeze()  # so that a child's collector does not go through all that was imported
     for line in sys.stdin:
-        words, cwd, folder, env = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            for name, descriptor in (("out", 1), ("err", 2)):
-                os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
-            os.chdir(cwd)
-            for name in [name for name, value in env.items() if value is None]:
-                os.environ.pop(name, None)
-            os.environ.update({name: value for name, value in env.items() if value is not None})
-            _run_and_exit(main, words)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        jobs, seconds = json.loads(line)
+        children = [_fork(main, *job) for job in jobs]
+        end = None if seconds is None else time.monotonic() + seconds
+        statuses = [os.waitstatus_to_exitcode(_wait(child, end)) for child in children]
+        print(json.dumps(statuses), flush=True)
     os._exit(0)
+
+
+def _fork(main: Callable[[], int], words: list[str], cwd: str, folder: str, env: dict[str, Any]) -> int:
+    child = os.fork()
+    if child == 0:
+        for name, descriptor in (("out", 1), ("err", 2)):
+            os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+        os.chdir(cwd)
+        for name in [name for name, value in env.items() if value is None]:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in env.items() if value is not None})
+        _run_and_exit(main, words)
+    return child
+
+
+def _wait(child: int, end: float | None) -> int:
+    """Wait for a process, and kill it if it does not end in time; return its status."""
+    while end is not None and time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        time.sleep(0.01)
+    if end is not None:
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
 
 
 def _run_and_exit(main: Callable[[], int], words: list[str]) -> NoReturn:
@@ -96,6 +146,9 @@ def _run_and_exit(main: Callable[[], int], words: list[str]) -> NoReturn:
     try:
         if words[:1] == ["-c"]:
             exec(compile(words[1], "<-c>", "exec"), {"__name__": "__main__"})
+        elif words[0].endswith(".py"):
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
         else:
             sys.argv = ["lightning-stability", *words]
             status = main()

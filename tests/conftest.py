@@ -14,7 +14,7 @@ from hypothesis import settings
 from lightning_stability.tuab import SyntheticCorpus
 from tests import checkpoint_fit as fits
 from tests import runs
-from tests.command import Launcher
+from tests.command import Launcher, launcher
 
 # An editable install has the entry points too: without this, every Trainer of every test, in processes that tests
 # start too, would have the automatic callbacks. `tests/plugin` sets it as it needs it.
@@ -61,11 +61,9 @@ def damaged_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def command() -> Iterator[Launcher]:
+def command() -> Launcher:
     """Runs the command line, each time in a process of its own."""
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
+    return launcher()
 
 
 @pytest.fixture(scope="session")

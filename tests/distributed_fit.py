@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import runs
 import torch
 from torch import nn
 
 from lightning_stability import GradNormMonitor
+from tests import runs
 
 
 def fit_ddp(pl: Any, folder: Path, clip: float | None) -> None:

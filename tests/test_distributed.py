@@ -1,10 +1,6 @@
 """The norms on two ranks, in real processes: DDP, FSDP2, and every placement that a DTensor can have."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +8,7 @@ import pytest
 import torch
 
 from tests import runs
+from tests.command import launcher, run_python
 
 SCRIPT = Path(__file__).with_name("distributed_fit.py")
 
@@ -19,32 +16,14 @@ SCRIPT = Path(__file__).with_name("distributed_fit.py")
 def two_ranks(
     tmp_path: Path, kind: str, namespace: str, *words: str, launch_both: bool = False, script: Path = SCRIPT
 ) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    paths = [str(SCRIPT.parent), str(SCRIPT.parent.parent)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    command = [sys.executable, str(script), kind, namespace, str(tmp_path), *words]
-    ranks = (
-        [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)] if launch_both else [{}]
-    )
-    processes = [
-        subprocess.Popen(command, env={**environment, **rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for rank in ranks
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=600)
-            assert process.returncode == 0, output.decode()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    """Run a script in two processes, or in one of which Lightning starts the second; return what each rank wrote."""
+    command = [str(script), kind, namespace, str(tmp_path), *words]
+    if launch_both:
+        done = launcher().ranks(*command, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+    else:
+        done = [run_python(*command, cwd=tmp_path, timeout=600)]
+    for each in done:
+        assert each.returncode == 0, each.stdout[-3000:] + each.stderr[-3000:]
     return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
 
 

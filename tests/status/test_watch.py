@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -79,6 +80,8 @@ def _take_as_terminal(descriptor: int) -> None:
     import fcntl
     import termios
 
+    # as in a terminal, even where the tests were started in the background, with a Ctrl-C that is ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
 
 
