@@ -54,27 +54,31 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._ask(f"{domain}.enable")
 
-    def look(self, page: Path, width: int, dark: bool, *expressions: str) -> Seen:
+    def look(self, page: Path, width: int, dark: bool, *expressions: str, picture: bool = True) -> Seen:
         """Open a file.
 
         Args:
             page: The file.
             width: Of the window.
             dark: Whether the reader prefers dark colours.
-            expressions: JavaScript, whose values are told.
+            expressions: JavaScript, whose values are told; a promise is waited for.
+            picture: Whether a picture is taken, after the expressions.
         """
         self._events.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
         self._set_size(width, 900)
-        self._ask("Page.navigate", url=page.resolve().as_uri())
+        answer = self._ask("Page.navigate", url=page.resolve().as_uri())
+        assert "errorText" not in answer, f"{page}: {answer['errorText']}"
         self._wait_for("Page.loadEventFired")
-        height = self._value("document.documentElement.scrollHeight")
         overflow = self._value("document.documentElement.scrollWidth") - width
-        self._set_size(width, min(height, 8000))
-        picture = base64.b64decode(self._ask("Page.captureScreenshot", format="png")["data"])
         values = [self._value(expression) for expression in expressions]
-        return Seen(self._messages(), self._requests(), picture, overflow, values)
+        png = self._picture(width) if picture else b""
+        return Seen(self._messages(), self._requests(), png, overflow, values)
+
+    def _picture(self, width: int) -> bytes:
+        self._set_size(width, min(self._value("document.documentElement.scrollHeight"), 8000))
+        return base64.b64decode(self._ask("Page.captureScreenshot", format="png")["data"])
 
     def _set_size(self, width: int, height: int) -> None:
         self._ask(
@@ -82,7 +86,8 @@ class Browser:
         )
 
     def _value(self, expression: str) -> Any:
-        return self._ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+        answer = self._ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        return answer["result"].get("value")
 
     def _messages(self) -> list[str]:
         names = {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"}
