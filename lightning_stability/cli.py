@@ -38,7 +38,7 @@ also:
   {PROG} report FOLDER [FOLDER ...]    write a page about a run, or about several: curves, events, totals
   {PROG} diagnose INCIDENT             say where the first non-finite value of a recorded step was made
 
---ckpt_path {LAST_GOOD} goes on from the newest checkpoint that is complete and finite.
+--ckpt_path {LAST_GOOD} resumes from the newest checkpoint that is complete and finite.
 
 With neither --config, --model nor --data, the TUAB probe is trained as `--config {DEFAULT_CONFIG}` says.
 Configurations that come with the package, by name: {", ".join(config_names())}.

@@ -143,7 +143,7 @@ def _compare(earlier: Window, later: Window, section: dict[str, Any]) -> tuple[s
         comparison.add(n, later.rows[n])
     difference = comparison.difference()
     if difference is None:
-        return f"the same: {steps} of {steps} steps bit-equal", True
+        return f"the same: {steps} of {steps} steps bitwise identical", True
     return sentence(difference, comparison.equal, steps, section["global_step"], None), False
 
 

@@ -29,8 +29,8 @@ def test_steps_are_trained_again_as_recorded_and_nothing_is_written(
     said = capsys.readouterr().out
     # the end of fit is the newest, and nothing was recorded after it
     assert "epoch=001.57-step=000011.ckpt" in said
-    assert "with the run   the same: 2 of 2 steps bit-equal" in said
-    assert "both times     the same: 2 of 2 steps bit-equal" in said
+    assert "with the run   the same: 2 of 2 steps bitwise identical" in said
+    assert "both times     the same: 2 of 2 steps bitwise identical" in said
     assert contents(tmp_path) == before
     assert not (tmp_path / "lightning_logs").exists()
 
@@ -75,5 +75,5 @@ def test_a_run_of_the_command_line_is_made_again_from_its_config(command: Launch
     [path] = tmp_path.glob("lightning_logs/version_0/checkpoints/epoch=001.00*")
     done = command("checkpoints", str(path), "--replay=3", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "with the run   the same: 3 of 3 steps bit-equal" in done.stdout
+    assert "with the run   the same: 3 of 3 steps bitwise identical" in done.stdout
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]

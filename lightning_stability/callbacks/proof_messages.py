@@ -19,17 +19,17 @@ def sentence(difference: Difference | None, equal: int, compared: int, saved_at:
 
     Example:
         >>> sentence(None, 20, 20, 100, None)
-        'resumed exactly: 20 of 20 steps bit-equal'
+        'resumed exactly: 20 of 20 steps bitwise identical'
         >>> sentence(Difference("data", 3, "data", "00", "01"), 2, 20, 100, None)
-        'other data: step 103 was trained on another batch than before; 2 of 20 steps bit-equal'
+        'other data: step 103 was trained on another batch than before; 2 of 20 steps bitwise identical'
     """
     if difference is None:
-        return f"resumed exactly: {equal} of {compared} steps bit-equal"
+        return f"resumed exactly: {equal} of {compared} steps bitwise identical"
     said = _what(difference, saved_at + difference.n, saved_at)
     if rank is not None:
         said += f", on rank {rank}"
     if compared:
-        said += f"; {equal} of {compared} steps bit-equal"
+        said += f"; {equal} of {compared} steps bitwise identical"
     if difference.changed:
         said += f". Changed since: {', '.join(difference.changed)}"
     elif difference.kind in ("numerics", "computation"):

@@ -53,9 +53,9 @@ def test_a_resume_that_is_exact_is_said_to_be_in_log_events_and_status(
         event = resume(tmp_path, saved(tmp_path)[0])
     assert event is not None
     assert (event["event"], event["equal"], event["steps"]) == ("resume_verified", 3, 3)
-    assert "resumed exactly: 3 of 3 steps bit-equal" in caplog.text
+    assert "resumed exactly: 3 of 3 steps bitwise identical" in caplog.text
     report = look(Run(tmp_path / "logs" / "version_1"))
-    assert ("resume", "resumed exactly: 3 of 3 steps bit-equal") in report.lines
+    assert ("resume", "resumed exactly: 3 of 3 steps bitwise identical") in report.lines
     assert ("incidents", "0") in report.lines
 
 
@@ -74,7 +74,7 @@ def test_twenty_steps_after_a_save_are_kept_and_no_more(tmp_path: Path) -> None:
     assert sorted({row["n"] for row in rows if "n" in row}) == list(range(1, 21))
     event = resume(tmp_path, saved(tmp_path)[0], max_epochs=8, checkpoint=checkpoint)
     assert event is not None
-    assert event["why"] == "resumed exactly: 20 of 20 steps bit-equal"
+    assert event["why"] == "resumed exactly: 20 of 20 steps bitwise identical"
 
 
 def test_accumulation_norms_and_loss_scale_are_compared_too(tmp_path: Path) -> None:

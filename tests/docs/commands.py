@@ -94,6 +94,11 @@ def _export(desk: Desk, words: list[str]) -> None:
         desk.env[name] = value
 
 
+def _unset(desk: Desk, words: list[str]) -> None:
+    """Check its name; the variable stays, since the blocks of a walk-through run beside each other."""
+    assert words == [VARIABLE]
+
+
 def _make(desk: Desk, words: list[str]) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in words:
@@ -138,6 +143,7 @@ PROGRAMS: dict[str, Callable[[Desk, list[str]], Done | None]] = {
     "lightning": _stability,
     "python -m lightning_stability": _stability,
     "export": _export,
+    "unset": _unset,
     "make": _make,
     "pip install": _pip_install,
     "python": _python,
