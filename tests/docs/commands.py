@@ -115,6 +115,15 @@ def _pip_install(desk: Desk, words: list[str]) -> None:
         assert extras <= set(ours.get_all("Provides-Extra") or []), f"{word} names an extra that there is not."
 
 
+def _pytest(desk: Desk, words: list[str]) -> None:
+    """Check that the tests are there."""
+    [path, *options] = words
+    assert (ROOT / path).is_file(), f"There are no tests {path}."
+    for option, value in itertools.pairwise(options):
+        assert option == "-k"
+        assert value in (ROOT / path).read_text(), f"No test of {path} is called {value}."
+
+
 def _python(desk: Desk, words: list[str]) -> None:
     """Check that a script of the repository is there and takes these options; benchmarks are run by `make bench`."""
     script = ROOT / words[0]
@@ -146,6 +155,7 @@ PROGRAMS: dict[str, Callable[[Desk, list[str]], Done | None]] = {
     "unset": _unset,
     "make": _make,
     "pip install": _pip_install,
+    ".venv/bin/python -m pytest": _pytest,
     "python": _python,
     "tensorboard": _tensorboard,
     "experiments/eegpt_linear_probe/RUN_STABLE_TRAINING.sh": _script,
