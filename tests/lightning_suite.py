@@ -3,7 +3,7 @@
 usage: python -m tests.lightning_suite FOLDER [PATH ...]
 
 FOLDER is `tests` of a checkout of Lightning at the installed version. PATHs are below it; by default those of
-callbacks, loops, checkpointing and connectors.
+callbacks, loops, checkpointing and connectors. They need pytest-rerunfailures (their `flaky` mark).
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def outcomes(environment: Environment, folder: Path, paths: list[str], report: P
     """Each test's outcome, by its name."""
     pytest = [environment.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *paths]
     # as it comes: the variable of this process, if any, is not handed on
-    subprocess.run(pytest, cwd=folder, env=environment_variables(None), check=False)
+    done = subprocess.run(pytest, cwd=folder, env=environment_variables(None), check=False)
+    if done.returncode not in (0, 1):  # neither "all passed" nor "some failed": then nothing was compared
+        sys.exit(f"Lightning's tests did not run (pytest's exit code {done.returncode}, see above); install what they need")
     found = {}
     for case in ET.parse(report).iter("testcase"):
         kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
