@@ -19,12 +19,14 @@ class Block:
         line: Where its fence opens.
         language: What stands behind the fence.
         text: What is in it.
+        title: The name under which a reader saves it as a file.
     """
 
     page: str
     line: int
     language: str
     text: str
+    title: str = ""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -43,26 +45,31 @@ class Command:
 
 def pages() -> list[str]:
     """Every page that a reader is sent to."""
-    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/*.md")]
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md")]
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
 def blocks_of(page: str, *languages: str) -> list[Block]:
     """The blocks of a page in order, of some languages or of all."""
     found: list[Block] = []
-    fence, language, start, lines = "", "", 0, list[str]()
+    fence, language, title, start, lines = "", "", "", 0, list[str]()
     for number, line in enumerate((ROOT / page).read_text().splitlines(), 1):
-        mark = re.match(r"( *)(`{3,})(\w*)\s*$", line)
+        mark = re.match(r"( *)(`{3,})(\w*)(?: title=\"(.+)\")?\s*$", line)
         if mark and not fence:
-            fence, language, start, lines = mark[2], mark[3], number, []
+            fence, language, title, start, lines = mark[2], mark[3], mark[4] or "", number, []
             indent = len(mark[1])
         elif mark and mark[2] == fence and not mark[3]:
-            found.append(Block(page, start, language, "\n".join(lines) + "\n"))
+            found.append(Block(page, start, language, "\n".join(lines) + "\n", title))
             fence = ""
         elif fence:
             lines.append(line[indent:] if not line[:indent].strip() else line)
     assert not fence, f"{page}:{start}: the block is not closed"
     return [block for block in found if not languages or block.language in languages]
+
+
+def files_of(page: str) -> dict[str, str]:
+    """The files that a page has a reader save, by name."""
+    return {block.title: block.text for block in blocks_of(page) if block.title}
 
 
 def commands_of(block: Block) -> list[Command]:

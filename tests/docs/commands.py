@@ -124,14 +124,20 @@ def _pytest(desk: Desk, words: list[str]) -> None:
         assert value in (ROOT / path).read_text(), f"No test of {path} is called {value}."
 
 
-def _python(desk: Desk, words: list[str]) -> None:
-    """Check that a script of the repository is there and takes these options; benchmarks are run by `make bench`."""
+def _python(desk: Desk, words: list[str]) -> Done | None:
+    """Run a file of the page; check that a script of the repository is there and takes these options.
+
+    Benchmarks are run by `make bench`.
+    """
+    if (desk.folder / words[0]).is_file():
+        return desk.launcher(*words, cwd=desk.folder, env=desk.env)
     script = ROOT / words[0]
     assert script.is_file(), f"There is no script {words[0]}."
     for word in words[1:]:
         option = word.partition("=")[0]
         if option.startswith("--"):
             assert f'"{option}"' in script.read_text(), f"{words[0]} takes no option {option}."
+    return None
 
 
 def _tensorboard(desk: Desk, words: list[str]) -> None:

@@ -11,9 +11,10 @@ from urllib.parse import unquote, urldefrag
 import pytest
 
 import lightning_stability
+from docs.diagrams import name_of
 from lightning_stability import diagnosis, plugin
 from tests.browser import CHROMIUM, browser
-from tests.docs.blocks import ROOT
+from tests.docs.blocks import ROOT, blocks_of, pages
 from tests.docs.site import Page, build
 
 pytestmark = pytest.mark.xdist_group("site")
@@ -24,7 +25,7 @@ BROKEN = {
     "docs/status.md": "[x](#no-heading)",
     "benchmarks/README.md": "![x](lost.png)",
 }
-LOOKED_AT = ("index", "docs/nan_early_stop", "docs/my_loss_is_nan", "docs/api", "benchmarks/index")
+LOOKED_AT = ("index", "docs/start", "docs/design", "docs/api", "benchmarks/index")
 PHONE, DESKTOP = 390, 1280
 SEARCH = """new Promise((resolve, reject) => {
   setTimeout(() => reject(new Error("nothing was found")), 20000)
@@ -97,6 +98,15 @@ def test_a_docstrings_example_is_shown_as_code_and_its_options_as_a_list(site):
     assert html.count("language-pycon") >= 7
     assert "Examples:" in html
     assert '<details class="example"' not in html
+
+
+def test_each_mermaid_block_is_drawn_and_no_drawing_is_left_over(site):
+    texts = [block.text for page in pages() for block in blocks_of(page, "mermaid")]
+    drawn = {path.stem for path in (ROOT / "docs/diagrams").iterdir()}
+    assert drawn == {name_of(text) for text in texts}, "draw them again: docs/diagrams.py says how"
+    html = (site / "docs/design.html").read_text()
+    assert html.count("<svg id=") == 2
+    assert "mermaid.min.js" not in html
 
 
 @pytest.fixture

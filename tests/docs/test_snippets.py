@@ -14,7 +14,7 @@ import torch
 
 from lightning_stability.tuab import EEGPTEncoder, SyntheticCorpus
 from tests.command import Launcher
-from tests.docs.blocks import Block, blocks_of, commands_of, matches, pages
+from tests.docs.blocks import Block, blocks_of, commands_of, files_of, matches, pages
 from tests.docs.commands import SHOWN, VARIABLE, Desk
 from tests.docs.prelude import END_OF_BLOCK
 from tests.tuab.test_encoder import published_form
@@ -24,7 +24,8 @@ pytestmark = pytest.mark.xdist_group("docs")
 # Their commands take minutes, and what they show is the point: `make test-slow` runs them as typed and compares the
 # output with every number in it. `make test` has their options checked.
 AS_TYPED = ("docs/my_loss_is_nan.md",)
-KNOWN_LANGUAGES = ("python", "console", "text")
+KNOWN_LANGUAGES = ("python", "console", "text", "mermaid")
+IN_FILES = ("python", "bash")
 
 ALL = [block for page in pages() for block in blocks_of(page)]
 CONSOLE = [block for block in ALL if block.language == "console"]
@@ -48,12 +49,20 @@ def desk(shared: Path, tmp_path: Path, command: Launcher) -> Iterator[Desk]:
 
 
 def test_every_block_says_what_it_is():
-    assert [str(block) for block in ALL if block.language not in KNOWN_LANGUAGES] == []
+    strange = [b for b in ALL if b.language not in (IN_FILES if b.title else KNOWN_LANGUAGES)]
+    assert [str(block) for block in strange] == []
 
 
-@pytest.mark.parametrize("page", [page for page in pages() if blocks_of(page, "python")])
+@pytest.mark.parametrize("page", [page for page in pages() if files_of(page)])
+def test_a_page_runs_every_file_that_it_has_a_reader_save(page):
+    words = {word for b in blocks_of(page, "console") for command in commands_of(b) for word in command.words}
+    called = words | {word for text in files_of(page).values() for word in text.split()}
+    assert files_of(page).keys() <= called
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if any(not b.title for b in blocks_of(page, "python"))])
 def test_the_python_of_a_page_runs(page, command, tmp_path):
-    blocks = blocks_of(page, "python", "text")
+    blocks = [block for block in blocks_of(page, "python", "text") if not block.title]
     python = [(str(block), block.text) for block in blocks if block.language == "python"]
     program = f"from tests.docs.prelude import run\nrun({python!r})"
     done = command("-c", program, cwd=tmp_path, env={VARIABLE: None})
@@ -71,9 +80,23 @@ def test_the_python_of_a_page_runs(page, command, tmp_path):
             )
 
 
-@pytest.mark.parametrize("block", [b for b in CONSOLE if b.page not in AS_TYPED], ids=str)
-def test_the_commands_of_a_block_run(block, desk):
-    _run(block, desk)
+def _in_a_folder_each() -> list[list[Block]]:
+    """The console blocks; those of a page that has a reader save files are run in one folder, in order."""
+    found: list[list[Block]] = []
+    for block in CONSOLE:
+        if found and found[-1][0].page == block.page and files_of(block.page):
+            found[-1].append(block)
+        elif block.page not in AS_TYPED:
+            found.append([block])
+    return found
+
+
+@pytest.mark.parametrize("blocks", _in_a_folder_each(), ids=lambda blocks: str(blocks[0]))
+def test_the_commands_of_a_block_run(blocks, desk):
+    for name, text in files_of(blocks[0].page).items():
+        (desk.folder / name).write_text(text)
+    for block in blocks:
+        _run(block, desk)
 
 
 @pytest.mark.parametrize("block", [b for b in CONSOLE if b.page in AS_TYPED], ids=str)
