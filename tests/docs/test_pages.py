@@ -53,8 +53,8 @@ def test_a_callbacks_page_has_every_section_and_a_picture(cls):
     for heading in HEADINGS:
         assert section(text, heading).strip(), heading
     assert re.search(r"^!\[.{20,}\]\(\w+\.(png|svg)\)$", text, re.MULTILINE)
-    for told in ("What you see", "What it costs", "When not to use it"):
-        assert f"- **{told}.** " in text.partition("\n## ")[0], told
+    for label in ("What you see", "What it costs", "When not to use it"):
+        assert f"- **{label}.** " in text.partition("\n## ")[0], label
 
 
 @every_callback
