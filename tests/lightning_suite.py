@@ -39,7 +39,7 @@ def outcomes(environment: Environment, folder: Path, paths: list[str], report: P
     # as it comes: the variable of this process, if any, is not handed on
     done = subprocess.run(pytest, cwd=folder, env=environment_variables(None), check=False)
     if done.returncode not in (0, 1):  # neither "all passed" nor "some failed": then nothing was compared
-        sys.exit(f"Lightning's tests did not run (pytest's exit code {done.returncode}, see above); install what they need")
+        sys.exit(f"Lightning's tests did not run (pytest's exit code {done.returncode}); install what they need")
     found = {}
     for case in ET.parse(report).iter("testcase"):
         kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
