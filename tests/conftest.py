@@ -66,6 +66,15 @@ def command() -> Launcher:
     return launcher()
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diagnoses write neither a script nor a page."""
+    from tests.diagnosis.brief import CHANGES
+
+    for change in CHANGES:
+        monkeypatch.setattr(*change)
+
+
 @pytest.fixture(scope="session")
 def processes() -> Iterator[fits.Fits]:
     """Runs fits, each in a process of its own that can be killed."""

@@ -21,7 +21,7 @@ from tests import checkpoint_fit as fits
 from tests import runs
 
 KINDS = ("fails", "disk full", "cut short", "half of it, then fails", "done, but said to have failed")
-STEPS = 7  # of the one epoch; each is saved
+STEPS = 7  # of the one epoch, unless fewer are asked for; each is saved
 
 
 def layer() -> Any:
@@ -37,7 +37,9 @@ def module(pl: Any, **options: Any) -> Any:
 
 
 def fit(folder: Path, step: int, point: int, kind: int, options: dict[str, Any]) -> dict[str, Any]:
-    """One fit, whose save after `step` meets the fault; what came of it."""
+    """One fit of `options["of"]` steps, whose save after `step` meets the fault; what came of it."""
+    options = dict(options)
+    of = options.pop("of", STEPS)
     faults, told, kept = layer(), {}, folder / "checkpoints"
     found: list[int] = []
 
@@ -63,6 +65,7 @@ def fit(folder: Path, step: int, point: int, kind: int, options: dict[str, Any])
     trainer = fits.fit(
         folder,
         max_epochs=1,
+        max_steps=of,
         validate=False,
         module=module,
         checkpoint={"every_n_epochs": 1 / STEPS, "save_top_k": 1, **options},

@@ -263,12 +263,15 @@ def test_both_commands_are_installed_with_the_package():
         assert "from lightning_stability.__main__ import main" in command.read_text()
 
 
-def test_fit_validate_test_and_predict_work_on_a_copy_of_tuab_with_an_eegpt_checkpoint(command, corpus, tmp_path):
+@pytest.mark.parametrize("size", ["small", pytest.param("large", marks=pytest.mark.slow)])
+def test_fit_validate_test_and_predict_work_with_an_eegpt_checkpoint(command, corpus, tmp_path, size):
     """The commands of the README for the real corpus and the real weights, on files of their form."""
     from lightning_stability.tuab import EEGPTEncoder
 
-    torch.save(published_form(EEGPTEncoder()), tmp_path / "eegpt.ckpt")
+    encoder = _small_encoder() if size == "small" else EEGPTEncoder()
+    torch.save(published_form(encoder), tmp_path / "eegpt.ckpt")
     real = ["--config=tuab_stable", f"--data.root={corpus}", "--model.checkpoint=eegpt.ckpt"]
+    real += ["--model.encoder=small"] if size == "small" else []
     short = ["--data.window_seconds=1", "--data.stride_seconds=8", "--data.batch_size=2"]
     limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
     done = command(

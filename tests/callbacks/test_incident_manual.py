@@ -16,6 +16,7 @@ from tests import runs
 from tests.callbacks import manual
 
 KINDS = [manual.TwoOptimizers, manual.SeveralCriticSteps, manual.Closures, manual.Accumulating]
+pytestmark = pytest.mark.usefixtures("brief")
 LINE = next(n for n, line in enumerate(Path(manual.__file__).read_text().splitlines(), 1) if line.endswith("# here"))
 
 

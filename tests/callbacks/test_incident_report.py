@@ -67,6 +67,7 @@ class Watcher:
         return Watching()
 
 
+@pytest.mark.usefixtures("brief")
 def test_an_incident_says_where_the_step_went_wrong_and_reproduces(one, tmp_path):
     with pytest.warns(UserWarning, match="was recorded in .*1-step1. The first non-finite value was made in"):
         program, _ = augmented_run(one, [IncidentReport(tmp_path)])
@@ -81,6 +82,7 @@ def test_an_incident_says_where_the_step_went_wrong_and_reproduces(one, tmp_path
     assert again["origin"] == report["origin"]
 
 
+@pytest.mark.usefixtures("brief")
 def test_the_incident_holds_the_steps_before_and_the_samples(one, tmp_path):
     augmented_run(one, [IncidentReport(tmp_path, budget_seconds=0)])
     incident = read_incident(folders(tmp_path)[0])
@@ -108,6 +110,7 @@ FAST_STATES = [
 ]
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(("kind", "place", "lag"), some_slow(FAST_STATES, STATES))
 def test_the_state_is_that_from_before_the_window(one, tmp_path, monkeypatch, kind, place, lag):
     accumulate, batch = place
@@ -137,7 +140,11 @@ FAST_RUNS = [("fp32", False, 0), ("fp16", True, 0), ("accumulation", False, 0), 
 
 
 @pytest.mark.parametrize(("case", "with_fallback", "lag"), some_slow(FAST_RUNS, RUNS))
-def test_a_run_that_continues_is_bit_equal_to_one_without(one, tmp_path, monkeypatch, case, with_fallback, lag):
+def test_a_run_that_continues_is_bit_equal_to_one_without(
+    one, tmp_path, monkeypatch, request, case, with_fallback, lag
+):
+    if (case, with_fallback, lag) != ("fp32", False, 0):
+        request.getfixturevalue("brief")
     monkeypatch.setattr(watch, "read_lag", lambda trainer, retries: lag)
     results = []
     for report in ([IncidentReport(tmp_path, max_incidents=3)], []):
@@ -152,6 +159,7 @@ def test_a_run_that_continues_is_bit_equal_to_one_without(one, tmp_path, monkeyp
     assert poison.differences(*[{name: result[name] for name in names} for result in results]) == []
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_step_that_fp32_has_cured_is_recorded_as_it_failed(one, tmp_path):
     callbacks = [PrecisionFallback(), IncidentReport(tmp_path), NaNEarlyStop(patience=0)]
     result = train(one, {2: "large_input"}, callbacks, plugins=runs.fp16(one, init_scale=256.0))
@@ -164,6 +172,7 @@ def test_a_step_that_fp32_has_cured_is_recorded_as_it_failed(one, tmp_path):
     assert (report["origin"]["op"], report["origin"]["dtype"]) == ("to", "float16")
 
 
+@pytest.mark.usefixtures("brief")
 def test_of_the_batches_that_input_check_rejects_the_first_is_recorded(one, tmp_path):
     loader = poison.data()
     loader.dataset.tensors[0][8:16] *= 1e6
@@ -178,6 +187,7 @@ def test_of_the_batches_that_input_check_rejects_the_first_is_recorded(one, tmp_
     assert diagnose(folder, module=lambda: poison.make_module(one, {}, adamw, by_hand=False))["notes"] == []
 
 
+@pytest.mark.usefixtures("brief")
 def test_alone_it_skips_the_update_and_never_ends_the_run(one, tmp_path):
     result = train(one, dict.fromkeys(range(2, 12), "nan_input"), [IncidentReport(tmp_path)])
     assert result["step"] == 12
@@ -198,6 +208,7 @@ def test_the_event_and_the_status_name_the_folder(one, tmp_path):
     assert f"1; the newest, of step 2, in {event['path']}: {event['cause']}" in said
 
 
+@pytest.mark.usefixtures("brief")
 def test_tensorboard_gets_the_cause_as_text(one, tmp_path):
     logger = one.loggers.TensorBoardLogger(tmp_path)
     train(one, {2: "nan_gradient"}, [IncidentReport()], logger=logger)
@@ -208,6 +219,7 @@ def test_tensorboard_gets_the_cause_as_text(one, tmp_path):
     assert text.startswith("Incident at step 2: undefined_gradient: `sqrt` at ")
 
 
+@pytest.mark.usefixtures("brief")
 def test_an_incident_of_another_run_is_not_replaced(one, tmp_path):
     for _ in range(2):
         train(one, {2: "nan_input"}, [IncidentReport(tmp_path, budget_seconds=0)])
@@ -216,6 +228,7 @@ def test_an_incident_of_another_run_is_not_replaced(one, tmp_path):
         read_incident(folder)
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_resumed_run_counts_the_incidents_of_the_first(one, tmp_path):
     def fit(max_epochs: int, ckpt_path: Any) -> None:
         module = poison.make_module(one, {2: "nan_input", 8: "nan_input", 9: "nan_input"}, adamw, by_hand=False)
@@ -229,6 +242,7 @@ def test_a_resumed_run_counts_the_incidents_of_the_first(one, tmp_path):
     assert [folder.name for folder in folders(tmp_path)] == ["1-step2", "2-step8"]
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_batch_that_training_step_changes_is_named_in_the_notes(one, tmp_path):
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
         loss = self.net(batch[0].clone()).pow(2).mean()
@@ -273,6 +287,7 @@ def test_a_read_only_folder_is_warned_of(one, small_disk):
         same_as_without(one, IncidentReport(small_disk))
 
 
+@pytest.mark.usefixtures("brief")
 def test_what_a_killed_run_left_half_written_is_removed(one, tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -283,6 +298,7 @@ def test_what_a_killed_run_left_half_written_is_removed(one, tmp_path):
     assert [folder.name for folder in folders(tmp_path)] == ["1-step2"]
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_batch_that_cannot_be_saved_is_named(one, tmp_path):
     class Opaque:
         def to(self, *args: Any, **kwargs: Any) -> Any:

@@ -54,6 +54,7 @@ def the_incident(path: Path) -> dict[str, Any]:
 LINE = next(n for n, line in enumerate(Path(__file__).read_text().splitlines(), 1) if line.endswith("# here"))
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("way", [returns, logs, updates])
 def test_the_first_bad_batch_of_a_validation_is_recorded(one, way, tmp_path):
     fit(one, tmp_path, way)
@@ -65,6 +66,7 @@ def test_the_first_bad_batch_of_a_validation_is_recorded(one, way, tmp_path):
     assert (about["batch_indices"], about["details"]["epoch"], about["validation_loader"]) == ([1], 0, 0)
 
 
+@pytest.mark.usefixtures("brief")
 def test_an_incident_of_a_validation_is_diagnosed_offline(one, tmp_path):
     fit(one, tmp_path)
     folder = the_incident(tmp_path)["folder"]
@@ -80,6 +82,7 @@ def test_an_incident_of_a_validation_is_diagnosed_offline(one, tmp_path):
     assert (report["reproduced"], report["origin"]["op"]) == (True, "log")
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_run_with_an_incident_of_a_validation_goes_on_as_without(one, tmp_path):
     for metric in (logs, updates):
         runs_of_both = [fit(one, tmp_path / metric.__name__ / str(bad), metric, bad) for bad in (1, -1)]
@@ -98,6 +101,7 @@ def test_masks_of_minus_infinity_and_a_sanity_check_give_no_incident(one, tmp_pa
     assert not (tmp_path / "incidents").exists()
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_validation_batch_that_fp32_cures_gives_no_incident(one, tmp_path):
     def overflows(self: Any, batch: Any, batch_idx: int) -> Any:
         return (self.net[0](batch[0]) * 1e6).mean()

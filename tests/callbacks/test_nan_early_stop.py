@@ -477,7 +477,7 @@ class TestLifeInATrainer:
         module.train_dataloader = lambda: runs.data(32, module.batch_size)
         options = {
             "LearningRateFinder": {"num_training_steps": 10, "max_lr": 1e6},
-            "BatchSizeFinder": {"max_trials": 2},
+            "BatchSizeFinder": {"max_trials": 1},
         }
         search = getattr(pl.callbacks, finder)(**options[finder])
         stop = NaNEarlyStop(patience=0)

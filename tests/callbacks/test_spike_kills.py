@@ -1,8 +1,6 @@
 """Spikes, NaN and kills together: what SpikeRecovery makes of a run that is killed and resumed."""
 
 import math
-import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -19,6 +17,7 @@ from lightning_stability.callbacks.base import StabilityCallback
 from lightning_stability.events import read_events
 from tests import runs
 from tests.callbacks.test_spike_recovery import assert_same, make_data, make_module
+from tests.command import launcher
 
 # Killed between a spike and its rewind.
 
@@ -47,8 +46,7 @@ def test_a_checkpoint_from_right_before_the_spike_is_gone_back_to(tmp_path: Path
 
 def killed_and_resumed(folder: Path, kill_after: int, accumulate: int) -> list[dict[str, Any]]:
     script = Path(__file__).parents[1] / "spike_kills.py"
-    words = [sys.executable, str(script), str(folder), str(kill_after), str(accumulate)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = launcher()(str(script), str(folder), str(kill_after), str(accumulate), cwd=folder)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{name}.pt", weights_only=False) for name in ("whole", "resumed")]
 

@@ -14,7 +14,7 @@ from tests import faulty_fit
 
 TESTS = Path(faulty_fit.__file__).parent
 FAILS, FULL, SHORT, HALF_FAILS, DONE_BUT_FAILS = range(5)
-FAST = {"steps": [3], "kinds": [FAILS], "options": {}}
+FAST = {"steps": [3], "kinds": [FAILS], "options": {"of": 4}}
 SOME = {"steps": [3], "kinds": [FAILS, HALF_FAILS, DONE_BUT_FAILS]}
 ALL = {"steps": [3, faulty_fit.STEPS], "kinds": [FAILS, FULL, SHORT, HALF_FAILS, DONE_BUT_FAILS]}
 
@@ -50,14 +50,16 @@ def test_one_fault_anywhere_in_a_save_costs_at_most_that_save(
     faults: Path, tmp_path: Path, words: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     met = [result for result in results(faults, tmp_path, words) if "error" in result or result["hit"]]
+    of = words["options"].get("of", faulty_fit.STEPS)
     for result in met:
         assert "error" not in result, result
-        step, saved = result["step"], list(range(1, faulty_fit.STEPS + 1))
-        assert result["steps"] == faulty_fit.STEPS, result  # training went on
+        step, saved = result["step"], list(range(1, of + 1))
+        assert result["steps"] == of, result  # training went on
         without = [number - (number == step) for number in saved]
         assert result["found"] in (saved, without), result  # at each step the newest that was saved
-        if step < faulty_fit.STEPS:
-            assert result["files"] == ["epoch=001.00-step=000007.ckpt", "last.ckpt", "steps.jsonl"], result
+        if step < of:
+            newest = f"epoch=00{of / faulty_fit.STEPS:.2f}-step={of:06}.ckpt"
+            assert result["files"] == [newest, "last.ckpt", "steps.jsonl"], result
     calls = {call for result in met for call in result["hit"].split()}
     assert calls >= {"open64", "write", "fsync", "rename", "unlink"}
     with capsys.disabled():

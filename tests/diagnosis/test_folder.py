@@ -145,6 +145,7 @@ def test_batches_that_cannot_be_kept_are_named(step, tmp_path):
         diagnose(tmp_path / "i")
 
 
+@pytest.mark.usefixtures("brief")
 def test_without_state_the_report_says_whose_weights_were_used(step, tmp_path):
     torch.manual_seed(0)
     left_out = write_incident(tmp_path / "i", step, save_state=False)

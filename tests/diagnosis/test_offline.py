@@ -42,9 +42,13 @@ def write(program: Program, folder: Path) -> Any:
     return step
 
 
-def diagnose(command: Launcher, folder: Path, elsewhere: Path, *words: str) -> tuple[dict[str, Any], Any]:
+def diagnose(
+    command: Launcher, folder: Path, elsewhere: Path, *words: str, whole: bool = False
+) -> tuple[dict[str, Any], Any]:
     elsewhere.mkdir(exist_ok=True)
-    done = command("diagnose", str(folder), *words, cwd=elsewhere)
+    typed = ["diagnose", str(folder), *words]
+    program = f"import sys; from tests.diagnosis.brief import run; sys.exit(run({typed!r}))"
+    done = command(*(typed if whole else ("-c", program)), cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "report.json").read_text()), done
 
@@ -57,7 +61,7 @@ def test_a_fresh_process_gets_the_same_loss_bits(precision, tmp_path, command):
     step = write(augmented.program(0, precision), tmp_path / "incident")
     assert len(step.losses) == 3
     assert all(loss > 0 for loss in step.losses)
-    report, done = diagnose(command, tmp_path / "incident", tmp_path / "elsewhere")
+    report, done = diagnose(command, tmp_path / "incident", tmp_path / "elsewhere", whole=precision == "32-true")
     assert (report["reproduced"], report["exact"]) == (True, True), done.stdout
     assert report["origin"]["line"] == augmented.program(0).expected.line
     assert report["schema"] == 1
@@ -68,7 +72,7 @@ def test_the_origin_is_found_offline(name, tmp_path, command):
     torch.manual_seed(0)
     program = importlib.import_module(f"tests.zoo.{name}").program(0)
     write(program, tmp_path / "incident")
-    report, done = diagnose(command, tmp_path / "incident", tmp_path / "elsewhere")
+    report, done = diagnose(command, tmp_path / "incident", tmp_path / "elsewhere", whole=name == "no_epsilon")
     expected = program.expected
     origin = report["origin"]
     assert report["reproduced"] is True, done.stdout
@@ -76,6 +80,7 @@ def test_the_origin_is_found_offline(name, tmp_path, command):
     assert len(done.stdout.splitlines()) <= 20
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_bit_that_flipped_once_is_not_reproduced(tmp_path):
     torch.manual_seed(0)
     program = augmented.program(0, twin=False)
@@ -94,6 +99,7 @@ def test_a_bit_that_flipped_once_is_not_reproduced(tmp_path):
     assert any("sign of a transient fault or a race" in note for note in report["notes"])
 
 
+@pytest.mark.usefixtures("brief")
 def test_replays_that_differ_are_called_not_deterministic(tmp_path):
     torch.manual_seed(0)
     write(augmented.program(0), tmp_path / "incident")
@@ -137,6 +143,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("save", ["self.save_hyperparameters()", "pass"])
 def test_a_class_of_a_script_is_loaded_from_its_file(save, tmp_path, command):
     script = tmp_path / "train.py"
@@ -173,6 +180,7 @@ def test_a_module_that_cannot_be_made_says_what_to_do(tmp_path, command):
     assert (report["reproduced"], report["exact"]) == (True, True)
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_module_that_a_command_line_made_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fit"])
     cli = LightningCLI(
@@ -198,6 +206,7 @@ class BuiltLater(augmented.Augmented):
         self.extra = self.extra or torch.nn.Linear(1, 1)
 
 
+@pytest.mark.usefixtures("brief")
 def test_layers_that_are_made_after_the_constructor_are_made_anew(tmp_path):
     torch.manual_seed(0)
     program = augmented.program(0)
