@@ -29,6 +29,8 @@ WHERE = {
     "nonfinite_weights": ("tensor",),
     "extreme_weights": ("tensor",),
     "optimizer_update": ("tensor", "option"),
+    "compiled_code": ("module",),
+    "transient": (),
 }
 """For each cause, what says where it is."""
 
@@ -41,13 +43,13 @@ class Expected:
         phase: `"input"`, `"weights"`, `"forward"`, `"backward"` or `"optimizer"`.
         module: The path of the module.
         file: The program's file.
-        mark: A comment on the line, such as `# here`.
+        mark: A comment on the line, such as `# here`; empty where a replay is finite.
         tensor: The name of the entry of the batch, or the parameter.
         samples: The positions in the batch.
         cause: Why it goes wrong, in the words of the diagnosis: the right word, then those that a careful reader would
             accept as well.
-        cause_module: The module at fault, where it is not the one above.
-        cause_tensor: The entry of the batch, parameter or buffer at fault, where it is not the one above.
+        cause_module: The module at fault, where it is not the one above; several, where each of them would be right.
+        cause_tensor: The entry of the batch, parameter or buffer at fault, likewise.
         option: The optimizer's option at fault.
     """
 
@@ -58,8 +60,8 @@ class Expected:
     tensor: str | None = None
     samples: list[int] | None = None
     cause: str | tuple[str, ...] = ()
-    cause_module: str | None = None
-    cause_tensor: str | None = None
+    cause_module: str | tuple[str, ...] | None = None
+    cause_tensor: str | tuple[str, ...] | None = None
     option: str | None = None
 
     @property
@@ -70,9 +72,15 @@ class Expected:
         """Where a cause has to point to be right: some of `module`, `line`, `tensor`, `samples` and `option`."""
         module = self.module if self.cause_module is None else self.cause_module
         tensor = self.tensor if self.cause_tensor is None else self.cause_tensor
-        line = None if self.cause_module else self.line
+        line = None if self.cause_module or not self.mark else self.line
         every = {"module": module, "line": line, "tensor": tensor, "samples": self.samples, "option": self.option}
         return {name: every[name] for name in WHERE[word] if every[name] is not None}
+
+    def misplaced(self, word: str, said: dict[str, Any]) -> dict[str, Any]:
+        """What a cause points to instead, as said and known."""
+        known = self.fault(word)
+        allowed = {name: value if isinstance(value, tuple) else (value,) for name, value in known.items()}
+        return {name: (said[name], value) for name, value in known.items() if said[name] not in allowed[name]}
 
     @property
     def line(self) -> int:

@@ -102,7 +102,7 @@ def judge(name: str, seed: int) -> Row:
     misplaced: dict[str, Any] = {}
     if right:
         said = asdict(first) | {"option": first.facts.get("option")}
-        misplaced = {k: (said[k], v) for k, v in expected.fault(first.cause).items() if said[k] != v}
+        misplaced = expected.misplaced(first.cause, said)
     return Row(
         name,
         seed,
