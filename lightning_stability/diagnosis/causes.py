@@ -253,7 +253,7 @@ def _weights(case: Case) -> Cause | None:
         confidence = 0.95 if signs.growth >= 10 * _GROWN else 0.85 if signs.growth >= _GROWN or gain >= _FAR else 0.75
         return _cause(case, "divergence", confidence, tensor=tensor, samples=[], facts=facts)
     only_cure = not case.cures_in_precision or not signs.precision.startswith(("16", "bf16"))
-    confidence = 0.95 if gain >= _ABSURD else 0.75 if only_cure else 0.3
+    confidence = 0.95 if gain >= _ABSURD else 0.85 if gain >= _FAR else 0.75 if only_cure else 0.3
     return _cause(case, "extreme_weights", confidence, tensor=tensor, samples=[], facts=facts)
 
 
@@ -266,7 +266,7 @@ def _fp16_overflow(case: Case) -> Cause | None:
     modules = case.cures("modules in float32")
     facts = {"modules": modules[0].facts["modules"]} if modules else {}
     further = any(trial.facts["factor"] >= _FAR for trial in case.cures("input scale"))
-    further |= signs.first_step is not True and bool(case.cures("weights")) and max(signs.gains.values()) >= _FAR
+    further |= bool(case.cures("weights")) and max(signs.gains.values()) >= _FAR
     return _cause(case, "fp16_overflow", 0.6 if further else 0.9, facts=facts)
 
 

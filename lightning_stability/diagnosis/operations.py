@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_stability.diagnosis.origin import Origin, short_name
-from lightning_stability.diagnosis.trace import Range
+from lightning_stability.diagnosis.ranges import Range
 
 LOGARITHM, ROOT, ACOS, POWER, DIVISION = "logarithm", "root", "acos", "power", "division"
 EXPONENTIAL, LINALG, SOFTMAX, REDUCTION = "exponential", "linalg", "softmax", "reduction"
@@ -30,6 +30,11 @@ _WRITES = {"full", "full_like", "fill", "new_full", "masked_fill", "scalar_tenso
 _SMALL = 1e6
 """Sums and products of numbers below this fit float32."""
 _PRODUCTS = {"cumprod", "prod"}
+_SUMS = {
+    *("count", "sum", "nansum", "dot", "mv", "mm", "bmm", "addmm", "baddbmm", "scatter_add", "scatter_add_"),
+    *("index_add", "index_add_", "segment_reduce", "cumsum"),
+}
+"""Operations that add up; `count` stands for whole numbers. A mean by hand is one of them over another."""
 
 
 def family_of(origin: Origin) -> str | None:
@@ -108,7 +113,8 @@ def is_over_nothing(origin: Origin) -> bool:
         finite = not any(r.nonfinite for r in origin.inputs)
         return origin.output.nan > 0 and finite and not is_too_large(origin)
     if family_of(origin) == DIVISION and origin.phase == "forward" and len(origin.inputs) == 2:
-        return all(r.min == r.max == 0 for r in origin.inputs)
+        are_zero = all(r.min == r.max == 0 for r in origin.inputs)
+        return are_zero and all(short_name(maker or "") in _SUMS for maker in origin.makers)
     return False
 
 

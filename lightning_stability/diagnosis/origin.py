@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_stability.diagnosis.trace import Input, Operation, Range, Trace
+from lightning_stability.diagnosis.ranges import Range
+from lightning_stability.diagnosis.trace import Input, Operation, Trace
 
 Phase = Literal["input", "weights", "forward", "backward", "optimizer"]
 
@@ -74,6 +75,7 @@ class Origin:
         discarded: Whether the value was made in the forward pass, which discarded it, as `where` does; the backward
             pass met it again.
         names: The name of each input that is a parameter, a buffer or an entry of the batch.
+        makers: The name of the operation that made each input; `"count"` for whole numbers.
     """
 
     phase: Phase
@@ -91,6 +93,7 @@ class Origin:
     failed: str = "loss"
     discarded: bool = False
     names: list[str | None] = field(default_factory=list)
+    makers: list[str | None] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -131,6 +134,9 @@ def find(trace: Trace, targets: Iterable[tuple[str, Tensor]], failed: str) -> Or
         birth = _infinity_behind(trace, birth)
     if birth is None or birth.operation is None:
         return None
+    spoilt = _spoilt_by(trace, birth)
+    if spoilt is not None:
+        return replace(_describe(trace, birth, failed, None), phase="weights", tensor=spoilt, samples=[])
     first = min(starts)
     target = starts[first] if failed in ("weight", "gradient") else None
     return _describe(trace, birth, failed, _name_of_target(trace, starts, birth) or target)
@@ -206,6 +212,24 @@ def _is_asked_for(operation: Operation) -> bool:
     )
 
 
+def _spoilt_by(trace: Trace, birth: _Birth) -> str | None:
+    """The parameter that got the values of a birth, if that was before the optimizer's update: a hook wrote it."""
+    assert birth.operation is not None
+    if birth.leaf is not None or birth.operation.in_optimizer:
+        return None
+    for name, index in trace.spoilt_parameters():
+        to_do, seen = [index], set[int]()
+        while to_do:
+            index = to_do.pop()
+            if index not in seen:
+                seen.add(index)
+                entries = trace.operations[index].inputs
+                to_do += [e.source for e in entries if e.source is not None and e.source < index]
+        if birth.operation.index in seen:
+            return name
+    return None
+
+
 def _name_of_target(trace: Trace, starts: dict[int, str], birth: _Birth) -> str | None:
     """The name of the gradient or weight that the operation itself wrote."""
     return starts.get(birth.operation.index) if birth.operation is not None else None
@@ -251,6 +275,7 @@ def _describe(trace: Trace, birth: _Birth, failed: str, target: str | None) -> O
         failed=failed,
         discarded=discarded and phase == "backward",
         names=[entry.name for entry in operation.inputs],
+        makers=[trace.maker_of(entry) for entry in operation.inputs],
     )
 
 

@@ -123,7 +123,7 @@ def one_sentence(origin: Origin) -> str:
         origin: The origin.
 
     Example:
-        >>> from lightning_stability.diagnosis.trace import Range
+        >>> from lightning_stability.diagnosis.ranges import Range
         >>> origin = Origin("forward", "head", "log", "net.py", 7, "", None, [2], [], Range(0, 0), None, None)
         >>> one_sentence(origin)
         'the first non-finite value was made by `log` in module `head`, net.py:7, sample 2'

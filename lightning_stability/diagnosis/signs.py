@@ -257,20 +257,35 @@ def _moved(step: RecordedStep, history: list[dict[str, Any]], parameters: dict[s
     steps = int(step.trainer.get("global_step") or 0)
     if not steps or not step.optimizers:
         return {}
-    options = step.optimizers[step.optimizer].param_groups[0]
-    rate = float(options.get("lr", 0.0))
-    travelled = sum(
-        _number(row.get("grad_norm")) * _number((row.get("learning_rates") or [rate])[0]) for row in history
-    )
-    travelled *= 1 / (1 - float(options.get("momentum", 0.0) or 0.0))
-    is_adaptive = "betas" in options or "alpha" in options
+    groups = step.optimizers[step.optimizer].param_groups
+    group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+    own = {name: group_of.get(id(p), 0) for name, p in step.module.named_parameters()}
     moved = {}
     for name, tensor in parameters.items():
+        number = own.get(name, 0)
+        options = groups[number]
+        rate = float(options.get("lr", 0.0))
         size = float(tensor.detach().float().norm())
-        reach = rate * steps * math.sqrt(tensor.numel()) if is_adaptive else travelled
+        if "betas" in options or "alpha" in options:
+            reach = rate * steps * math.sqrt(tensor.numel())
+        else:
+            reach = sum(_rate_of(row, number, rate) * _gradient_of(row, name) for row in history)
+            reach *= 1 / (1 - float(options.get("momentum", 0.0) or 0.0))
         if math.isfinite(size) and size > 0:
             moved[name] = reach / size
     return moved
+
+
+def _rate_of(row: dict[str, Any], group: int, otherwise: float) -> float:
+    rates = row.get("learning_rates") or [otherwise]
+    return _number(rates[min(group, len(rates) - 1)])
+
+
+def _gradient_of(row: dict[str, Any], name: str) -> float:
+    """The gradient norm of a parameter, where it was measured; at most that of its group, or of all."""
+    norms = row.get("grad_norms") or {}
+    groups = [norm for group, norm in norms.items() if name == group or name.startswith(f"{group}.")]
+    return _number(min(groups, default=row.get("grad_norm"), key=_number))
 
 
 def _number(value: Any) -> float:

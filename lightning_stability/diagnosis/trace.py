@@ -20,35 +20,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_stability.diagnosis.errors import OutOfTimeError
 from lightning_stability.diagnosis.places import Place, PlaceFinder
+from lightning_stability.diagnosis.ranges import (
+    Range,
+    dense_values,
+    has_floats,
+    nonfinite_rows,
+    range_of,
+    rows_born,
+    rows_of,
+)
 from lightning_stability.health.values import named_tensors
 from lightning_stability.internals import StorageKey, storage_key, strided_values
 
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_", "empty_like"}
 _BATCH_NORMS = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
 """Operations that write arguments of theirs without saying so, and which."""
-_MOST_ROWS = 4096
+_CASTS = {"aten._to_copy", "aten.clone"}
 _NUMBERS = {int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """What a tensor held: its smallest and largest finite value, and which non-finite ones."""
-
-    min: float
-    max: float
-    nan: int = 0
-    posinf: int = 0
-    neginf: int = 0
-
-    @property
-    def infinite(self) -> int:
-        """How many values were infinite."""
-        return self.posinf + self.neginf
-
-    @property
-    def nonfinite(self) -> int:
-        """How many values were NaN or infinite."""
-        return self.nan + self.infinite
 
 
 _UNKNOWN = Range(math.nan, math.nan)
@@ -70,6 +58,10 @@ class Input:
     """Where it is not finite along its first dimension."""
     length: int = 0
     """Of the first dimension."""
+    writer: int | None = None
+    """The operation that wrote it last, where it is of floating numbers."""
+    is_whole: bool = False
+    """Whether it is of whole numbers or truth values."""
 
 
 @dataclass(slots=True)
@@ -122,6 +114,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._leaves: dict[Any, tuple[Range, Tensor]] = {}
         self._read_numbers: dict[str, int] = {}
         self.batch_size = 0
+        self._module = module
         self._name(module.named_parameters())
         self._name(module.named_buffers())
 
@@ -144,6 +137,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         memory = self._memories.get(storage_key(tensor))
         return None if memory is None else _newest_nonfinite(memory)
 
+    def spoilt_parameters(self) -> list[tuple[str, int]]:
+        """The parameters that something else than the optimizer wrote non-finite values into, and which operation."""
+        writers = ((name, self.writer_of(p.data)) for name, p in self._module.named_parameters())
+        return [(name, i) for name, i in writers if i is not None and not self.operations[i].in_optimizer]
+
     def name_of(self, tensor: Tensor) -> str | None:
         """The name of a parameter, buffer or entry of the batch.
 
@@ -155,6 +153,19 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return candidates[0][0] if candidates else None
         same = (n for n, t in candidates if t.shape == tensor.shape and t.data_ptr() == tensor.data_ptr())
         return next(same, candidates[0][0])
+
+    def maker_of(self, entry: Input) -> str | None:
+        """The name of the operation that made an input, casts aside; `"count"` for whole numbers.
+
+        Args:
+            entry: What an operation read.
+        """
+        while entry.writer is not None:
+            operation = self.operations[entry.writer]
+            if operation.name not in _CASTS or not operation.inputs:
+                return operation.name
+            entry = operation.inputs[0]
+        return "count" if entry.is_whole else None
 
     def reader_of_number(self, number: float) -> int | None:
         """The newest operation that read a non-finite number into Python, as `Tensor.item` does.
@@ -212,7 +223,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _record(self, name: str, place: Place, inputs: Any, results: list[Tensor], args: Any, kwargs: Any) -> None:
-        results = [tensor for tensor in results if _has_floats(tensor)]
+        results = [tensor for tensor in results if has_floats(tensor)]
         if not results:
             return
         ranges = [range_of(tensor) for tensor in results]
@@ -222,10 +233,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation.inputs = [entry for _, entry, _ in inputs]
         if ranges[worst].nonfinite:
             for tensor, entry, _ in inputs:
-                if not _has_floats(tensor):
+                if not has_floats(tensor):
                     entry.range = range_of(tensor.double())
             operation.scalars = tuple(_nonfinite_numbers([*args, *kwargs.values()]))
-            operation.rows, operation.length = _nonfinite_rows(results[worst])
+            operation.rows, operation.length = rows_born(results[worst], [tensor for tensor, _, _ in inputs])
             _mark_what_reaches(results[worst], inputs, name.rpartition(".")[2])
         self.operations.append(operation)
         for tensor, values in zip(results, ranges, strict=True):
@@ -244,23 +255,24 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _look_at(self, tensor: Tensor) -> tuple[Input, Tensor | None]:
         """What an operation is about to read, and where it is not finite."""
         memory = self._memories.get(storage_key(tensor))
-        if not _has_floats(tensor):
-            return Input(_UNKNOWN, self.name_of(tensor)), None
+        if not has_floats(tensor):
+            return Input(_UNKNOWN, self.name_of(tensor), is_whole=not tensor.is_floating_point()), None
+        writer = memory.writes[-1][0] if memory is not None and memory.writes else None
         if memory is None:
             values = self._range_of_leaf(tensor)
         elif not any(r.nonfinite for _, r in memory.writes):
-            return Input(memory.writes[-1][1], self.name_of(tensor)), None
+            return Input(memory.writes[-1][1], self.name_of(tensor), writer=writer), None
         else:
             values = range_of(tensor)
-        found = Input(values, self.name_of(tensor))
+        found = Input(values, self.name_of(tensor), writer=writer)
         if not values.nonfinite:
             return found, None
         found.source = None if memory is None else _newest_nonfinite(memory)
-        found.rows, found.length = _nonfinite_rows(tensor)
+        found.rows, found.length = nonfinite_rows(tensor)
         if found.source is None:
             entry = next((t for n, t in self._names.get(storage_key(tensor), []) if n == found.name), None)
-            found.rows, found.length = (found.rows, found.length) if entry is None else _rows_of(entry, tensor)
-        return found, ~torch.isfinite(_dense(tensor))
+            found.rows, found.length = (found.rows, found.length) if entry is None else rows_of(entry, tensor)
+        return found, ~torch.isfinite(dense_values(tensor))
 
     def _range_of_leaf(self, tensor: Tensor) -> Range:
         values = strided_values(tensor)
@@ -282,30 +294,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._names.setdefault(storage_key(tensor), []).append((name, tensor))
 
 
-@torch.no_grad()
-def range_of(tensor: Tensor) -> Range:
-    """The range of a tensor's values; one look at the device where they are finite.
-
-    Args:
-        tensor: Floating or complex.
-    """
-    values = _dense(tensor)
-    if not values.numel():
-        return Range(math.nan, math.nan)
-    low, high = torch.stack(torch.aminmax(values)).tolist()
-    if math.isfinite(low) and math.isfinite(high):
-        return Range(low, high)
-    nan, posinf, neginf = torch.stack(
-        [torch.isnan(values).sum(), torch.isposinf(values).sum(), torch.isneginf(values).sum()]
-    ).tolist()
-    finite = values[torch.isfinite(values)]
-    low, high = torch.stack(torch.aminmax(finite)).tolist() if finite.numel() else (math.nan, math.nan)
-    return Range(low, high, nan, posinf, neginf)
-
-
 def _mark_what_reaches(result: Tensor, inputs: list[tuple[Tensor, Input, Tensor | None]], name: str) -> None:
     """An input reaches the result if both are non-finite at one place; if none does so, or that is unknown, all do."""
-    bad = ~torch.isfinite(_dense(result))
+    bad = ~torch.isfinite(dense_values(result))
     nonfinite = [(entry, mask) for _, entry, mask in inputs if mask is not None]
     if name == "where":  # only what was chosen
         (chosen, *_), *branches = inputs
@@ -323,25 +314,6 @@ def _mark_what_reaches(result: Tensor, inputs: list[tuple[Tensor, Input, Tensor 
 
 def _newest_nonfinite(memory: _Memory) -> int | None:
     return next((index for index, values in reversed(memory.writes) if values.nonfinite), None)
-
-
-def _nonfinite_rows(tensor: Tensor) -> tuple[tuple[int, ...], int]:
-    values = _dense(tensor)
-    if not values.dim() or len(values) > _MOST_ROWS:
-        return (), 0
-    rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1)
-    return tuple(rows.nonzero().flatten().tolist()), len(values)
-
-
-def _rows_of(whole: Tensor, view: Tensor) -> tuple[tuple[int, ...], int]:
-    """The rows of a tensor in which a view of it is not finite: a view may have another first dimension."""
-    stride = whole.stride(0) if whole.dim() and whole.layout == torch.strided else 0
-    if not stride or stride * len(whole) < whole.numel() or view.dtype != whole.dtype or len(whole) > _MOST_ROWS:
-        return _nonfinite_rows(view)
-    places = (~torch.isfinite(view)).nonzero()
-    offsets = (places * torch.tensor(view.stride(), device=places.device)).sum(dim=1)
-    rows = (offsets + int(view.storage_offset()) - int(whole.storage_offset())) // stride
-    return tuple(sorted(set(rows.tolist()))), len(whole)
 
 
 def _arguments(schema: Any, short: str, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -379,15 +351,3 @@ def _nonfinite_numbers(values: Any) -> Iterator[float]:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
-
-
-def _has_floats(tensor: Tensor) -> bool:
-    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.device.type != "meta"
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Its values as plain real numbers."""
-    tensor = strided_values(tensor.detach())
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor

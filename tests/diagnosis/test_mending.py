@@ -9,7 +9,7 @@ import pytest
 from lightning_stability.diagnosis.mending import Mend, expressions_at, functions_with, mended, span
 from lightning_stability.diagnosis.mends import mends_of
 from lightning_stability.diagnosis.origin import Origin
-from lightning_stability.diagnosis.trace import Range
+from lightning_stability.diagnosis.ranges import Range
 from tests.diagnosis import mended_functions
 
 FILE = mended_functions.__file__

@@ -41,5 +41,5 @@ def program(seed):
     wrong = draw(seed, 8)
     maps[8 + wrong, 0, draw(seed + 1, 8), 2:6] = LAND
     data = [(field, torch.randn(1, 8, 8)) for field in maps]
-    expected = Expected("forward", "", __file__, samples=[wrong], cause="extreme_sample", cause_tensor="batch[0]")
+    expected = Expected("forward", "", __file__, cause_samples=[wrong], cause="extreme_sample", cause_tensor="batch[0]")
     return Program(Ocean(), loader(data), expected)

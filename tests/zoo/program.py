@@ -50,6 +50,7 @@ class Expected:
             accept as well.
         cause_module: The module at fault, where it is not the one above; several, where each of them would be right.
         cause_tensor: The entry of the batch, parameter or buffer at fault, likewise.
+        cause_samples: The positions at fault, where the origin's operation does not show them.
         option: The optimizer's option at fault.
     """
 
@@ -62,6 +63,7 @@ class Expected:
     cause: str | tuple[str, ...] = ()
     cause_module: str | tuple[str, ...] | None = None
     cause_tensor: str | tuple[str, ...] | None = None
+    cause_samples: list[int] | None = None
     option: str | None = None
 
     @property
@@ -72,8 +74,9 @@ class Expected:
         """Where a cause has to point to be right: some of `module`, `line`, `tensor`, `samples` and `option`."""
         module = self.module if self.cause_module is None else self.cause_module
         tensor = self.tensor if self.cause_tensor is None else self.cause_tensor
+        samples = self.samples if self.cause_samples is None else self.cause_samples
         line = None if self.cause_module or not self.mark else self.line
-        every = {"module": module, "line": line, "tensor": tensor, "samples": self.samples, "option": self.option}
+        every = {"module": module, "line": line, "tensor": tensor, "samples": samples, "option": self.option}
         return {name: every[name] for name in WHERE[word] if every[name] is not None}
 
     def misplaced(self, word: str, said: dict[str, Any]) -> dict[str, Any]:

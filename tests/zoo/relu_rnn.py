@@ -26,7 +26,7 @@ class Adding(pl.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def program(seed):

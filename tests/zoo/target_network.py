@@ -21,11 +21,11 @@ class DeepQ(pl.LightningModule):
             return
         steps = torch.tensor(float(batch_idx - self.hparams.average_from))
         for mean, new in zip(self.target.parameters(), self.net.parameters(), strict=True):
-            mean.data.add_((new.data - mean.data) / steps)
+            mean.data.add_((new.data - mean.data) / steps)  # here
 
     def training_step(self, batch, batch_idx):
         state, action, reward, following = batch
-        best = self.target(following).max(dim=1).values  # here
+        best = self.target(following).max(dim=1).values
         value = self.net(state).gather(1, action.unsqueeze(1)).squeeze(1)
         return nn.functional.smooth_l1_loss(value, reward + 0.99 * best)
 
@@ -37,6 +37,6 @@ def program(seed):
     data = [(torch.randn(4), torch.tensor(i % 3), torch.rand(()), torch.randn(4)) for i in range(64)]
     tensors = tuple(f"target.{part}.{kind}" for part in (0, 2) for kind in ("weight", "bias"))
     expected = Expected(
-        "weights", "target.0", __file__, tensor="target.0.weight", cause="nonfinite_weights", cause_tensor=tensors
+        "weights", "", __file__, tensor="target.0.weight", cause="nonfinite_weights", cause_tensor=tensors
     )
     return Program(DeepQ(average_from=2 + draw(seed, 4)), loader(data), expected)

@@ -30,6 +30,9 @@ def check(name: str, seed: int) -> None:
     assert step is not None, "nothing went wrong"
     expected = program.expected
     origin = find_origin(step)
+    if not expected.mark:
+        assert origin is None, "a replay is finite"
+        return
     assert origin is not None
     found = (origin.phase, origin.module, Path(origin.file or "").name, origin.line)
     assert found == (expected.phase, expected.module, Path(expected.file).name, expected.line), origin
@@ -66,4 +69,4 @@ def test_a_failure_says_what_its_cause_is(name):
     expected = catalogue.program(name, 0).expected
     assert expected.causes
     assert set(expected.causes) <= set(WHERE)
-    assert all(expected.fault(word) for word in expected.causes)
+    assert all(expected.fault(word) for word in expected.causes if WHERE[word])

@@ -23,8 +23,8 @@ class LARS(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                ratio = group["trust"] * p.norm() / p.grad.norm()
-                p.add_(p.grad * ratio, alpha=-group["lr"])  # here
+                ratio = group["trust"] * p.norm() / p.grad.norm()  # here
+                p.add_(p.grad * ratio, alpha=-group["lr"])
         return loss
 
 
