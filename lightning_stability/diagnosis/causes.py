@@ -141,7 +141,8 @@ def _nonfinite_input(case: Case) -> Cause | None:
 def _nonfinite_weights(case: Case) -> Cause | None:
     if case.origin is None or case.origin.phase != "weights":
         return None
-    return _cause(case, "nonfinite_weights", 0.98 if case.cures("weights") else 0.8)
+    cures = case.cures("operation" if case.origin.written else "weights")
+    return _cause(case, "nonfinite_weights", 0.98 if cures else 0.85, facts={"written": case.origin.written})
 
 
 def _optimizer_update(case: Case) -> Cause | None:

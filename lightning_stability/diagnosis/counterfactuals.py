@@ -70,7 +70,7 @@ def plan(origin: Origin | None, signs: Signs) -> list[Pass]:
     if origin.phase == "input":
         return [finite_entry, bad_samples, often_blamed]
     if origin.phase == "weights":
-        return [finite_weights, often_blamed]
+        return [mended_line if origin.written else finite_weights, often_blamed]
     if origin.phase == "optimizer":
         return [valid_options, other_formats]
     mask = [free_key] if family_of(origin) == SOFTMAX else []

@@ -156,6 +156,8 @@ def _origin_sentence(origin: dict[str, Any]) -> str:
     phase, op, tensor = origin["phase"], origin["op"], origin["tensor"]
     if phase == "input":
         return f"`{tensor}` was not finite when it came from the data loader"
+    if phase == "weights" and origin["written"]:
+        return f"`{op}`{module} wrote what is not finite into `{tensor}`, outside of the optimizer"
     if phase == "weights":
         return f"`{tensor}` was not finite before the step"
     if phase == "optimizer":

@@ -75,6 +75,7 @@ class Origin:
         discarded: Whether the value was made in the forward pass, which discarded it, as `where` does; the backward
             pass met it again.
         names: The name of each input that is a parameter, a buffer or an entry of the batch.
+        written: Whether it is a parameter that the step itself wrote it into, outside of the optimizer, as a hook does.
         makers: The name of the operation that made each input; `"count"` for whole numbers.
     """
 
@@ -93,6 +94,7 @@ class Origin:
     failed: str = "loss"
     discarded: bool = False
     names: list[str | None] = field(default_factory=list)
+    written: bool = False
     makers: list[str | None] = field(default_factory=list)
 
 
@@ -136,7 +138,7 @@ def find(trace: Trace, targets: Iterable[tuple[str, Tensor]], failed: str) -> Or
         return None
     spoilt = _spoilt_by(trace, birth)
     if spoilt is not None:
-        return replace(_describe(trace, birth, failed, None), phase="weights", tensor=spoilt, samples=[])
+        return replace(_describe(trace, birth, failed, None), phase="weights", tensor=spoilt, samples=[], written=True)
     first = min(starts)
     target = starts[first] if failed in ("weight", "gradient") else None
     return _describe(trace, birth, failed, _name_of_target(trace, starts, birth) or target)
@@ -215,7 +217,7 @@ def _is_asked_for(operation: Operation) -> bool:
 def _spoilt_by(trace: Trace, birth: _Birth) -> str | None:
     """The parameter that got the values of a birth, if that was before the optimizer's update: a hook wrote it."""
     assert birth.operation is not None
-    if birth.leaf is not None or birth.operation.in_optimizer:
+    if birth.operation.in_optimizer or (birth.leaf is not None and birth.leaf.name is not None):
         return None
     for name, index in trace.spoilt_parameters():
         to_do, seen = [index], set[int]()

@@ -96,8 +96,8 @@ def _smaller(cause: Cause, case: Case) -> str:
 
 
 def _finite(cause: Cause, case: Case) -> str:
-    if not cause.tensor:
-        return ""
+    if not cause.tensor or cause.facts.get("written"):
+        return _mended(cause, case)
     return f"assert model.{cause.tensor}.isfinite().all()  # after loading; load another checkpoint if it fails"
 
 

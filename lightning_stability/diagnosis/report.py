@@ -17,6 +17,7 @@ _SHOWN_SAMPLES = 8
 _NAMES = {"validation": "output of `validation_step`"}
 _LARGE = 1e3
 _MOST_LINES = 19
+_WRITTEN = "The step itself wrote it into the module, outside of the optimizer."
 _WHERE = {
     "input": "It was in the batch that the data loader gave.",
     "weights": "It was in the module before the step.",
@@ -65,7 +66,20 @@ def origin_as_json(origin: Origin) -> dict[str, Any]:
         origin: Where the first non-finite value was made.
     """
     inputs = [{"name": name, **as_json(r)} for name, r in zip(origin.names, origin.inputs, strict=True)]
-    fields = ("phase", "module", "op", "file", "line", "code", "tensor", "samples", "aten", "dtype", "discarded")
+    fields = (
+        "phase",
+        "module",
+        "op",
+        "file",
+        "line",
+        "code",
+        "tensor",
+        "samples",
+        "aten",
+        "dtype",
+        "discarded",
+        "written",
+    )
     return {name: getattr(origin, name) for name in fields} | {"inputs": inputs, "output": as_json(origin.output)}
 
 
@@ -133,6 +147,8 @@ def one_sentence(origin: Origin) -> str:
     module = _module(origin.module)
     if origin.phase == "input":
         return f"the input was not finite: `{origin.tensor}`{samples}, first used{module}{place}"
+    if origin.phase == "weights" and origin.written:
+        return f"{_operation(origin)} wrote what is not finite into `{origin.tensor}`, outside of the optimizer{place}"
     if origin.phase == "weights":
         return f"`{origin.tensor}` was not finite before the step, first used{place.removeprefix(',')}"
     if origin.phase == "optimizer":
@@ -175,7 +191,7 @@ def _reproduced(report: dict[str, Any]) -> str:
 
 def _origin_lines(origin: dict[str, Any], few: bool) -> list[str]:
     lines = [
-        _WHERE[origin["phase"]],
+        _WRITTEN if origin["written"] else _WHERE[origin["phase"]],
         f"  phase    {origin['phase']}" + (" (made in the forward pass, which discarded it)" * origin["discarded"]),
         f"  module   {origin['module'] or '(the LightningModule itself)'}",
         f"  op       {origin['op']}  [{origin['aten']}, {origin['dtype']}]",

@@ -175,6 +175,8 @@ def _divergence(cause: Cause, case: Case) -> str:
 
 
 def _nonfinite_weights(cause: Cause, case: Case) -> str:
+    if cause.facts.get("written"):
+        return f"`{cause.op}`{_where(cause)} wrote what is not finite into `{cause.tensor}`, outside of the optimizer"
     return f"`{cause.tensor}` was not finite before the step"
 
 

@@ -143,10 +143,9 @@ def test_the_smallest_set_of_modules_in_float32_is_found():
             return self.large(batch * 40).float().mean() * 1e-4
 
     step = step_of(Deep(), torch.randn(3, 64), precision="16-mixed", loss_scale=1.0)
-    found = investigate(step)
-    assert found.causes[0].cause == "fp16_overflow", found.causes
-    assert found.causes[0].facts["modules"] == ["large"]
-    assert found.causes[0].remedy.startswith("m = model.large; m.forward = torch.autocast('cpu', enabled=False)(")
+    [overflow] = [cause for cause in investigate(step).causes if cause.cause == "fp16_overflow"]
+    assert overflow.facts["modules"] == ["large"]
+    assert overflow.remedy.startswith("m = model.large; m.forward = torch.autocast('cpu', enabled=False)(")
 
 
 def test_columns_within_a_wild_sample_are_named():
@@ -215,3 +214,75 @@ def test_gradients_that_only_the_loss_scale_makes_too_large_are_no_failure_of_a_
     step = step_of(Plain(), batch, precision="16-mixed", loss_scale=65536.0)
     first = investigate(step).causes[0]
     assert (first.cause, first.samples) == ("extreme_sample", [5])
+
+
+def masked_mean(out: Tensor, batch: Tensor) -> Tensor:
+    mask = (batch[:, 0] > 9).float()
+    return (out.sum(dim=1) * mask).sum() / mask.sum()
+
+
+def counted_mean(out: Tensor, batch: Tensor) -> Tensor:
+    mask = batch[:, 0] > 9
+    return (out.sum(dim=1) * mask).sum() / mask.sum()
+
+
+def direction(out: Tensor, batch: Tensor) -> Tensor:
+    return (0 * out / (0 * out).norm(dim=1, keepdim=True)).sum()
+
+
+def corrected(out: Tensor, batch: Tensor) -> Tensor:
+    return (out * 0 / (1 - torch.ones(()) ** 3)).sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "cause"),
+    [
+        (masked_mean, "empty_reduction"),
+        (counted_mean, "empty_reduction"),
+        (direction, "undefined_operation"),
+        (corrected, "undefined_operation"),
+    ],
+)
+def test_zero_by_zero_is_a_mean_over_nothing_only_of_sums(loss, cause):
+    [first, *_] = investigate(step_of(Net(loss), torch.randn(5, 4))).causes
+    assert first.cause == cause
+
+
+class Hooked(Net):
+    """A hook spoils a weight before or in the step."""
+
+    def __init__(self, hook: Any, before: bool) -> None:
+        super().__init__(lambda out, batch: out.pow(2).mean())
+        self.hook, self.before = hook, before
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        if self.before:
+            self.hook(self.layer)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if not self.before:
+            self.hook(self.layer)
+        return super().training_step(batch, batch_idx)
+
+
+def divide_in_place(layer: nn.Linear) -> None:
+    layer.weight.data.div_(torch.zeros(()))
+
+
+def replace_by_a_quotient(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.data / (0 * layer.weight.data.norm())
+
+
+def write_nan(layer: nn.Linear) -> None:
+    layer.weight.data[1, 2] = float("nan")
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("hook", [divide_in_place, replace_by_a_quotient, write_nan])
+def test_a_hook_that_spoils_a_weight_is_named_with_the_weight(hook, before):
+    found = investigate(step_of(Hooked(hook, before), torch.randn(5, 4)))
+    first, origin = found.causes[0], found.origin
+    assert (first.cause, first.tensor) == ("nonfinite_weights", "layer.weight")
+    assert origin is not None
+    assert origin.line == hook.__code__.co_firstlineno + 1
+    assert "wrote what is not finite into `layer.weight`, outside of the optimizer" in first.summary
