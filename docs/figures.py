@@ -129,7 +129,7 @@ def input_check() -> Any:
     batches.set_title("each batch, where two of the recordings have an artefact", loc="left", fontweight="bold")
     batches.set_xlabel("batch")
     for axis in (layers, batches):
-        axis.set(yscale="log", ylabel="deviation")
+        axis.set(yscale="log", ylabel="standard deviation")
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

@@ -26,7 +26,7 @@ class FlaggedInput:
         description: What `describe_sample` of the data module or the module says of it.
         tensor: Where it is in the batch.
         reason: `"nonfinite"`, `"max_abs"`, `"constant"` or `"scale"`.
-        value: How many values are not finite; the largest magnitude; the first constant channel; the deviation.
+        value: How many values are not finite; the largest magnitude; the first constant channel; the std.
     """
 
     epoch: int

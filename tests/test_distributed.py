@@ -116,7 +116,7 @@ def test_two_ranks_with_the_layer_check_are_those_without_and_the_first_reports(
         assert [result[name] for result in results] == [[], []], name
     first, second = (result["report"] for result in results)
     assert second["said"] == []
-    assert "the input of `net.1` has deviation" in first["said"][0]
+    assert "the input of `net.1` has std" in first["said"][0]
     [event] = first["events"]
     assert (event["step"], event["rank"]) == (0, 0)
     assert event["far_from_unit_scale"][0]["cause"] == "net.0"

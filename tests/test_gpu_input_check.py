@@ -112,9 +112,7 @@ def test_raise_names_the_sample() -> None:
 def test_warnings_arrive_late_but_all_of_them() -> None:
     check = InputCheck()
     module = poison.make_module(pl, {}, OPTIMIZERS["AdamW foreach"], by_hand=False)
-    with pytest.warns(
-        UserWarning, match=r"epoch 0, batch 2: the deviation of `batch\[0\]`.*sample 1 \(dataset index 9\)"
-    ):
+    with pytest.warns(UserWarning, match=r"epoch 0, batch 2: the std of `batch\[0\]`.*sample 1 \(dataset index 9\)"):
         poison.fit(pl, module, [check], data({2}, "too large"), accelerator="gpu")
     counts = check.state_dict()["counts"]
     assert (counts["looked"], counts["flagged"]) == (12, 2)

@@ -41,7 +41,7 @@ def test_the_crash_in_real_fp16(caplog: pytest.LogCaptureFixture) -> None:
 
     net = nn.Sequential(nn.LayerNorm(6), Wrong(), nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 2))
     trainer = runs.trainer(pl, callbacks=[InputCheck()], accelerator="gpu", precision="16-mixed", max_steps=1)
-    with pytest.warns(UserWarning, match=r"the input of `net\.2` has deviation .* so `net\.1` multiplies by 47,081"):
+    with pytest.warns(UserWarning, match=r"the input of `net\.2` has std .* so `net\.1` multiplies by 47,081"):
         trainer.fit(runs.make_module(pl, net), runs.data())
 
 

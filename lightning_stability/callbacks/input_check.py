@@ -73,17 +73,17 @@ class InputCheck(StabilityCallback):
     - has three dimensions or more and a channel (dimension 1) that is constant over all samples and positions, though
       it varied in every batch before; a warning says so once for each, whatever the action, and the batch is trained
       on; one that is constant in the first batch is named at the start instead;
-    - has a deviation that differs by more than `max_scale_ratio` from that of the earlier batches that were not
-      flagged (their geometric mean).
+    - has a standard deviation that differs by more than `max_scale_ratio` from that of the earlier batches that were
+      not flagged (their geometric mean).
 
     Tensors with fewer than two dimensions are looked at for the first two alone; integers and bool not at all: of a
     first batch without any floating tensor a warning says so. In 16-true it is the batch before the cast to fp16, where
     its data loader left it; in every other precision the one that `training_step` gets, after
     `on_after_batch_transfer`.
 
-    Once, in the first training step of a fit, it states mean, deviation and range of the input of every layer: after
+    Once, in the first training step of a fit, it states mean, std and range of the input of every layer: after
     the forward pass and before the backward pass, so before any weight changes. The first and the worst ones are on
-    screen, all in `input_scales.csv` in the log folder. It warns of layers whose input's deviation is above
+    screen, all in `input_scales.csv` in the log folder. It warns of layers whose input's std is above
     `max_scale_ratio` or below one over it, and in 16 bits of those near the format's limit, and names the module that
     multiplies. The run is bitwise identical to one without it.
 
@@ -107,12 +107,12 @@ class InputCheck(StabilityCallback):
     | key | meaning |
     |---|---|
     | `input/abs_max` | the largest magnitude of its finite values |
-    | `input/std` | their deviation |
+    | `input/std` | their standard deviation |
     | `input/<name>/abs_max`, `input/<name>/std` | the same, where a batch holds several floating tensors |
 
     Args:
         max_abs: The largest magnitude that is fine; None for any.
-        max_scale_ratio: The largest ratio, either way, of a batch's deviation to the usual one, and of a layer's to 1.
+        max_scale_ratio: The largest ratio, either way, of a batch's std to the usual one, and of a layer's to 1.
         action: What becomes of a flagged batch: `"warn"` trains on it, `"skip"` discards its update, `"raise"` raises
             `InputError` before it is trained on.
         every_n_steps: Check every n-th batch. (Batches, not optimizer steps: with accumulation one of these takes

@@ -25,7 +25,7 @@ class Finding:
     Attributes:
         tensor: Its name.
         reason: What is wrong.
-        value: How many values are not finite; the largest magnitude; the first constant channel; the deviation.
+        value: How many values are not finite; the largest magnitude; the first constant channel; the std.
         samples: Positions of the samples at fault, the worst first, with each one's own value; none where the batch as
             a whole is.
         text: The same in words.
@@ -68,10 +68,10 @@ def findings_of(
         std, usual, spread = values["std"], values["usual_std"], samples[:, 2]
         if std > usual:
             far = spread > max_scale_ratio * usual
-            text = f"the deviation of {name} is {std:.4g}, {std / usual:,.0f} times its usual {usual:.4g}"
+            text = f"the std of {name} is {std:.4g}, {std / usual:,.0f} times its usual {usual:.4g}"
             add("scale", std, text, _worst_first(spread, far if far.any() else spread == spread.max()))
         else:
-            text = f"the deviation of {name} is {std:.4g}; usually it is {usual:.4g}, {usual / std:,.0f} times"
+            text = f"the std of {name} is {std:.4g}; usually it is {usual:.4g}, {usual / std:,.0f} times"
             add("scale", std, text)
     return findings
 

@@ -292,7 +292,7 @@ class _Counts:
             them = "it was" if self.bad == 1 else "they were"
             parts.append(f"; {_counted(self.bad, 'update')} skipped because {them} not finite")
         for name in dict.fromkeys(name.rpartition(" ")[0] for name in self.ranges):
-            for what, key in (("largest magnitudes", "abs_max"), ("deviations", "std")):
+            for what, key in (("largest magnitudes", "abs_max"), ("std", "std")):
                 if ends := self.ranges.get(f"{name} {key}"):
                     parts.append(f"; {what} of `{name}` {ends[0]:.4g} to {ends[1]:.4g}")
         return "".join(parts)

@@ -126,9 +126,9 @@ class LayerCheck:
         if not scale.is_finite:
             return f"is not finite{end}"
         if not self._unit.is_near_limit(scale):
-            return f"has deviation {_number(scale.std)}"
+            return f"has std {_number(scale.std)}"
         if self._unit.is_off(scale.std):
-            return f"has deviation {_number(scale.std)}{end}"
+            return f"has std {_number(scale.std)}{end}"
         return f"has values up to {_number(scale.abs_max)}{end}"
 
     def _why(self, finding: ScaleFinding) -> str:
@@ -136,7 +136,7 @@ class LayerCheck:
         if self._batch:
             name, scale = max(self._batch.items(), key=lambda item: item[1].abs_max)
             batch_std, which = scale.std, f"`{name}`" if len(self._batch) > 1 else "the batch"
-            itself = f"; {which} itself has deviation {_number(batch_std)}"
+            itself = f"; {which} itself has std {_number(batch_std)}"
         if cause is not None:
             return f"{itself}{', so' if itself else ';'} `{cause.name}` {_does(cause)}"
         if not finding.scale.is_finite or not batch_std > 0.0 or not self._unit.is_off(finding.scale.std / batch_std):
@@ -168,7 +168,7 @@ def _table(layers: list[LayerScale]) -> str:
     """The first layers and the worst ones, as lines of text."""
     worst = sorted(layers[_FIRST:], key=_distance, reverse=True)[:_WORST]
     chosen = {layer.name for layer in [*layers[:_FIRST], *worst]}
-    lines = [["layer", "class", "input: deviation", "mean", "range", "output: deviation"]]
+    lines = [["layer", "class", "input: std", "mean", "range", "output: std"]]
     for layer in layers:
         if layer.name in chosen:
             scale = layer.input

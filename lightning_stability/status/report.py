@@ -310,7 +310,7 @@ def _layers(run: Run) -> str:
     if not run.far_layers:
         return ""
     first = run.far_layers[0]
-    what = f"the {first['side']} of {first['layer']}, deviation {_number(first['deviation'])}"
+    what = f"the {first['side']} of {first['layer']}, std {_number(first['deviation'])}"
     said = f"far from unit scale at the start: {what}"
     if first.get("cause") is not None:
         factor = first.get("factor")

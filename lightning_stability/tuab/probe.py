@@ -160,8 +160,8 @@ class EEGPTProbe(pl.LightningModule):
             before
         )  # max-norm writes at each use, and a resumed run has to use it as often as one that was not
         rank_zero_info(
-            f"Encoder input: mean {seen.mean():.4g}, deviation {seen.std():.4g}, range {seen.min():.4g} to "
-            f"{seen.max():.4g}, in {len(eeg)} windows of the train set. EEGPT expects a deviation of about 1."
+            f"Encoder input: mean {seen.mean():.4g}, std {seen.std():.4g}, range {seen.min():.4g} to "
+            f"{seen.max():.4g}, in {len(eeg)} windows of the train set. EEGPT expects an std of about 1."
         )
 
     def on_validation_epoch_start(self) -> None:

@@ -75,7 +75,7 @@ class TestWhatIsSaid:
         look, summary = infos(caplog)
         assert "measured 5 layers in the first batch" in look
         assert "6 batches looked at, 0 flagged; largest magnitudes of `batch['x']`" in summary
-        assert "deviations of `batch['x']`" in summary
+        assert "std of `batch['x']`" in summary
 
     def test_a_bad_sample_is_named_by_batch_position_dataset_index_and_description(self, pl: Any) -> None:
         module = make_module(pl)
@@ -84,7 +84,7 @@ class TestWhatIsSaid:
         said, _ = fit(pl, InputCheck(), data, module)
         [message] = said
         order = list(_order())
-        assert f"epoch 0, batch {order.index(7) // 4}: the deviation of `batch['x']` is" in message
+        assert f"epoch 0, batch {order.index(7) // 4}: the std of `batch['x']` is" in message
         assert f"sample {order.index(7) % 4} (dataset index 7; sample-7 of None)" in message
 
     def test_each_kind_is_warned_of_once_and_counted(self, pl: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -139,7 +139,7 @@ def test_what_a_batch_of_ones_own_class_holds_is_looked_at() -> None:
     module = make_module(one, training_step=training_step)
     said, _ = fit(one, InputCheck(action="skip"), DataLoader(data, batch_size=None), module, [records])
     assert [record.outcome == "rejected" for record in records.records] == [scale > 1 for scale in scales]
-    assert "the deviation of `batch['graph'].x` is" in said[0]
+    assert "the std of `batch['graph'].x` is" in said[0]
 
 
 def test_a_batch_that_a_collate_fn_of_ones_own_makes_names_no_dataset_index() -> None:

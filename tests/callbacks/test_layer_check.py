@@ -130,9 +130,9 @@ class TestWhatItSays:
     def test_the_layer_the_factor_and_the_limit_before_any_weight_moves(self, pl: Any, tmp_path: Path) -> None:
         net = nn.Sequential(nn.LayerNorm(6), Amplifier(), nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 2))
         [said] = fit_net(pl, net, tmp_path, plugins=runs.fp16(pl))
-        deviation = re.search(r"the input of `net\.2` has deviation ([\d,]+): fp16 ends at 65,504", said)[1]
+        deviation = re.search(r"the input of `net\.2` has std ([\d,]+): fp16 ends at 65,504", said)[1]
         assert 25_000 < float(deviation.replace(",", "")) < 31_000
-        assert re.search(r"the batch itself has deviation (1\.0|0\.9\d), so `net\.1` multiplies by 30,000", said)
+        assert re.search(r"the batch itself has std (1\.0|0\.9\d), so `net\.1` multiplies by 30,000", said)
         assert "It reaches `net.3` (" in said
         [event] = [e for e in read_events(tmp_path) if e["event"] == "input_scales"]
         assert (event["step"], event["layers"], len(event["far_from_unit_scale"])) == (0, 5, 1)
@@ -148,7 +148,7 @@ class TestWhatItSays:
         net = nn.Sequential(nn.Linear(6, 8), nn.LSTM(8, 4))
         net[1].register_forward_hook(lambda layer, args, out: out[0])
         said = fit_net(one, net, tmp_path, precision=precision, scale=1e6, max_steps=1)
-        figure = r"deviation (1,\d{3}|9\d{2}),\d{3}"
+        figure = r"std (1,\d{3}|9\d{2}),\d{3}"
         what = "is not finite: fp16 ends at 65,504" if precision == "16-true" else f"has {figure}"
         assert re.match(rf"InputCheck: the input of `net\.0` {what}; the batch itself has {figure}", said[0])
         [row, lstm] = csv.DictReader((tmp_path / "input_scales.csv").open())
@@ -158,8 +158,8 @@ class TestWhatItSays:
     def test_manual_optimization_is_reported_after_its_first_step(self, pl: Any, tmp_path: Path) -> None:
         net = nn.Sequential(Amplifier(), nn.Linear(6, 8))
         [said] = fit_net(pl, net, tmp_path, manual=True)
-        assert re.search(r"the input of `net\.1` has deviation [23]\d,\d+", said)
-        assert re.search(r"the batch itself has deviation (1\.0|0\.9\d), so `net\.0` multiplies by 30,000", said)
+        assert re.search(r"the input of `net\.1` has std [23]\d,\d+", said)
+        assert re.search(r"the batch itself has std (1\.0|0\.9\d), so `net\.0` multiplies by 30,000", said)
         [event] = [e for e in read_events(tmp_path) if e["event"] == "input_scales"]
         assert event["step"] == 1
 
@@ -172,7 +172,7 @@ class TestWhatItSays:
 
         inner = torch.compile(nn.Sequential(nn.Linear(6, 6), Amplifier()), backend=backend)
         [said] = fit_net(one, nn.Sequential(inner, nn.Linear(6, 8)), tmp_path)
-        assert "the input of `net.1` has deviation" in said
+        assert "the input of `net.1` has std" in said
         assert re.search(r"so `net\.0` multiplies by \d\d,", said)
         assert len(compiled) == 1
 
@@ -184,7 +184,7 @@ class TestWhatItSays:
         said = fit_net(one, nn.Sequential(nn.Linear(6, 8), Log(), nn.Linear(8, 1)), tmp_path, max_steps=1)
         [first] = [message for message in said if "InputCheck: the " in message]
         assert re.fullmatch(
-            r"InputCheck: the input of `net\.2` is not finite; the batch itself has deviation [\d.]+, so `net\.1`"
+            r"InputCheck: the input of `net\.2` is not finite; the batch itself has std [\d.]+, so `net\.1`"
             r" returns values that are not finite\.",
             first,
         )
@@ -211,7 +211,7 @@ class TestWhatItSays:
     def test_a_batch_that_is_far_from_unit_scale_itself(self, one: Any, tmp_path: Path) -> None:
         [said] = fit_net(one, nn.Sequential(nn.Linear(6, 8)), tmp_path, scale=1e-4, max_steps=1)
         assert re.fullmatch(
-            r"InputCheck: the input of `net\.0` has deviation [\d.e-]+; the batch itself has deviation [\d.e-]+\.", said
+            r"InputCheck: the input of `net\.0` has std [\d.e-]+; the batch itself has std [\d.e-]+\.", said
         )
 
     def test_a_batch_that_is_not_finite_is_left_to_the_check_of_batches(self, one: Any, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ class TestWhatItSays:
                 return self.layer(x / 1e-4)
 
         [said] = fit_net(one, Scales(), tmp_path, max_steps=1)
-        assert "the batch itself has deviation" in said
+        assert "the batch itself has std" in said
         assert "so what comes before it multiplies by 10,000" in said
 
     def test_what_no_layer_before_it_explains_is_another_cause(self, one: Any, tmp_path: Path) -> None:

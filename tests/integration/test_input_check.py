@@ -35,7 +35,7 @@ def test_the_crash_recipe_names_layer_and_factor_before_the_first_backward(corpu
     assert len(steps) == 4
     [said] = re.findall(r"InputCheck: the .*", before)
     assert "fp16 ends at 65,504" in said
-    assert "the batch itself has deviation 1.0, so `input_stats` multiplies by 47,081" in said
+    assert "the batch itself has std 1.0, so `input_stats` multiplies by 47,081" in said
     assert "It reaches `encoder.patch_embed.proj` (not finite), " in said
     assert not re.findall(r"InputCheck: the .*", "".join(steps))
     rows = {row["layer"]: row for row in csv.DictReader(next(tmp_path.rglob("input_scales.csv")).open())}

@@ -346,7 +346,7 @@ def test_the_warning_of_a_layer_that_is_out_of_scale_is_one_line(tmp_path: Path)
     report = told(tmp_path)
     number = r"\d{2,3},\d{3}"
     assert re.fullmatch(
-        rf"far from unit scale at the start: the input of layer\.1, deviation {number}, by layer\.0 \(x100,000\)",
+        rf"far from unit scale at the start: the input of layer\.1, std {number}, by layer\.0 \(x100,000\)",
         line(report, "layers"),
     )
     assert line(report, "incidents") == "0"
