@@ -108,7 +108,8 @@ def input_check() -> Any:
             ("tuab_crash", "input_deviation", RED),
             ("tuab_stable", "input_deviation", BLUE),
         ):
-            logs = check(folder, f"--config={recipe}", "--trainer.max_steps=1")
+            # in fp32: in fp16 the crash overflows in the second layer, and nothing is known of those behind it
+            logs = check(folder, f"--config={recipe}", "--trainer.max_steps=1", "--trainer.precision=32-true")
             with next(logs.rglob("input_scales.csv")).open(newline="") as file:
                 deviations = {row["layer"]: float(row[column]) for row in csv.DictReader(file) if row[column]}
             names = names or list(deviations)
@@ -122,7 +123,7 @@ def input_check() -> Any:
     layers.axhspan(1e-2, 1e2, color=GREEN, alpha=0.1, label="no warning")
     short = [name.removeprefix("encoder.") for name in names]
     layers.set_xticks(range(len(names)), short, rotation=40, ha="right", fontsize=7)
-    layers.set_title("what reaches each layer, in the first step", loc="left", fontweight="bold")
+    layers.set_title("what reaches each layer, in the first step, in fp32", loc="left", fontweight="bold")
     batches.plot(series, color=BLUE, marker=".", label="a batch")
     high = [series[batch] for batch in flagged]
     batches.plot(flagged, high, "x", color=RED, markersize=8, clip_on=False, label="flagged")
