@@ -1,4 +1,4 @@
-"""Callbacks that keep a Lightning run alive and honest when numbers go bad, and say why they went bad."""
+"""Callbacks that keep NaN and infinity out of a Lightning run, and find out where they came from."""
 
 from __future__ import annotations
 
