@@ -61,12 +61,27 @@ class Launcher:
         [done] = self._together(words, cwd, [env])
         return done
 
-    def ranks(self, *words: str, cwd: Path, count: int = 2, env: Mapping[str, str | None] = NO_CHANGE) -> list[Done]:
-        """Run the same in ``count`` processes at once, with the variables that torchrun sets."""
+    def ranks(
+        self, *words: str, cwd: Path, count: int = 2, nodes: int = 1, env: Mapping[str, str | None] = NO_CHANGE
+    ) -> list[Done]:
+        """Run the same in ``count`` processes at once, with the variables that torchrun sets.
+
+        Args:
+            words: As of a call.
+            cwd: The working folder.
+            count: How many.
+            nodes: On how many machines they believe to be.
+            env: As of a call.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(count)}
         each = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **env} for rank in range(count)]
+        if nodes > 1:
+            local = count // nodes
+            elastic = {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": str(local)}
+            for rank, variables in enumerate(each):
+                variables |= {**elastic, "LOCAL_RANK": str(rank % local), "GROUP_RANK": str(rank // local)}
         return self._together(words, cwd, each, HANGS)
 
     def _together(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -153,6 +154,30 @@ def _script(desk: Desk, words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def _torchrun(desk: Desk, words: list[str]) -> Done:
+    """Run the script in two processes with the variables that torchrun sets on two machines.
+
+    `test_howto.py` starts torchrun itself.
+    """
+    from torch.distributed.run import get_args_parser
+
+    given = get_args_parser().parse_args(words)
+    assert (given.nnodes, given.nproc_per_node) == ("2", "8")
+    script = [given.training_script, *given.training_script_args]
+    ranks = desk.launcher.ranks(*script, cwd=desk.folder, nodes=2, env={**desk.env, "CUDA_VISIBLE_DEVICES": ""})
+    said = [f"{rank.stderr}\n{rank.stdout}" for rank in ranks]
+    return Done(words, max(abs(rank.returncode) for rank in ranks), "\n".join(said), "")
+
+
+def _sbatch(desk: Desk, words: list[str]) -> None:
+    """Check that bash can read the script, and train; `test_howto.py` runs it."""
+    [name] = words
+    done = subprocess.run(["bash", "-n", name], cwd=desk.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    trained = desk.launcher("train.py", cwd=desk.folder, env=desk.env)  # so that there is something to look at
+    assert trained.returncode == 0, trained.stderr
+
+
 PROGRAMS: dict[str, Callable[[Desk, list[str]], Done | None]] = {
     "lightning-stability": _stability,
     "lightning": _stability,
@@ -163,6 +188,8 @@ PROGRAMS: dict[str, Callable[[Desk, list[str]], Done | None]] = {
     "pip install": _pip_install,
     ".venv/bin/python -m pytest": _pytest,
     "python": _python,
+    "torchrun": _torchrun,
+    "sbatch": _sbatch,
     "tensorboard": _tensorboard,
     "experiments/eegpt_linear_probe/RUN_STABLE_TRAINING.sh": _script,
 }
