@@ -30,20 +30,19 @@ from lightning_stability.events import EventLog
 
 
 class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
-    """Saves every `every_n_epochs` epochs, fractions included, and resumes as if nothing had happened.
+    """Saves every `every_n_epochs` epochs, fractions included, and lets a run resume as if nothing had happened.
 
-    A `ModelCheckpoint` with another trigger: `monitor`, `save_top_k`, `save_last`, `filename`, `dirpath` and remote
-    file systems work as there. The k-th save comes at the first optimizer step at or after `k * every_n_epochs`,
-    counted over all epochs, after a validation that is due at that step. The end of fit is saved too.
+    It is a `ModelCheckpoint` with another trigger: `monitor`, `save_top_k`, `save_last`, `filename`, `dirpath` and
+    remote file systems work as there. The k-th save comes at the first optimizer step at or after
+    `k * every_n_epochs`, counted over all epochs. A validation that is due at that step comes first. The end of fit
+    is saved too.
 
-    A checkpoint holds what an exact resume needs besides Lightning's own: the random state of Python, numpy and
-    torch, the position of the data, the sums of `self.log`, the states of torchmetrics and non-persistent buffers that
-    training changes, of every rank. Before anything is written, weights,
-    buffers and optimizer state are checked; what became non-finite is not saved. Files are written beside, flushed,
-    then moved into place.
+    A checkpoint holds what an exact resume needs, of every rank: the random states, the position of the data, the
+    sums of `self.log`, and the states of torchmetrics. Weights, buffers and optimizer state are checked before
+    anything is written, and what became non-finite is not saved. Files are written beside, flushed, then moved into
+    place.
 
-    Kept are the `save_top_k` best and always the newest; a metric that is NaN makes none of them the best. A second
-    name, `last.ckpt`, moves along with the newest and takes no room on the disk.
+    The `save_top_k` best are kept, and always the newest. A metric that is NaN makes no checkpoint the best.
 
     Args:
         every_n_epochs: The interval, above 0: 0.25 saves four times an epoch.

@@ -16,12 +16,11 @@ from lightning_stability.notices import warn
 
 
 class GradNormMonitor(StabilityCallback):
-    """Logs the L2 norms of the gradients and warns when they rise.
+    """Logs the L2 norms of the gradients, and warns when they rise.
 
-    The norms are those of the true gradients: after accumulation, without GradScaler's scale, before
-    clipping. They are measured at every optimizer step, in one pass over the gradients, and read without
-    waiting for the device; a value may therefore reach the logger a few steps later, under the step that it
-    belongs to.
+    The norms are those of the true gradients: after accumulation, without GradScaler's scale, before clipping. They
+    are measured at every optimizer step, in one pass over the gradients, and nothing waits for the device. So a value
+    may reach the logger a few steps later, under the step that it belongs to.
 
     Logged every `every_n_steps` steps:
 
@@ -35,9 +34,9 @@ class GradNormMonitor(StabilityCallback):
     | `loss_scale` | GradScaler's scale, in 16-mixed |
     | `update_ratio/<group>` | norm of the update over norm of the weights, with `log_update_ratio` |
 
-    With several optimizers (manual optimization) the keys read `grad_norm/optimizer_0/total` and so on, by
-    the optimizer's place in `configure_optimizers`. A value that is not finite is left out and counted
-    instead. Without a logger the callback does nothing.
+    With several optimizers (manual optimization) the keys read `grad_norm/optimizer_0/total` and so on, by the
+    optimizer's place in `configure_optimizers`. A value that is not finite is left out and counted. Without a logger
+    the callback does nothing.
 
     Args:
         group_depth: Leading components of a module's path that make a group: with 2,

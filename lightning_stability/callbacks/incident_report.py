@@ -20,18 +20,18 @@ _HISTORY = 500
 
 
 class IncidentReport(StabilityCallback):
-    """Records every step that goes wrong, up to a number, and finds where its first non-finite value was made, and why.
+    """Records steps that go wrong, and finds where their first non-finite value was made, and why.
 
-    Each becomes a folder `incidents/<n>-step<k>` with the batches, the state and the random state from before the
-    step, the steps before it, and a report. `lightning-stability diagnose FOLDER` runs the step again on any machine.
-    A full disk or a batch that cannot be saved does not end the run: what could not be kept is named.
+    Each becomes a folder `incidents/<n>-step<k>`. It holds the batches, the state and the random state from before
+    the step, the steps before it, and a report. `lightning-stability diagnose FOLDER` runs the step again on any
+    machine. If something cannot be saved, for example on a full disk, it is named, and the run continues.
 
-    The update of such a step is skipped, as with `NaNEarlyStop`; alone, this callback never ends the run. It records
-    a step whose loss, gradient or buffer is not finite, also where `PrecisionFallback` then trains it in fp32, the
-    first one that `InputCheck(action="skip")` rejected, and the first validation batch whose output is not finite.
+    Recorded is a step whose loss, gradient or buffer is not finite, also if `PrecisionFallback` then trains it in
+    fp32. So are the first one that `InputCheck(action="skip")` rejected, and the first validation batch whose output
+    is not finite. The update of such a step is skipped, as with `NaNEarlyStop`. Alone, this callback never ends the
+    run.
 
-    It logs no numbers. Loggers that have a form for events (TensorBoard, W&B, MLflow) are told the first-named cause
-    under `lightning_stability/incident`.
+    It logs no numbers. TensorBoard, W&B and MLflow get the first-named cause under `lightning_stability/incident`.
 
     Args:
         dirpath: Where the folder `incidents` is made; the run's log folder by default.

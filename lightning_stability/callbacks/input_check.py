@@ -65,42 +65,32 @@ class InputError(RuntimeError):
 class InputCheck(StabilityCallback):
     """Checks every floating tensor of a training batch, on its device, before it is trained on.
 
-    A batch is flagged if one of its tensors, whatever their nesting,
+    A batch is flagged if one of its tensors, in any nesting,
 
-    - holds a value that is not finite, though half of those before or more held none; -inf beside nothing but 0 is a
-      mask and passes, and what is not finite in the first batch is named by a warning instead;
+    - holds NaN or infinity, and at least half of the batches before held none. A mask of only 0 and -inf passes. In
+      the first batch a warning names what is not finite;
     - has a magnitude above `max_abs`;
-    - has three dimensions or more and a channel (dimension 1) that is constant over all samples and positions, though
-      it varied in every batch before; a warning says so once for each, whatever the action, and the batch is trained
-      on; one that is constant in the first batch is named at the start instead;
-    - has a standard deviation that differs by more than `max_scale_ratio` from that of the earlier batches that were
-      not flagged (their geometric mean).
+    - has a channel (dimension 1 of three or more) that is constant, and varied in every batch before. A warning says
+      so once, and the batch is trained on, whatever the action;
+    - has a standard deviation that differs by more than `max_scale_ratio` from that of the earlier batches.
 
-    Tensors with fewer than two dimensions are looked at for the first two alone; integers and bool not at all: of a
-    first batch without any floating tensor a warning says so. In 16-true it is the batch before the cast to fp16, where
-    its data loader left it; in every other precision the one that `training_step` gets, after
-    `on_after_batch_transfer`.
+    Tensors with fewer than two dimensions are checked for the first two reasons alone, integers and bool not at all.
+    In 16-true the batch is checked before the cast to fp16, otherwise as `training_step` gets it.
 
-    Once, in the first training step of a fit, it states mean, std and range of the input of every layer: after
-    the forward pass and before the backward pass, so before any weight changes. The first and the worst ones are on
-    screen, all in `input_scales.csv` in the log folder. It warns of layers whose input's std is above
-    `max_scale_ratio` or below one over it, and in 16 bits of those near the format's limit, and names the module that
-    multiplies. The run is bitwise identical to one without it.
+    Once, in the first training step of a fit, it measures the input of every layer, after the forward pass and before
+    the backward pass. It warns of layers whose input's std is above `max_scale_ratio` or below one over it, and names
+    the module that multiplies. All layers are in `input_scales.csv` in the log folder.
 
-    What a flagged batch is named by: its index, its rank, the samples' positions in it, their index in the dataset
-    where the sampler tells it and no `collate_fn` of the user's makes the batch, and what a method
-    `describe_sample(batch, index) -> str` of the LightningDataModule or the LightningModule says. When that is called
-    the batch is gone: it gets the batch's nesting with the labels, ids and names that it held, and None for its large
-    tensors.
+    A flagged batch is named by its index, its rank and the samples' positions. Their index in the dataset is added if
+    the sampler tells it, and what a method `describe_sample(batch, index) -> str` of the data module or the module
+    says. That method gets the labels, ids and names of the batch, and None for its large tensors.
 
-    With `"warn"` nothing waits for the device. With `"skip"` the device discards the update of the batch's whole
-    accumulation window, and restores what its forward pass wrote, without a read of its own; with `"raise"` the
-    host reads one number per batch, and ends the run after the first batch as well, if that was not finite and neither
-    is its loss. Both make one small all-reduce per batch where several processes train together.
+    With `"warn"` nothing waits for the device. With `"skip"` the device leaves out the update of the batch's whole
+    accumulation window, and what its forward pass wrote is restored. With `"raise"` the host reads one number per
+    batch. Both make one small all-reduce per batch in several processes.
 
-    Each kind of finding is warned of once for each tensor, later ones are counted. Once 8 updates in a row were
-    skipped, or all of a fit, a warning says what was flagged most and what to do. Every flagged batch is a line in
-    `events.jsonl` in the log folder; with `"skip"`, the flagged samples are rows in `flagged_inputs.csv` there.
+    Each reason is warned of once for each tensor. Every flagged batch is a line in `events.jsonl`. With `"skip"` the
+    flagged samples are rows in `flagged_inputs.csv` in the log folder.
 
     Logged every `log_every_n_steps` steps, of one batch:
 

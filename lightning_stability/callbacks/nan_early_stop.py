@@ -41,23 +41,23 @@ MOST_BATCHES = 8
 
 
 class NaNEarlyStop(StabilityCallback):
-    """Skips every update that is not finite and ends the run when there are too many.
+    """Skips every update that is not finite, and ends the run when there are too many.
 
-    A step is bad when its loss, a gradient or a buffer is not finite (gradients whose squares overflow fp32 count,
-    since Adam's second moment would overflow with them). Its update does not reach weights or optimizer state; what
-    a forward pass with a bad loss wrote into buffers, into metrics logged with `on_epoch=True` and into the module's
-    torchmetrics is given back. Learning-rate schedule, `global_step` and random numbers go on as they do when
-    GradScaler skips an update. With accumulation the window's update is dropped whole.
+    A step is bad when its loss, a gradient or a buffer is not finite. Gradients whose squares overflow fp32 count,
+    since Adam's second moment would overflow with them. The update does not reach weights or optimizer state. What a
+    forward pass with a bad loss wrote is restored: buffers, metrics logged with `on_epoch=True`, and the module's
+    torchmetrics. Learning-rate schedule, `global_step` and random numbers continue, as when GradScaler skips an
+    update. With accumulation no update is made of the whole window.
 
-    With torch's fused optimizers the device decides and nothing waits for it; with others the host reads one number
+    With torch's fused optimizers the device decides, and nothing waits for it. With others the host reads one number
     per step, and a line at the start says so.
 
-    What GradScaler answers by halving its scale is counted and is no incident, unless the scale falls below 1 or
-    more than 20 updates in a row are skipped (`Session.min_loss_scale`, `Session.max_consecutive_skips`).
+    What GradScaler answers by halving its scale is counted and is no incident. It is one if the scale falls below 1,
+    or if more than 20 updates in a row are skipped (`Session.min_loss_scale`, `Session.max_consecutive_skips`).
 
-    After a stop no validation runs and no checkpoint callback saves any more. One message says what became
-    non-finite, where, and how to resume. If updates were made since the last checkpoint, the good weights are kept
-    in `nan_early_stop.ckpt` beside the others; the run that is resumed from it goes on right after the bad batch.
+    After a stop no validation runs, and no checkpoint callback saves any more. One message says what became
+    non-finite, where, and how to resume. If updates were made since the last checkpoint, the good weights are kept in
+    `nan_early_stop.ckpt` beside the others. A run that is resumed from it continues right after the bad batch.
 
     Logged when an update is skipped:
 
@@ -66,7 +66,7 @@ class NaNEarlyStop(StabilityCallback):
     | `skipped_updates` | updates skipped so far, by GradScaler or by the guard |
 
     Args:
-        patience: How many bad updates in a row to skip and go on; the next one ends the run.
+        patience: How many bad updates in a row to skip; the next one ends the run.
         action: `"stop"` ends `fit` as if it were done; `"raise"` raises `NonFiniteError`.
         monitor: Logged metrics to watch as well, for example `"val_loss"`: one that is not finite after a validation
             or an epoch ends the run.

@@ -1,4 +1,4 @@
-"""PrecisionFallback: fp16 that cannot go on is left for fp32, on the very same batch."""
+"""PrecisionFallback: a run that fp16 cannot hold continues in fp32, with the very same batch."""
 
 from __future__ import annotations
 
@@ -39,20 +39,19 @@ class FallbackMemoryError(DeliberateError, RuntimeError):
 
 
 class PrecisionFallback(StabilityCallback):
-    """Leaves 16-bit precision for a higher one when it cannot go on, and trains the same batch again in it.
+    """Leaves 16-bit precision for a higher one when the run cannot continue in it, and trains the same batch again.
 
-    It acts on a loss or a gradient that is not finite and that GradScaler has no answer to: a forward pass that
-    overflows, a loss scale below 1 (`Session.min_loss_scale`), more than 20 skipped updates in a row
+    It acts on a loss or a gradient that is not finite, if GradScaler has no answer to it. Then the forward pass
+    overflows, the loss scale is below 1 (`Session.min_loss_scale`), or more than 20 updates in a row were skipped
     (`Session.max_consecutive_skips`). An update that GradScaler skips now and then is none of these.
 
-    Buffers, metrics, random numbers and gradients are put back to before the batch (with accumulation: to before the
-    first batch of the window, whose batches are kept until the optimizer steps), the precision is changed, and the
-    batches are trained again: one step is counted, no sample is lost, nothing of the failed try is left. If they are
-    not finite in the higher precision either, precision was not the cause: the run returns to the precision it had,
-    and the step is skipped as `NaNEarlyStop` would.
+    Buffers, metrics, random numbers and gradients are restored to before the batch. With accumulation that is before
+    the first batch of the window. Then the precision is changed, and the batches are trained again. One step is
+    counted, and no sample is lost. If they are not finite in the higher precision either, precision was not the
+    cause. The run then returns to the precision it had, and the step is skipped.
 
-    While training in 16 bits the host reads one number per step. After the change the callback leaves the run to
-    itself, and costs nothing: what is not finite in the higher precision is `NaNEarlyStop`'s.
+    While training in 16 bits the host reads one number per step. After the change the callback does nothing, and
+    costs nothing. Numbers that are not finite in the higher precision are left to `NaNEarlyStop`.
 
     Logged every `log_every_n_steps` steps, and at the change:
 
@@ -66,7 +65,7 @@ class PrecisionFallback(StabilityCallback):
 
     Raises:
         MisconfigurationException: If `to` is neither; at setup, under a strategy or precision plugin whose precision
-            cannot be changed (FSDP, FSDP2, DeepSpeed, one of your own).
+            cannot be changed (FSDP, FSDP2, DeepSpeed, a custom one).
 
     Example:
         >>> from pytorch_lightning import Trainer

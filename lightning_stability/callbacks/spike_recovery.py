@@ -36,20 +36,22 @@ class SpikeRecovery(StabilityCallback):
     """Skips steps that spike, and goes back to an earlier state when that does not help.
 
     A step spikes when its gradient norm or loss is far above what the last steps had. The limits lie on the device,
-    where the step is compared with them: nothing waits. The update of such a step is not applied, as if it were
-    non-finite; `skipped_updates` and the events count it.
+    and the step is compared with them there, so nothing waits. The update of such a step is not applied. The count
+    `skipped_updates` and the events include it.
 
-    After a spike the weights and the optimizer's state are compared with a snapshot. A single number that has left all
-    others of its tensor far behind, as after a flipped bit in memory, is restored, with the event `number_restored`.
+    After a spike the weights and the optimizer's state are compared with a snapshot. A single number that has left
+    all others of its tensor far behind, as after a flipped bit in memory, is restored. The event `number_restored`
+    names it.
 
-    The run goes back when 6 steps in a row spike, when the loss is out of its range in 10 of 16 steps, when weights
-    have become non-finite, or when more than 2 updates in a row were non-finite (or `NaNEarlyStop(patience=...)`, if
-    that is less). Weights, buffers, optimizers, schedulers, loss scaler, metrics of the epoch and tensors of other
-    callbacks become what they were at the newest trusted snapshot: one that 10 healthy steps have followed. Data,
-    `global_step`, loggers and random numbers continue: the batches since are left out, and the event `rewound` names
-    them. After `max_rewinds` times at the same place the run is ended, with the weights of the snapshot.
+    The run goes back when 6 steps in a row spike, or when the loss is out of its range in 10 of 16 steps. It also
+    does when weights have become non-finite, or more than 2 updates in a row were (or as many as the `patience` of
+    `NaNEarlyStop`, if that is less). It goes back to the newest trusted snapshot: one that 10 healthy steps have
+    followed. Weights, buffers, optimizers, schedulers, loss scaler, metrics of the epoch and tensors of other
+    callbacks are restored. Data, `global_step`, loggers and random numbers continue. The batches since are left out,
+    and the event `rewound` names them. After `max_rewinds` times at the same place the run is ended, with the
+    weights of the snapshot.
 
-    Two snapshots are kept in host memory: each is the size of the weights and the optimizer's state.
+    Two snapshots are kept in host memory. Each is the size of the weights and the optimizer's state.
 
     Args:
         sigma: How many standard deviations above the median a gradient norm or a loss is a spike. The standard

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import statistics
 
 import pytest
 
+import lightning_stability
 from tests.docs.blocks import ROOT
 from tests.docs.prose import LONGEST, MEDIAN, house_words, length, sentences
 
@@ -29,6 +32,17 @@ def test_a_page_has_short_sentences(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_says_things_in_the_fields_words(page):
     assert house_words((ROOT / page).read_text()) == []
+
+
+PUBLIC = {name: inspect.getdoc(getattr(lightning_stability, name)) or "" for name in lightning_stability.__all__[:-1]}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_docstring_is_as_readable(name):
+    text = PUBLIC[name]
+    about = re.split(r"^(?:Args|Attributes):$", text, flags=re.MULTILINE)[0]
+    assert [each for each in sentences(about) if length(each) > LONGEST] == []
+    assert house_words(text) == []
 
 
 def test_what_is_no_sentence_is_not_counted():
