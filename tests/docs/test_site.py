@@ -27,6 +27,7 @@ BROKEN = {
 }
 LOOKED_AT = ("index", "docs/start", "docs/design", "docs/api", "benchmarks/index")
 PHONE, DESKTOP = 390, 1280
+LARGEST_PICTURE = 150_000  # bytes
 SEARCH = """new Promise((resolve, reject) => {
   setTimeout(() => reject(new Error("nothing was found")), 20000)
   const query = document.querySelector("input[name=query]")
@@ -107,6 +108,12 @@ def test_each_mermaid_block_is_drawn_and_no_drawing_is_left_over(site):
     html = (site / "docs/design.html").read_text()
     assert html.count('<div class="diagram"><svg') == 2
     assert "mermaid.min.js" not in html
+
+
+def test_pictures_of_pages_are_small():
+    pictures = list((ROOT / "docs/images").rglob("*.png"))
+    assert len(pictures) >= 10
+    assert [path.name for path in pictures if path.stat().st_size > LARGEST_PICTURE] == []
 
 
 @pytest.fixture
