@@ -3,8 +3,9 @@
 usage: python docs/page_screenshots.py NAME PAGE [WIDTH HEIGHT]
        python docs/page_screenshots.py site SITE
 
-NAME is incident_page, run_page or first_report, PAGE the report.html of an incident or what `lightning-stability report`
-wrote. SITE is the folder that `make docs` writes: five of its pages, in light and dark, become docs/images/site.
+NAME is incident_page, run_page or first_report. PAGE is the report.html of an incident, or what
+`lightning-stability report` wrote. SITE is the folder that `make docs` writes: five of its pages, in light and dark,
+become docs/images/site.
 Needs Chromium (Debian: `apt-get install chromium`).
 """
 
