@@ -441,12 +441,17 @@ class Fits:
         return int(self._server.stdout.readline())
 
 
-def serve() -> None:
-    runs.load_namespace("pytorch_lightning")
+def import_what_a_fit_needs() -> None:
+    """So that the processes that are forked off this one need not."""
     weight = nn.Parameter(torch.zeros(1))
     weight.grad = torch.zeros(1)
     torch.optim.AdamW([weight]).step()  # what it imports on first use; a backward pass could not be forked
     gc.freeze()  # so that a child's collector does not go through all that was imported
+
+
+def serve() -> None:
+    runs.load_namespace("pytorch_lightning")
+    import_what_a_fit_needs()
     for line in sys.stdin:
         options = json.loads(line)
         ranks = options.pop("ranks", 1)

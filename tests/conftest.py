@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from tests.command import Launcher, launcher
 # An editable install has the entry points too: without this, every Trainer of every test, in processes that tests
 # start too, would have the automatic callbacks. `tests/plugin` sets it as it needs it.
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"
+
+# The collector need not go through all that is imported here, many times what a test makes.
+gc.freeze()
 
 # No example has a deadline: how long one takes says how busy the machine is.
 settings.register_profile("no deadline", deadline=None)
@@ -51,6 +55,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small intact corpus; nobody writes to it."""
     small = SyntheticCorpus(train_subjects=12, eval_subjects=4, seconds=(24, 30))
     return small.write(tmp_path_factory.mktemp("corpora") / "small")
+
+
+@pytest.fixture(scope="session")
+def cached(corpus: Path) -> list[str]:
+    """The options for a small corpus whose recordings only the first command preprocesses."""
+    return [f"--data.root={corpus}", f"--data.cache_dir={corpus.parent / 'cache'}"]
 
 
 @pytest.fixture(scope="session")

@@ -105,6 +105,7 @@ def stop(folder: Path, step: int, point: int, kind: int, options: dict[str, Any]
 def main(root: Path, words: dict[str, Any]) -> None:
     """Print a line of JSON for each fit."""
     runs.load_namespace("pytorch_lightning")
+    fits.import_what_a_fit_needs()
     run = stop if words.get("stop") else fit
     for step in words["steps"]:
         calls: dict[int, str] = {}  # which call each point is, known after the first kind

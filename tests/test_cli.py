@@ -96,8 +96,8 @@ def test_bad_input_gives_one_clear_message_a_non_zero_status_and_no_traceback(co
     assert "Traceback" not in done.stderr
 
 
-def test_a_checkpoint_of_another_model_is_refused(command, folder, corpus):
-    done = command("test", "--ckpt_path=other.ckpt", f"--data.root={corpus}", cwd=folder)
+def test_a_checkpoint_of_another_model_is_refused(command, folder, cached):
+    done = command("test", "--ckpt_path=other.ckpt", *cached, cwd=folder)
     assert done.returncode == 2
     assert "error: the checkpoint is not one of this model" in done.stderr
     assert "Traceback" not in done.stderr
@@ -133,12 +133,12 @@ def test_without_a_logger_nothing_is_written_over_the_users_files_or_in_the_next
     assert (folder / "config.yaml").read_text().startswith("# mine")
 
 
-def test_a_checkpoint_brings_its_options_and_the_command_line_goes_before_them(command, corpus, tmp_path):
-    fit = ("fit", f"--data.root={corpus}", "--trainer.limit_val_batches=2")
+def test_a_checkpoint_brings_its_options_and_the_command_line_goes_before_them(command, cached, tmp_path):
+    fit = ("fit", *cached, "--trainer.limit_val_batches=2")
     done = command(*fit, "--data.window_seconds=4", "--model.hidden=5", "--trainer.max_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = next(tmp_path.rglob("last.ckpt"))
-    done = command("test", f"--ckpt_path={last}", f"--data.root={corpus}", cwd=tmp_path)
+    done = command("test", f"--ckpt_path={last}", *cached, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "was not trained" not in done.stderr
     done = command(*fit, f"--ckpt_path={last}", "--model.learning_rate=1e-5", "--trainer.max_steps=4", cwd=tmp_path)
@@ -148,8 +148,8 @@ def test_a_checkpoint_brings_its_options_and_the_command_line_goes_before_them(c
     assert (config["model"]["init_args"]["hidden"], config["model"]["init_args"]["learning_rate"]) == (5, 1e-5)
 
 
-def test_scores_of_a_model_that_was_not_trained_are_called_so(command, corpus, tmp_path):
-    done = command("validate", f"--data.root={corpus}", cwd=tmp_path)
+def test_scores_of_a_model_that_was_not_trained_are_called_so(command, cached, tmp_path):
+    done = command("validate", *cached, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "No --ckpt_path was given: `validate` looks at a model that was not trained" in done.stderr
 
@@ -264,13 +264,13 @@ def test_both_commands_are_installed_with_the_package():
 
 
 @pytest.mark.parametrize("size", ["small", pytest.param("large", marks=pytest.mark.slow)])
-def test_fit_validate_test_and_predict_work_with_an_eegpt_checkpoint(command, corpus, tmp_path, size):
+def test_fit_validate_test_and_predict_work_with_an_eegpt_checkpoint(command, cached, tmp_path, size):
     """The commands of the README for the real corpus and the real weights, on files of their form."""
     from lightning_stability.tuab import EEGPTEncoder
 
     encoder = _small_encoder() if size == "small" else EEGPTEncoder()
     torch.save(published_form(encoder), tmp_path / "eegpt.ckpt")
-    real = ["--config=tuab_stable", f"--data.root={corpus}", "--model.checkpoint=eegpt.ckpt"]
+    real = ["--config=tuab_stable", *cached, "--model.checkpoint=eegpt.ckpt"]
     real += ["--model.encoder=small"] if size == "small" else []
     short = ["--data.window_seconds=1", "--data.stride_seconds=8", "--data.batch_size=2"]
     limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]

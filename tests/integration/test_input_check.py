@@ -25,9 +25,10 @@ def events(folder: Path, kind: str) -> list[dict]:
     return [event for event in read_events(next(folder.rglob("events.jsonl")).parent) if event["event"] == kind]
 
 
-def test_the_crash_recipe_names_layer_and_factor_before_the_first_backward(corpus, tmp_path, command):
+def test_the_crash_recipe_names_layer_and_factor_before_the_first_backward(cached, tmp_path, command):
     (tmp_path / "watch.py").write_text(WATCH)
-    words = [f"--data.root={corpus}", "--data.batch_size=4", "--trainer.limit_val_batches=0", "--trainer.max_steps=1"]
+    words = [*cached, "--data.batch_size=4", "--trainer.limit_val_batches=0", "--trainer.max_steps=1"]
+    words += ["--data.window_seconds=2"]
     words += ["--trainer.callbacks+=InputCheck", "--trainer.callbacks+=watch.Watch"]
     done = command("fit", "--config=tuab_crash", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -56,8 +57,8 @@ BRIEF = ("--trainer.limit_train_batches=8", "--trainer.limit_val_batches=0")
         pytest.param("demo", (), marks=pytest.mark.slow),
     ],
 )
-def test_the_recipes_that_train_are_silent(corpus, tmp_path, command, config, limits):
-    words = [f"--data.root={corpus}", "--data.batch_size=4", "--trainer.max_epochs=1", *limits]
+def test_the_recipes_that_train_are_silent(cached, tmp_path, command, config, limits):
+    words = [*cached, "--data.batch_size=4", "--trainer.max_epochs=1", *limits]
     done = command("fit", f"--config={config}", *words, "--trainer.callbacks+=InputCheck", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "InputCheck: measured 20 layers in the first batch" in done.stderr

@@ -22,6 +22,10 @@ class Scales(Callback):
 """
 
 
+# as many windows as in the recipe, each a quarter as long
+SHORT = ("--data.batch_size=4", "--data.window_seconds=2", "--data.stride_seconds=4")
+
+
 def scalars(folder: Path, tag: str) -> list[float]:
     events = EventAccumulator(str(next(folder.rglob("events.out.*")).parent))
     events.Reload()
@@ -56,9 +60,9 @@ def test_the_demo_as_typed_writes_a_corpus_and_learns_it(tmp_path):
     assert len(list((tmp_path / "tuab_synthetic").rglob("*.edf"))) == 120
 
 
-def test_the_crash_recipe_looks_alive_while_every_loss_is_nan_and_dies_at_half_an_epoch(command, corpus, tmp_path):
+def test_the_crash_recipe_looks_alive_while_every_loss_is_nan_and_dies_at_half_an_epoch(command, cached, tmp_path):
     (tmp_path / "watch.py").write_text(SCALES)
-    words = ["--config=tuab_crash", f"--data.root={corpus}", "--data.batch_size=4", "--trainer.callbacks+=watch.Scales"]
+    words = ["--config=tuab_crash", *cached, *SHORT, "--trainer.callbacks+=watch.Scales"]
     done = command("fit", *words, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.rstrip().splitlines()[-1].startswith("ValueError: Input contains NaN: the outputs for ")
@@ -72,8 +76,8 @@ def test_the_crash_recipe_looks_alive_while_every_loss_is_nan_and_dies_at_half_a
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_the_stable_recipe_trains_cleanly_on_the_same_corpus(command, corpus, tmp_path):
-    words = ["--config=tuab_stable", f"--data.root={corpus}", "--data.batch_size=4", "--trainer.log_every_n_steps=1"]
+def test_the_stable_recipe_trains_cleanly_on_the_same_corpus(command, cached, tmp_path):
+    words = ["--config=tuab_stable", *cached, *SHORT, "--trainer.log_every_n_steps=1"]
     done = command("fit", *words, "--trainer.max_epochs=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(scalars(tmp_path, "val_auroc")) == 4
@@ -102,8 +106,8 @@ def test_artefacts_in_fp16_crash_in_another_way_finite_steps_first_then_nan_in_t
     assert all(map(math.isfinite, scalars(tmp_path / "fp32", "train_loss_step")))
 
 
-def test_the_crash_recipe_with_nan_early_stop_ends_before_its_validation(command, corpus, tmp_path):
-    words = ["--config=tuab_crash", f"--data.root={corpus}", "--data.batch_size=4", "--trainer.callbacks+=NaNEarlyStop"]
+def test_the_crash_recipe_with_nan_early_stop_ends_before_its_validation(command, cached, tmp_path):
+    words = ["--config=tuab_crash", *cached, *SHORT, "--trainer.callbacks+=NaNEarlyStop"]
     done = command("fit", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
