@@ -121,8 +121,8 @@ def why_nothing_is_checked(batch: Any) -> str | None:
     listed = [f"`{name}` is {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in tensors[:LISTED]]
     return (
         f"the first batch holds no floating tensor ({', '.join(listed) or 'nor any other'}), so that nothing is looked"
-        " at. Images of uint8 and the like are looked at if the dataset makes them floats or, but for 16-true, the"
-        " module's `on_after_batch_transfer` does."
+        " at. Images of uint8 and the like are looked at if the dataset makes them floats, or if the module's"
+        " `on_after_batch_transfer` does (not in 16-true)."
     )
 
 

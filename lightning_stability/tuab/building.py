@@ -121,7 +121,7 @@ def _build(
     index = writer.index
     missing = [recording for recording in recordings if recording.path not in index.files]
     if index.files:
-        rank_zero_info(f"{len(index.files)} of {len(recordings)} recordings in {folder} are finished: going on.")
+        rank_zero_info(f"{len(index.files)} of {len(recordings)} recordings in {folder} are finished: continuing.")
     size = sum(stamps[recording.path][0] for recording in missing)
     processes = min(processes or suitable_processes(size), max(1, len(missing)))
     bar = tqdm(total=len(recordings), initial=len(index.files), desc="Preprocessing recordings", unit="recording")
