@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import settings
+import torch
+from hypothesis import HealthCheck, settings
 
 from lightning_stability.tuab import SyntheticCorpus
 from tests import checkpoint_fit as fits
@@ -24,9 +27,9 @@ os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"
 # The collector need not go through all that is imported here, many times what a test makes.
 gc.freeze()
 
-# No example has a deadline: how long one takes says how busy the machine is.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+# No example has a deadline, and none is too slow: how long one takes says how busy the machine is.
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
 
 collect_ignore = [
     "distributed_fit.py",
@@ -36,6 +39,15 @@ collect_ignore = [
     "distributed_incident.py",
     "faulty_fit.py",
 ]  # scripts that tests start
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """A test begins with the same random state whichever ran before it; slow ones may draw moments of their own."""
+    torch.default_generator.manual_seed(0)
+    np.random.seed(0)
+    if request.node.get_closest_marker("slow") is None:
+        random.seed(0)
 
 
 @pytest.fixture(params=runs.NAMESPACES)

@@ -145,7 +145,9 @@ def whole(damaged_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_wherever_a_kill_cut_the_files_the_build_goes_on_and_reads_only_what_is_missing(
     damaged_corpus: Path,
