@@ -92,7 +92,13 @@ class EventLog:
 
 
 class Events(Iterator[dict[str, Any]]):
-    """A run's events, oldest first."""
+    """A run's events, oldest first.
+
+    Example:
+        >>> import tempfile
+        >>> list(read_events(tempfile.mkdtemp()))
+        []
+    """
 
     def __init__(self, events: list[dict[str, Any]], unreadable: int) -> None:
         self._events = iter(events)
@@ -113,6 +119,13 @@ def read_events(folder: str | os.PathLike[str]) -> Events:
 
     Returns:
         One dict per event, and in `unreadable` the number of lines that were passed over.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> EventLog(folder).write("update_skipped", step=3, epoch=0, why="the loss was nan")
+        >>> [(event["step"], event["why"]) for event in read_events(folder)]
+        [(3, 'the loss was nan')]
     """
     events, unreadable = [], 0
     for name in (PREVIOUS_FILE_NAME, FILE_NAME):

@@ -200,7 +200,15 @@ class SessionMember:
 
 
 class StabilityCallback(SessionMember, Callback):
-    """A callback that is a policy of its Trainer's session while `fit` runs."""
+    """A Lightning callback that is shown each optimizer step as one record, while `fit` runs.
+
+    Example:
+        >>> class Norms(StabilityCallback):
+        ...     def on_record(self, record):
+        ...         print(record.step, record.total_norm, record.outcome)
+        >>> Norms().order.name, Norms().guards
+        ('OBSERVE', False)
+    """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the Trainer's session."""

@@ -27,6 +27,11 @@ class NonFiniteError(DeliberateError, RuntimeError):
         step: Optimizer steps completed before the bad one (`trainer.global_step`).
         epoch: The epoch.
         batch_idx: The batch in that epoch; -1 for a metric.
+
+    Example:
+        >>> error = NonFiniteError("the loss was nan", what="loss", step=12, epoch=0, batch_idx=12)
+        >>> str(error), error.what, error.step
+        ('the loss was nan', 'loss', 12)
     """
 
     def __init__(self, message: str, what: str = "", step: int = -1, epoch: int = -1, batch_idx: int = -1) -> None:

@@ -40,6 +40,11 @@ class InputError(RuntimeError):
         batch_idx: The batch in that epoch.
         rank: The global rank whose batch it is.
         sample: Position in the batch of the worst sample; -1 if no single one is at fault.
+
+    Example:
+        >>> error = InputError("`batch[0]` holds NaN", reason="nonfinite", tensor="batch[0]", batch_idx=3, sample=1)
+        >>> error.tensor, error.sample
+        ('batch[0]', 1)
     """
 
     def __init__(

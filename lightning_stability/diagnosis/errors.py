@@ -13,7 +13,16 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate mem
 
 
 class DiagnosisError(Exception):
-    """A step cannot be diagnosed; the message says why and what to do."""
+    """A step cannot be diagnosed; the message says why and what to do.
+
+    Example:
+        >>> from lightning_stability.diagnosis import read_incident
+        >>> try:
+        ...     read_incident("no_such_folder")
+        ... except DiagnosisError as error:
+        ...     print(str(error).split(":")[0])
+        no_such_folder is no incident folder
+    """
 
 
 class OutOfTimeError(DiagnosisError):

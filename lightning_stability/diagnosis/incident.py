@@ -56,6 +56,16 @@ class Incident:
         state: What `capture_state` gave; None if it was not kept.
         random_states: One for each batch.
         history: The steps before, oldest first.
+
+    Example:
+        >>> import tempfile
+        >>> module = torch.nn.Linear(1, 1)
+        >>> step = RecordedStep(module, batches=[torch.ones(2, 1)], random_states=[RandomState.capture()])
+        >>> folder = Path(tempfile.mkdtemp()) / "1-step0"
+        >>> _ = write_incident(folder, step, history=[{"step": 0, "loss": 1.5}])
+        >>> incident = read_incident(folder)
+        >>> incident.about["failed"], incident.history
+        ('loss', [{'step': 0, 'loss': 1.5}])
     """
 
     folder: Path
@@ -92,6 +102,13 @@ def write_incident(
 
     Raises:
         OSError: If nothing could be written, or there is such a folder already.
+
+    Example:
+        >>> import tempfile
+        >>> module = torch.nn.Linear(1, 1)
+        >>> step = RecordedStep(module, batches=[torch.ones(2, 1)], random_states=[RandomState.capture()])
+        >>> write_incident(Path(tempfile.mkdtemp()) / "1-step0", step)
+        {}
     """
     left_out: dict[str, str] = {}
 
@@ -114,6 +131,16 @@ def read_incident(folder: str | os.PathLike[str]) -> Incident:
 
     Raises:
         DiagnosisError: If it is none, or not as it was written.
+
+    Example:
+        >>> import tempfile
+        >>> module = torch.nn.Linear(1, 1)
+        >>> step = RecordedStep(module, batches=[torch.ones(2, 1)], random_states=[RandomState.capture()])
+        >>> folder = Path(tempfile.mkdtemp()) / "1-step0"
+        >>> _ = write_incident(folder, step)
+        >>> read_incident(folder).batches
+        [tensor([[1.],
+                [1.]])]
     """
     folder = Path(folder)
     about = _read_about(folder)

@@ -77,6 +77,22 @@ class Origin:
         names: The name of each input that is a parameter, a buffer or an entry of the batch.
         written: Whether it is a parameter that the step itself wrote it into, outside of the optimizer, as a hook does.
         makers: The name of the operation that made each input; `"count"` for whole numbers.
+
+    Example:
+        >>> import torch
+        >>> from pytorch_lightning import LightningModule
+        >>> from lightning_stability.diagnosis import RecordedStep, find_origin
+        >>> from lightning_stability.recovery.random_state import RandomState
+        >>> class Model(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(1, 1)
+        ...     def training_step(self, batch, batch_idx):
+        ...         return self.layer(batch).sum() / batch.min()
+        >>> batch = torch.tensor([[1.0], [0.0]])
+        >>> origin = find_origin(RecordedStep(Model(), [batch], [RandomState.capture()]))
+        >>> origin.phase, origin.op, origin.module, origin.failed
+        ('forward', 'div', '', 'loss')
     """
 
     phase: Phase

@@ -30,6 +30,21 @@ def find_origin(step: RecordedStep, budget_seconds: float = math.inf) -> Origin 
 
     Raises:
         DiagnosisError: If the step cannot be run again, or not in time; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from pytorch_lightning import LightningModule
+        >>> from lightning_stability.recovery.random_state import RandomState
+        >>> class Model(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(1, 1)
+        ...     def training_step(self, batch, batch_idx):
+        ...         return self.layer(batch.log()).sum()
+        >>> step = RecordedStep(Model(), batches=[torch.zeros(1, 1)], random_states=[RandomState.capture()])
+        >>> origin = find_origin(step)
+        >>> origin.phase, origin.op, origin.tensor
+        ('forward', 'log', 'batch')
     """
     return trace_step(step, budget_seconds)[0]
 

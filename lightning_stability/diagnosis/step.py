@@ -49,6 +49,12 @@ class RecordedStep:
         schedulers: The optimizer of each of the Trainer's schedulers, by its index.
         validation_loader: Of a step of the validation, the index of its data loader; None for a training step.
         extra_state: What `state.pt` shall hold besides, for the reader: a replay does not need it.
+
+    Example:
+        >>> module = torch.nn.Linear(1, 1)
+        >>> step = RecordedStep(module, batches=[torch.ones(2, 1)], random_states=[RandomState.capture()])
+        >>> step.batch_indices, step.precision, step.failed
+        ([0], '32-true', 'loss')
     """
 
     module: nn.Module
@@ -116,6 +122,14 @@ def restore_state(state: State, module: nn.Module, optimizers: Iterable[Optimize
 
     Raises:
         ValueError: If the module has other parameters or other shapes.
+
+    Example:
+        >>> module = torch.nn.Linear(1, 1)
+        >>> state = capture_state(module)
+        >>> _ = module.bias.data.fill_(7.0)
+        >>> restore_state(state, module)
+        >>> module.bias.item() == 7.0
+        False
     """
     parameters = dict(module.named_parameters())
     if set(parameters) != set(state["parameters"]):

@@ -50,7 +50,7 @@ class StepRecord:
         not_restored: Those that are non-finite, and of which there is no copy.
         batch_idx: The batch, counted in its epoch: the first whose loss is not finite, else the step's last.
         batch_number: The same batch, counted over the whole run, from 1.
-        nonfinite_buffer: A buffer that the forward pass made non-finite; it has been given back.
+        nonfinite_buffer: A buffer that the forward pass made non-finite; it has been restored.
         bad_loss_ranks: The ranks whose loss was not finite.
         culprit: The parameter whose gradient went bad first, if it is known: the last one in forward order, for
             what is behind it was finite.
