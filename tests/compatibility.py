@@ -462,7 +462,7 @@ def make_module(pl: Any, case: Case) -> Any:
 
 
 def _shard(module: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
+    from tests.sharding import fully_shard
 
     fully_shard(module.net, mesh=module.device_mesh["data_parallel"])
 

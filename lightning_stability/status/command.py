@@ -6,8 +6,11 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
+from lightning_stability.status.live import is_live, live_view
 from lightning_stability.status.report import Report, look
 from lightning_stability.status.run import NoRunError, Run, find_run
 
@@ -27,7 +30,12 @@ def show_status(words: list[str]) -> int:
         " was ended by NaNEarlyStop, 2 if there is no run, and 0 otherwise.",
     )
     parser.add_argument("folder", type=Path, help="a run's log folder, such as lightning_logs/version_0, or one above")
-    parser.add_argument("--watch", action="store_true", help="look again every two seconds, until the run has ended")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="look again every two seconds, until the run has ended or Ctrl-C; on a terminal it is drawn in its place,"
+        " with colours and curves where `rich` is installed",
+    )
     given = parser.parse_args(words[1:])
     try:
         report = _follow(given.folder, given.watch)
@@ -44,19 +52,29 @@ def _follow(folder: Path, watch: bool) -> Report | None:
     """Say it, again and again if asked for; None if Ctrl-C came before the first time."""
     report = None
     try:
-        report = _show(folder)
-        while watch and report.state in ("running", "unknown"):
-            time.sleep(_SECONDS)
-            report = _show(folder, before=report)
+        with live_view() if watch and is_live() else nullcontext(_printer()) as show:
+            while report is None or (watch and report.state in ("running", "unknown")):
+                if report is not None:
+                    time.sleep(_SECONDS)
+                run = Run(find_run(folder))  # the newest one: it may have been started again
+                report = look(run)
+                show(run, report)
     except KeyboardInterrupt:
         print()
     return report
 
 
-def _show(folder: Path, before: Report | None = None) -> Report:
-    report = look(Run(find_run(folder)))  # the newest one: it may have been started again
-    if sys.stdout.isatty():
-        print((_CLEAR if before else "") + str(report), flush=True)
-    elif before is None or (report.step, report.state) != (before.step, before.state):
-        print(("\n" if before else "") + str(report), flush=True)
-    return report
+def _printer() -> Callable[[Run, Report], None]:
+    """Prints a report where it says something new; on a terminal each time, in place of the one before."""
+    before: Report | None = None
+    redraws = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+    def show(_: Run, report: Report) -> None:
+        nonlocal before
+        if redraws:
+            print((_CLEAR if before else "") + str(report), flush=True)
+        elif before is None or (report.step, report.state) != (before.step, before.state):
+            print(("\n" if before else "") + str(report), flush=True)
+        before = report
+
+    return show

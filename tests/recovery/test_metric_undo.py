@@ -1,5 +1,6 @@
 """What a bad batch gave to metrics is taken back; the device's way and the host's way agree."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests import runs
 class Metered(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.mean = MeanMetric(nan_strategy="disable")
+        self.mean = MeanMetric(nan_strategy=math.nan)
         self.several = MetricCollection([BinaryPrecision(), BinaryRecall(), BinaryAUROC()])
 
 
@@ -63,7 +64,7 @@ def fit_logging(log: Callable[[Any, Tensor, int], None], bad: set[int], **option
         def __init__(self) -> None:
             super().__init__()
             self.net = nn.Linear(8, 1)
-            self.mean, self.largest = MeanMetric(nan_strategy="disable"), MaxMetric(nan_strategy="disable")
+            self.mean, self.largest = MeanMetric(nan_strategy=math.nan), MaxMetric(nan_strategy=math.nan)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = self.net(batch[0] * (torch.nan if batch_idx in bad else 1.0)).pow(2).mean()
@@ -124,7 +125,7 @@ def test_what_a_batch_logged_tells_whether_it_was_bad(how: str, value: float) ->
 
     def log(module: Any, loss: Tensor, batch_idx: int) -> None:
         if batch_idx == 0:
-            module.scores = CatMetric(nan_strategy="disable")
+            module.scores = CatMetric(nan_strategy=math.nan)
             module.undo = MetricUndo(module, lambda: module.trainer.fit_loop.epoch_loop._results)
         module.undo.remember()
         assert module.undo.nonfinite() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from lightning_stability.events import FILE_NAME, read_events
 from lightning_stability.status import Run, look
+from lightning_stability.status.live import live_view
 from lightning_stability.status.page import page_of
 from tests.status.test_docs import COMMON, documented
 
@@ -69,7 +72,10 @@ def show(lines: list[Any]) -> None:
         (Path(folder) / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
         told = read_events(folder)
         assert len(list(told)) + told.unreadable == len(lines)
-        report = look(Run(Path(folder)))
+        run = Run(Path(folder))
+        report = look(run)
+        with live_view(Console(file=io.StringIO(), force_terminal=True, width=200)) as show_live:
+            show_live(run, report)
         text = str(report)
         assert text.replace("\n", "").isprintable()
         assert text.count("\n") == len(report.lines) - 1
@@ -78,7 +84,7 @@ def show(lines: list[Any]) -> None:
 
 @settings(max_examples=150)
 @given(st.lists(events() | ANY, max_size=6))
-def test_status_says_what_it_can_of_any_events(lines: list[Any]) -> None:
+def test_status_and_its_live_view_say_what_they_can_of_any_events(lines: list[Any]) -> None:
     show(lines)
 
 

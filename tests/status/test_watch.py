@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,27 +26,36 @@ from tests.command import ROOT, Launcher, run_python
 from tests.status.test_runs import WORDS, start
 
 STATUS = (sys.executable, "-m", "lightning_stability", "status")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 CLEAR = "\033[H\033[2J"
 HANGS = 300.0
 """Seconds after which a process is given up."""
 
 
 class Terminal:
-    """`status` in a terminal of its own, of which Ctrl-C can be pressed."""
+    """`status` in a terminal of its own, 40 rows of 200 columns, of which Ctrl-C can be pressed.
 
-    def __init__(self, *words: str) -> None:
+    `shown` is all that came, and `text` the same without what moves the cursor or colours.
+    """
+
+    def __init__(self, *words: str, command: Sequence[str] = STATUS, **variables: str) -> None:
         self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
         self._process = subprocess.Popen(
-            [*STATUS, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT, start_new_session=True,
+            [*command, *words], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env={**ENVIRONMENT, "TERM": "xterm-256color", **variables},
             preexec_fn=lambda: _take_as_terminal(theirs),
         )  # fmt: skip
         os.close(theirs)
         self.shown = ""
 
+    @property
+    def text(self) -> str:
+        return re.sub(r" +$", "", re.sub(r"\033\[[0-9;?]*[A-Za-z]|\r", "", self.shown), flags=re.MULTILINE)
+
     def wait_for(self, pattern: str, seconds: float = HANGS) -> str:
         end = time.monotonic() + seconds
-        while not (found := re.search(pattern, self.shown, re.DOTALL)):
+        while not (found := re.search(pattern, self.text, re.DOTALL)):
             assert time.monotonic() < end, self.shown
             self._read(0.1)
         return found[0]
@@ -107,12 +120,12 @@ def test_the_watch_follows_a_run_on_a_terminal_until_ctrl_c_and_elsewhere_in_pla
             out += read
         terminal.wait_for("step 9 of 32")
         (tmp_path / "go-9").touch()
-        terminal.wait_for(re.escape(CLEAR) + ".*step 20 of 32.*last written")
+        terminal.wait_for("step 20 of 32.*last written")
         assert fit.is_alive()
         terminal.press_ctrl_c()
         assert terminal.end() == 0
-        assert "Traceback" not in terminal.shown
-        assert terminal.shown.endswith("\n")
+        assert "Traceback" not in terminal.text
+        assert terminal.text.endswith("\n")
 
         (tmp_path / "go-20").touch()
         rest, err = piped.communicate(timeout=HANGS)
@@ -144,7 +157,7 @@ def test_the_watch_goes_over_to_a_new_version_and_passes_half_a_line_over(tmp_pa
         with (tmp_path / "version_1" / FILE_NAME).open("a") as file:
             file.write(line[:30])
             file.flush()
-            terminal.wait_for(f"({re.escape(CLEAR)}.*?incidents +0\n.*?){{2}}")
+            terminal.wait_for(r"(version_1\n.*?incidents +0\n.*?){3}")
             file.write(line[30:])
         terminal.wait_for(r"incidents +1\n.*step 7  something_bad")
         start(tmp_path / "version_2", pid=os.getpid())
@@ -154,6 +167,59 @@ def test_the_watch_goes_over_to_a_new_version_and_passes_half_a_line_over(tmp_pa
         )
         assert terminal.end() == 1
         assert "failed: ValueError: on purpose" in terminal.shown
+    finally:
+        terminal.close()
+
+
+WITHOUT_RICH = "import sys; sys.modules['rich'] = None; sys.argv[0] = 'lightning-stability'"
+WITHOUT_RICH += "; from lightning_stability.__main__ import main; sys.exit(main())"
+HIDE, SHOW, UP = "\033[?25l", "\033[?25h", "\033[1A"
+
+
+def write_progress(folder: Path, step: int, loss: float) -> None:
+    EventLog(folder).write("progress", step, 0, batch_idx=step, batches=100, loss=loss, grad_norm=1.0)
+
+
+def test_the_live_view_draws_over_itself_and_leaves_the_terminal_as_it_was(tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    start(tmp_path, pid=os.getpid())
+    write_progress(tmp_path, 1, 1.0)
+    terminal = Terminal(str(tmp_path), "--watch")
+    try:
+        terminal.wait_for("running: process.*loss +1 .*last written")
+        write_progress(tmp_path, 2, 8.0)
+        write_progress(tmp_path, 3, float("nan"))
+        terminal.wait_for("loss +nan .*last written.*loss +▁█x")
+        assert CLEAR not in terminal.shown
+        assert terminal.shown.count(UP) > 10, "it goes up to where the view begins"
+        terminal.press_ctrl_c()
+        assert terminal.end() == 0
+        assert "Traceback" not in terminal.text
+        assert terminal.shown.count(HIDE) == terminal.shown.count(SHOW) == 1
+        assert terminal.shown.rindex(HIDE) < terminal.shown.rindex(SHOW)
+        assert terminal.text.endswith("\n")
+    finally:
+        terminal.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "draws"),
+    [((sys.executable, "-c", WITHOUT_RICH, "status"), {}, True), (STATUS, {"TERM": "dumb"}, False)],
+    ids=["without rich", "on a dumb terminal"],
+)
+def test_where_it_cannot_be_live_the_same_lines_are_printed(
+    tmp_path: Path, command: Sequence[str], variables: dict[str, str], draws: bool
+) -> None:
+    start(tmp_path, pid=os.getpid())
+    terminal = Terminal(str(tmp_path), "--watch", command=command, **variables)
+    try:
+        terminal.wait_for("running: process.*last written")
+        write_progress(tmp_path, 7, 1.0)
+        terminal.wait_for("step 7 .*last written")
+        assert (CLEAR in terminal.shown) == draws
+        assert ("\033" in terminal.shown) == draws
+        terminal.press_ctrl_c()
+        assert terminal.end() == 0
     finally:
         terminal.close()
 
