@@ -25,28 +25,43 @@ LAST_GOOD = "last_good"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What is known of one checkpoint."""
+    """What is known of one checkpoint: what `list_checkpoints` returns.
+
+    Attributes:
+        path: The file, or the folder that several ranks have written.
+        bytes: Its size.
+        saved: When, in seconds since 1970.
+        complete: Whether it loads, with `weights_only=True`, and has the form of a checkpoint.
+        finite: Whether weights, buffers and optimizer state are finite; None if nobody looked.
+        step: Optimizer steps taken before it was saved; None if the file does not say.
+        epochs: Epochs trained.
+        metrics: The newest metrics, as they were then.
+        problem: What is wrong with it.
+        run: The run that wrote it, the same after each resume; empty in files that do not say.
+        start: How often that run had been started.
+        verified: Whether all of it was read; otherwise `finite` is what the run found before it wrote the file.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "cut_short.ckpt").write_bytes(b"PK")
+        >>> [info] = list_checkpoints(folder)
+        >>> info.path.name, info.complete
+        ('cut_short.ckpt', False)
+    """
 
     path: Path
     bytes: int
     saved: float
-    """When, in seconds since 1970."""
     complete: bool
-    """Whether it loads, with `weights_only=True`, and has the form of a checkpoint."""
     finite: bool | None = None
-    """Whether weights, buffers and optimizer state are finite; None if nobody looked."""
     step: int | None = None
     epochs: float | None = None
-    """Epochs trained."""
     metrics: dict[str, float] = field(default_factory=dict)
     problem: str = ""
-    """What is wrong with it."""
     run: str = ""
-    """The run that wrote it, the same after each resume; empty in files that do not say."""
     start: int = 0
-    """How often that run had been started."""
     verified: bool = False
-    """Whether all of it was read; otherwise `finite` is what the run found before it wrote the file."""
 
     @property
     def is_good(self) -> bool:

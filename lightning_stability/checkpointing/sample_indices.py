@@ -37,7 +37,8 @@ class SampleIndices(LoaderListener):
 
         None if they are not known, and where a `collate_fn` of the user's makes the batch of them: it may sort it.
         """
-        asked = self._asked.get(iterator) if iterator is not None else None
+        # (a list's iterator, or a tuple's, cannot be referred to weakly; nor has it a sampler)
+        asked = self._asked.get(iterator) if type(iterator).__weakrefoffset__ else None
         if asked is None or not asked.indices:
             return None
         batch = asked.indices.popleft()

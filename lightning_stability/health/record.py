@@ -58,6 +58,12 @@ class StepRecord:
         largest_norm: Above it the sum of squares overflows: in fp32, or in float64 where all gradients are.
         weight_norms: The L2 norm of each parameter before the update, if a policy asked for it.
         update_norms: The L2 norm of each parameter's change, if a policy asked for it.
+
+    Example:
+        >>> import numpy as np
+        >>> record = StepRecord(3, 3, 0, 0, 1, ("weight", "bias"), np.array([3.0, 4.0]), loss=0.5)
+        >>> record.total_norm, record.outcome
+        (5.0, 'applied')
     """
 
     step: int

@@ -9,7 +9,12 @@ from lightning_stability.health import StepRecord
 
 
 class Order(enum.IntEnum):
-    """When a policy is shown a record, whatever its place in `Trainer(callbacks=[...])`."""
+    """When a policy is shown a record, whatever its place in `Trainer(callbacks=[...])`.
+
+    Example:
+        >>> sorted([Order.OBSERVE, Order.STOP, Order.RETRY])
+        [<Order.RETRY: 0>, <Order.STOP: 3>, <Order.OBSERVE: 4>]
+    """
 
     RETRY = 0
     """May train the batches again; then all others see the record of the new try."""

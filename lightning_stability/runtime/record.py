@@ -23,7 +23,12 @@ SPIKE = "spike"
 
 
 class Outcome(str, enum.Enum):
-    """What became of a step's update."""
+    """What became of a step's update: `record.outcome`, which is text.
+
+    Example:
+        >>> Outcome.APPLIED == "applied", [outcome.value for outcome in Outcome]
+        (True, ['applied', 'ordinary_skip', 'bad', 'rejected', 'held', 'no_loss', 'spike'])
+    """
 
     APPLIED = "applied"
     ORDINARY_SKIP = "ordinary_skip"

@@ -64,6 +64,15 @@ def build_cache(
         MisconfigurationException: If no recording could be read, ``folder`` cannot be written to, or it holds a cache
             of other settings or of files that have changed since.
         RuntimeError: If a process that preprocesses was killed.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_stability.tuab import SyntheticCorpus, WindowCache, build_cache, find_recordings
+        >>> corpus = SyntheticCorpus(train_subjects=2, eval_subjects=1, seconds=(20, 20))
+        >>> root = corpus.write(tempfile.mkdtemp())
+        >>> build_cache(root, find_recordings(root), root / "cache", processes=1)
+        >>> len(WindowCache(root / "cache").recordings)
+        3
     """
     root, folder = Path(root), Path(folder)
     stamps = file_stamps(root, recordings)

@@ -37,6 +37,15 @@ class WindowCache:
 
     Raises:
         MisconfigurationException: If the folder holds no complete cache, or one of other settings.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_stability.tuab import SyntheticCorpus, build_cache, find_recordings
+        >>> corpus = SyntheticCorpus(train_subjects=2, eval_subjects=1, seconds=(20, 20))
+        >>> root = corpus.write(tempfile.mkdtemp())
+        >>> build_cache(root, find_recordings(root), root / "cache", processes=1)
+        >>> [recording.label for recording in WindowCache(root / "cache").recordings]
+        [0, 1, 0]
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -113,6 +122,16 @@ class WindowDataset(Dataset[dict[str, torch.Tensor]]):
         indices: Which of ``cache.recordings`` to use.
         window_seconds: Length of a window.
         stride_seconds: Distance from one window's start to the next one's.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_stability.tuab import SyntheticCorpus, build_cache, find_recordings
+        >>> corpus = SyntheticCorpus(train_subjects=2, eval_subjects=1, seconds=(20, 20))
+        >>> root = corpus.write(tempfile.mkdtemp())
+        >>> build_cache(root, find_recordings(root), root / "cache", processes=1)
+        >>> windows = WindowDataset(WindowCache(root / "cache"), indices=[0], window_seconds=8, stride_seconds=4)
+        >>> len(windows), windows[0]["eeg"].shape
+        (4, torch.Size([19, 2048]))
     """
 
     def __init__(

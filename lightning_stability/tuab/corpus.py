@@ -42,6 +42,11 @@ class Recording:
         subject: The text before the file name's first underscore.
         label: Index into :data:`CLASSES`.
         official_split: The folder that it lies in, ``"train"`` or ``"eval"``.
+
+    Example:
+        >>> recording = Recording("edf/eval/normal/01_tcp_ar/aaaa_s001_t000.edf", "aaaa", 0, "eval")
+        >>> recording.subject, CLASSES[recording.label]
+        ('aaaa', 'normal')
     """
 
     path: str
@@ -64,6 +69,14 @@ def find_recordings(root: str | Path) -> list[Recording]:
     Raises:
         MisconfigurationException: If there is no such folder, it does not have TUAB's layout, or a folder in it cannot
             be listed.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_stability.tuab import SyntheticCorpus, find_recordings
+        >>> corpus = SyntheticCorpus(train_subjects=2, eval_subjects=1, seconds=(20, 20))
+        >>> root = corpus.write(tempfile.mkdtemp())
+        >>> [(recording.official_split, recording.label) for recording in find_recordings(root)]
+        [('train', 0), ('train', 1), ('eval', 0)]
     """
     root = Path(root)
     if not root.is_dir():
@@ -118,6 +131,12 @@ def split_by_subject(recordings: Sequence[Recording], val_fraction: float, seed:
         recordings: All recordings of the corpus.
         val_fraction: Part of the train set's subjects that goes to validation, above 0 and below 1.
         seed: Of the division; it does not depend on the order of ``recordings``.
+
+    Example:
+        >>> recordings = [Recording(f"{n}.edf", f"subject {n}", n % 2, "train") for n in range(8)]
+        >>> splits = split_by_subject(recordings, val_fraction=0.25, seed=0)
+        >>> {name: len(split) for name, split in splits.items()}
+        {'train': 6, 'val': 2, 'test': 0}
     """
     test = [r for r in recordings if r.official_split == "eval"]
     rest = [r for r in recordings if r.official_split == "train"]
@@ -158,6 +177,14 @@ def read_recording(path: str | Path) -> npt.NDArray[np.float32]:
     Raises:
         ValueError: If the file cannot be read, is cut short, lacks a channel, is sampled too slowly, is too short for
             the filter or holds no signal.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_stability.tuab import SyntheticCorpus, find_recordings, read_recording
+        >>> corpus = SyntheticCorpus(train_subjects=2, eval_subjects=1, seconds=(20, 20))
+        >>> root = corpus.write(tempfile.mkdtemp())
+        >>> read_recording(root / find_recordings(root)[0].path).shape  # 20 seconds
+        (19, 5120)
     """
     raw = _open_recording(Path(path))
     try:

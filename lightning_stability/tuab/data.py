@@ -55,8 +55,15 @@ class TUABDataModule(pl.LightningDataModule):
 
     Example::
 
-        >>> from lightning_stability.tuab import EEGPTProbe, TUABDataModule
-        >>> trainer.fit(EEGPTProbe(), TUABDataModule(root="/data/tuab"))  # doctest: +SKIP
+        >>> import tempfile
+        >>> from lightning_stability.tuab import SyntheticCorpus, TUABDataModule
+        >>> corpus = SyntheticCorpus(train_subjects=4, eval_subjects=2, seconds=(20, 20))
+        >>> root = corpus.write(tempfile.mkdtemp())
+        >>> data = TUABDataModule(root=str(root), cache_dir=f"{root}/cache", batch_size=2, val_fraction=0.5)
+        >>> data.prepare_data()
+        >>> data.setup("fit")
+        >>> next(iter(data.train_dataloader()))["eeg"].shape
+        torch.Size([2, 19, 2048])
     """
 
     def __init__(

@@ -152,6 +152,17 @@ def load_pretrained(encoder: EEGPTEncoder, checkpoint: str | Path) -> None:
     Raises:
         MisconfigurationException: If there is no such file, it is no checkpoint, or its encoder is not this one; the
             message names the keys that are missing, unexpected or of another shape.
+
+    Example:
+        >>> import tempfile
+        >>> small = {"embed_dim": 64, "depth": 2, "num_heads": 4}
+        >>> published, encoder = EEGPTEncoder(**small), EEGPTEncoder(**small)
+        >>> weights = {f"target_encoder.{name}": value for name, value in published.state_dict().items()}
+        >>> path = Path(tempfile.mkdtemp()) / "eegpt.ckpt"
+        >>> torch.save({"state_dict": weights}, path)
+        >>> load_pretrained(encoder, path)
+        >>> torch.equal(encoder.summary_token, published.summary_token)
+        True
     """
     state = _read_state_dict(Path(checkpoint))
     found = {

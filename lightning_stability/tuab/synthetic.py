@@ -56,8 +56,11 @@ class SyntheticCorpus:
 
     Example::
 
+        >>> import tempfile
         >>> from lightning_stability.tuab import SyntheticCorpus
-        >>> SyntheticCorpus(artefacts=3).write("tuab_artefacts")  # doctest: +SKIP
+        >>> root = SyntheticCorpus(train_subjects=2, eval_subjects=1, seconds=(20, 20)).write(tempfile.mkdtemp())
+        >>> len(list(root.rglob("*.edf")))
+        3
     """
 
     train_subjects: int = 72
