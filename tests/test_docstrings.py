@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import doctest
 import importlib
 import inspect
 import textwrap
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 import lightning_stability
-from lightning_stability import diagnosis, plugin
+from lightning_stability import diagnosis, plugin, tuab
 from tests.docs.blocks import ROOT
 
 PUBLIC = [
@@ -22,6 +23,13 @@ PUBLIC = [
     *("lightning_stability.checkpointing.last_good_checkpoint", "lightning_stability.callbacks.base.StabilityCallback"),
     *(f"lightning_stability.events.{name}" for name in ("EventLog", "Events", "read_events")),
 ]
+BESIDE = [
+    *("lightning_stability.checkpointing.CheckpointInfo", "lightning_stability.checkpointing.list_checkpoints"),
+    "lightning_stability.health.StepRecord",
+    *("lightning_stability.runtime.Order", "lightning_stability.runtime.Outcome"),
+    *(f"lightning_stability.tuab.{name}" for name in tuab.__all__ if callable(getattr(tuab, name))),
+]
+"""What these hand out, and the included trainer."""
 
 
 def of(name: str) -> Any:
@@ -44,7 +52,15 @@ def raises(thing: Any) -> bool:
     return any(isinstance(node, ast.Raise) for node in ast.walk(body))
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+def is_run(thing: Any) -> bool:
+    """Whether `--doctest-modules` finds an example of it, and does not skip all of that."""
+    module = importlib.import_module(thing.__module__)
+    found = doctest.DocTestFinder().find(thing, thing.__qualname__, module)
+    own = [test for test in found if test.name == thing.__qualname__]
+    return any(not example.options.get(doctest.SKIP) for test in own for example in test.examples)
+
+
+@pytest.mark.parametrize("name", PUBLIC + BESIDE)
 def test_a_public_name_has_args_raises_and_an_example(name):
     thing = of(name)
     text = inspect.getdoc(thing) or ""
@@ -52,6 +68,7 @@ def test_a_public_name_has_args_raises_and_an_example(name):
     assert sections[0].rstrip().endswith((".", ":")), "the first sentence"
     assert "Example:" in text
     assert ">>> " in text.partition("Example:")[2]
+    assert is_run(thing), "the example is skipped"
     taken = "Attributes:" if "Attributes:" in text else "Args:"
     for parameter in parameters(thing):
         assert f"\n    {parameter}: " in text.partition(taken)[2], parameter
