@@ -180,7 +180,8 @@ class IncidentWriter:
             found = investigate(step, budget_seconds=self.budget_seconds, may_differ=bool(step.notes), **about)
         except Exception as error:  # the run has to continue, whatever this fails with
             return make_report(None, None, step.failed, [_reason(error), *step.notes]), None
-        report = make_report(found.origin is not None, found.origin, step.failed, step.notes, **found.as_json())
+        notes = [*step.notes, *found.notes]
+        report = make_report(found.origin is not None, found.origin, step.failed, notes, **found.as_json())
         return report, None if found.origin is None else one_sentence(found.origin)
 
 

@@ -39,14 +39,14 @@ from lightning_stability.diagnosis.signs import Signs
 Pass = Callable[[Bench], None]
 
 
-def run_trials(bench: Bench) -> bool:
+def run_trials(bench: Bench) -> list[str]:
     """Run the passes that are worth it, until the time is up.
 
     Args:
         bench: What they work with.
 
     Returns:
-        Whether there was time for all.
+        What there was no time for, in words; the first of it may have been tried in part.
     """
     passes = plan(bench.origin, bench.signs)
     for number, one in enumerate(passes):
@@ -54,8 +54,8 @@ def run_trials(bench: Bench) -> bool:
         try:
             one(bench)
         except OutOfTimeError:
-            return False
-    return True
+            return [_WORDS[left] for left in passes[number:]]
+    return []
 
 
 def plan(origin: Origin | None, signs: Signs) -> list[Pass]:
@@ -87,6 +87,9 @@ def plan(origin: Origin | None, signs: Signs) -> list[Pass]:
         ]
     scale = [unscaled, scaled_entries, bad_samples, columns_of_samples, tamed_weights, earlier_weights]
     return [*mask, *scale, other_formats, smallest_loss_scale, mended_line, modules_in_fp32, often_blamed]
+
+
+# The passes that are not of the batch or of the module alone
 
 
 def same_again(bench: Bench) -> None:
@@ -137,3 +140,27 @@ def often_blamed(bench: Bench) -> None:
             lab.try_(replace(changes.with_option("lr", group["initial_lr"], words), name="schedule"))
     if "attention" in ((bench.origin.op if bench.origin else None) or ""):
         lab.try_(with_plain_attention())
+
+
+_WORDS: dict[Pass, str] = {
+    finite_entry: "a finite batch",
+    valid_targets: "valid targets",
+    bad_samples: "other samples",
+    columns_of_samples: "other columns",
+    unscaled: "another scale",
+    scaled_entries: "another scale of the batch",
+    finite_weights: "finite weights",
+    tamed_weights: "smaller weights",
+    earlier_weights: "earlier weights",
+    larger_eps: "a larger epsilon",
+    mended_line: "the line with an epsilon or a clamp",
+    free_key: "a mask with a free key",
+    other_formats: "other number formats",
+    smallest_loss_scale: "a loss scale of 1",
+    modules_in_fp32: "single modules in float32",
+    valid_options: "other options of the optimizer",
+    same_again: "the same again",
+    compiled_code: "compiled code",
+    often_blamed: "what is often blamed",
+}
+"""What each pass changes, for a reader who is told that there was no time for it."""

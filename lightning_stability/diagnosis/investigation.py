@@ -36,7 +36,7 @@ class Findings:
         trials: What was tried.
         causes: Likeliest first; one at least.
         excluded: What was tried and is no cause.
-        was_complete: Whether there was time for all trials that were worth it.
+        not_tried: What there was no time for, in words.
     """
 
     origin: Origin | None
@@ -45,7 +45,14 @@ class Findings:
     trials: list[Trial] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
     excluded: list[dict[str, Any]] = field(default_factory=list)
-    was_complete: bool = True
+    not_tried: list[str] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the causes has to know besides."""
+        if not self.not_tried:
+            return []
+        return [f"there was no time to try {', '.join(self.not_tried)}; `diagnose --budget` gives more"]
 
     def as_json(self) -> dict[str, Any]:
         """What the report says of causes and trials."""
@@ -53,7 +60,7 @@ class Findings:
             "causes": [cause.as_json() for cause in self.causes],
             "counterfactuals": [trial.as_json() for trial in self.trials],
             "excluded": self.excluded,
-            "was_complete": self.was_complete,
+            "not_tried": self.not_tried,
         }
 
 
@@ -67,6 +74,7 @@ def investigate(
     earlier: Weights | None = None,
     may_differ: bool = False,
     progress: Callable[[str], object] = lambda message: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Findings:
     """Find the causes of a recorded step's failure by experiment.
 
@@ -81,16 +89,19 @@ def investigate(
         earlier: Weights of checkpoints from before the step, the newest first.
         may_differ: Whether a replay may be another step than the recorded one, as on another machine.
         progress: Told what is tried next.
+        clock: Gives seconds.
 
     Raises:
         DiagnosisError: If the step cannot be run again, or its origin not be found in time.
     """
-    end = time.monotonic() + budget_seconds
-    origin, outcome, trace = look_at(step, budget_seconds)
+    start = clock()
+    origin, outcome, trace = look_at(step, budget_seconds, clock)
+    first = clock() - start
     signs = read_signs(step, origin, outcome, trace, history or [], dataset_indices, descriptions)
     del trace
-    laboratory = Laboratory(step, signs.failed, end - time.monotonic(), progress)
-    complete = run_trials(Bench(laboratory, step, origin, signs, earlier or []))
+    left = start + budget_seconds - clock()
+    laboratory = Laboratory(step, signs.failed, left, first, progress, clock)
+    not_tried = run_trials(Bench(laboratory, step, origin, signs, earlier or []))
     case = Case(origin, signs, laboratory.trials, may_differ)
     causes = [
         replace(
@@ -98,4 +109,4 @@ def investigate(
         )
         for cause in find_causes(case)
     ]
-    return Findings(origin, outcome, signs, laboratory.trials, causes, excluded_by(case, causes[0]), complete)
+    return Findings(origin, outcome, signs, laboratory.trials, causes, excluded_by(case, causes[0]), not_tried)

@@ -118,6 +118,7 @@ def _diagnose(
         )
         origin = findings.origin
         details |= findings.as_json()
+        notes += findings.notes
     elif any(outcome.failure for outcome in outcomes):
         progress("looking at every operation")
         origin, _ = trace_step(step)

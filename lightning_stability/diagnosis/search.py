@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -60,16 +61,19 @@ def trace_step(step: RecordedStep, budget_seconds: float = math.inf) -> tuple[Or
     return origin, outcome
 
 
-def look_at(step: RecordedStep, budget_seconds: float = math.inf) -> tuple[Origin | None, Outcome, Trace]:
+def look_at(
+    step: RecordedStep, budget_seconds: float = math.inf, clock: Callable[[], float] = time.monotonic
+) -> tuple[Origin | None, Outcome, Trace]:
     """The same, and every operation of the replay.
 
     Args:
         step: The recorded step.
         budget_seconds: When to give up.
+        clock: Gives seconds.
     """
-    deadline = time.monotonic() + budget_seconds
+    deadline = clock() + budget_seconds
     replay = Replay(step)
-    trace = Trace(replay.module, deadline)
+    trace = Trace(replay.module, deadline, clock)
     outcome = replay.run(trace)
     if outcome.failure is None:
         return None, outcome, trace

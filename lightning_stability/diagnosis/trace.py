@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,18 +96,21 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         module: The module that is replayed.
-        deadline: In `time.monotonic`'s seconds.
+        deadline: In the clock's seconds.
+        clock: Gives seconds.
 
     Raises:
         OutOfTimeError: From within an operation, when the deadline has passed.
     """
 
-    def __init__(self, module: nn.Module, deadline: float = math.inf) -> None:
+    def __init__(
+        self, module: nn.Module, deadline: float = math.inf, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.in_optimizer = False
         """Whether the optimizer's step is under way."""
-        self._deadline = deadline
+        self._deadline, self._clock = deadline, clock
         self._places = PlaceFinder(module)
         self._memories: dict[int, _Memory] = {}
         self._names: dict[int, list[tuple[str, Tensor]]] = {}
@@ -188,7 +191,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and record it."""
-        if time.monotonic() > self._deadline:
+        if self._clock() > self._deadline:
             raise OutOfTimeError
         kwargs = kwargs or {}
         name = func._schema.name.replace("::", ".")

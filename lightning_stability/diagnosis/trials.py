@@ -70,7 +70,9 @@ class Laboratory:
         step: The recorded step.
         failed: What became non-finite in its replay.
         budget_seconds: For all trials together.
+        first_seconds: How long the replay before them took: a trial is expected to take as long, until one has run.
         progress: Told of each trial before it runs.
+        clock: Gives seconds.
     """
 
     def __init__(
@@ -78,12 +80,15 @@ class Laboratory:
         step: RecordedStep,
         failed: str,
         budget_seconds: float,
+        first_seconds: float = 0.0,
         progress: Callable[[str], object] = lambda message: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.step = step
         self.trials: list[Trial] = []
-        self._end = time.monotonic() + budget_seconds
-        self._longest = 0.0
+        self._clock = clock
+        self._end = clock() + budget_seconds
+        self._first, self._longest = first_seconds, 0.0
         self._failed = failed
         self._bar = ""
         self._progress = progress
@@ -107,13 +112,11 @@ class Laboratory:
         Raises:
             OutOfTimeError: If it would not end within the budget.
         """
-        start = time.monotonic()
-        if start + self._longest > self._end:
-            raise OutOfTimeError
+        start = self._clock()
+        self._be_in_time()
         self._progress(f"{self._bar} {change.name}: {change.words}")
         finite, outcome = self._run(change)
-        seconds = time.monotonic() - start
-        self._longest = max(self._longest, seconds)
+        seconds = self._clock() - start
         trial = Trial(change.name, change.words, finite, outcome, seconds, change.facts)
         if keep:
             self.trials.append(trial)
@@ -130,14 +133,25 @@ class Laboratory:
             came = self._replay(change, step)
             if self._is_scalers(came, step):
                 came = self._replay(change, replace(step, loss_scale=1.0))
+        except OutOfTimeError:
+            raise
         except (DiagnosisError, LookupError, SyntaxError, ValueError) as error:
             return None, str(error).splitlines()[0]
         return came.failure is None, describe(came)
 
     def _replay(self, change: Change, step: RecordedStep) -> Outcome:
+        self._be_in_time()
+        start = self._clock()
         replay = Replay(step)
         with change.around(replay):
-            return replay.run(compiled=change.compiled)
+            came = replay.run(compiled=change.compiled)
+        self._longest = max(self._longest, self._clock() - start)
+        return came
+
+    def _be_in_time(self) -> None:
+        """Nothing interrupts a replay: one that would not end within the budget is not begun."""
+        if self._clock() + (self._longest or self._first) > self._end:
+            raise OutOfTimeError
 
     def _is_scalers(self, came: Outcome, step: RecordedStep) -> bool:
         """Whether only the gradients are too large, which GradScaler answers with a smaller scale."""

@@ -100,15 +100,60 @@ def test_a_number_that_is_written_on_purpose_has_no_known_cause():
     assert cause_in_a_line(report) is None
 
 
-def test_without_time_for_a_trial_the_origin_is_still_named():
-    class Slow(Net):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return torch.log(self.layer(batch).relu() * 0).mean()
+class Clock:
+    """Seconds that pass when a step is run."""
 
-    found = investigate(step_of(Slow(), torch.randn(3, 4)), budget_seconds=0.05)
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Slow(Net):
+    """Each run of its step takes a number of seconds of a clock's."""
+
+    def __init__(self, clock: Clock, seconds: list[float]) -> None:
+        super().__init__()
+        self.clock, self.seconds = [clock], seconds
+
+    def __deepcopy__(self, memo: Any) -> Slow:  # the copies of a replay share the clock
+        made = Slow(self.clock[0], self.seconds)
+        made.load_state_dict(self.state_dict())
+        return made
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = torch.log(self.layer(batch).relu() * 0).mean()
+        self.clock[0].now += self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0]
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("seconds", "budget", "trials"),
+    [
+        ([10.0], 45.0, 3),  # 10 s to look at the step, and three trials
+        ([10.0], 15.0, 0),  # by the first replay's time a trial would end too late
+        ([1.0, 1.0, 30.0], 60.0, 2),  # a third one might take 30 s as well
+    ],
+)
+def test_a_trial_that_would_end_after_the_budget_is_not_begun(seconds, budget, trials):
+    clock = Clock()
+    tried: list[str] = []
+    step = step_of(Slow(clock, list(seconds)), torch.randn(3, 4))
+    found = investigate(step, budget_seconds=budget, clock=clock, progress=tried.append)
     assert found.origin is not None
-    assert not found.was_complete
-    assert len(found.trials) < 5
+    assert len(tried) == trials
+    assert clock.now <= budget
+    assert "other number formats" in found.not_tried
+    assert "there was no time to try" in found.notes[0]
+
+
+def test_with_time_for_all_nothing_is_left_out():
+    clock = Clock()
+    step = step_of(Slow(clock, [10.0, 1.0]), torch.randn(3, 4))  # a trial is faster than a look at every operation
+    found = investigate(step, budget_seconds=22.0, clock=clock)
+    assert not found.not_tried
+    assert not found.notes
 
 
 def test_a_diagnosis_leaves_everything_as_it_was():
