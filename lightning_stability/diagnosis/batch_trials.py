@@ -103,7 +103,7 @@ def unscaled(bench: Bench) -> None:
     for amplifier in bench.signs.amplifiers[:3]:
         factor = amplifier.factor
         if amplifier.module:
-            if bench.lab.try_(changes.with_scaled_output(amplifier.module, factor)).finite:
+            if bench.lab.try_(changes.with_scaled_output(amplifier.module, factor, amplifier.overflows)).finite:
                 return
             continue
         for entry in bench.signs.sample_scales:

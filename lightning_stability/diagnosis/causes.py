@@ -22,7 +22,7 @@ FLOOR = 0.4
 _WILD = 8.0
 """A sample this many times the size of the others is wild."""
 _ABSURD = 1e3
-"""A parameter with this gain is absurd."""
+"""A parameter that makes outputs this large of inputs of size 1 is absurd."""
 _FAR = 30.0
 """A scale or a gain this far from 1 is what it deviates by, and not the number format."""
 _MOVED = 0.3
@@ -254,7 +254,9 @@ def _weights(case: Case) -> Cause | None:
         confidence = 0.95 if signs.growth >= 10 * _GROWN else 0.85 if signs.growth >= _GROWN or gain >= _FAR else 0.75
         return _cause(case, "divergence", confidence, tensor=tensor, samples=[], facts=facts)
     only_cure = not case.cures_in_precision or not signs.precision.startswith(("16", "bf16"))
-    confidence = 0.95 if gain >= _ABSURD else 0.85 if gain >= _FAR else 0.75 if only_cure else 0.3
+    only_cure &= origin.dtype != "float16" or signs.precision == "16-true"  # the code's own cast to it, if none cures
+    usual = signs.outputs.get(tensor or "", gain)
+    confidence = 0.95 if usual >= _ABSURD else 0.85 if usual >= _FAR else 0.75 if only_cure else 0.3
     return _cause(case, "extreme_weights", confidence, tensor=tensor, samples=[], facts=facts)
 
 
@@ -262,13 +264,15 @@ def _fp16_overflow(case: Case) -> Cause | None:
     origin, signs = case.origin, case.signs
     if origin is None or origin.phase not in ("forward", "backward") or signs.outside:
         return None
-    if not signs.is_half or not case.cures_in_precision & {"32-true", "bf16-mixed"}:
+    cures = case.cures_in_precision & {"32-true", "bf16-mixed"}
+    if not (cures and signs.is_half) and origin.dtype != "float16":
         return None
     modules = case.cures("modules in float32")
     facts = {"modules": modules[0].facts["modules"]} if modules else {}
     further = any(trial.facts["factor"] >= _FAR for trial in case.cures("input scale"))
-    further |= bool(case.cures("weights")) and max(signs.gains.values()) >= _FAR
-    return _cause(case, "fp16_overflow", 0.6 if further else 0.9, facts=facts)
+    weights = _weights(case)
+    further |= weights is not None and weights.confidence > 0.7
+    return _cause(case, "fp16_overflow", 0.6 if further else 0.9 if cures else 0.7, facts=facts)
 
 
 _RULES: list[Rule] = [

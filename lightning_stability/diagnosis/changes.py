@@ -236,22 +236,28 @@ def with_option(name: str, value: Any, words: str) -> Change:
     @contextlib.contextmanager
     def around(replay: Replay) -> Iterator[None]:
         optimizer: Optimizer = replay.optimizers[replay.step.optimizer]
-        for group in optimizer.param_groups:
-            if name in group:
-                group[name] = value(group[name]) if callable(value) else value
+
+        def change(*_: Any) -> None:  # at the update: a hook of the module may write options before
+            for group in optimizer.param_groups:
+                if name in group:
+                    group[name] = value(group[name]) if callable(value) else value
+
+        handle = optimizer.register_step_pre_hook(change)
         yield
+        handle.remove()
 
     return Change(
         "optimizer", words, around=around, facts={"option": name, "value": None if callable(value) else value}
     )
 
 
-def with_scaled_output(path: str, factor: float) -> Change:
+def with_scaled_output(path: str, factor: float, overflows: bool = False) -> Change:
     """What a module returns is divided.
 
     Args:
         path: Of the module.
         factor: By this.
+        overflows: Whether the format cannot hold what it returns: then it returns what goes in.
     """
 
     @contextlib.contextmanager
@@ -259,11 +265,15 @@ def with_scaled_output(path: str, factor: float) -> Change:
         def divided(module: nn.Module, inputs: Any, output: Any) -> Any:
             return output / factor if isinstance(output, Tensor) else output
 
-        handle = replay.module.get_submodule(path).register_forward_hook(divided)
+        part: Any = replay.module.get_submodule(path)
+        if overflows:
+            part.forward = lambda x, *args, **kwargs: x
+        handle = None if overflows else part.register_forward_hook(divided)
         yield
-        handle.remove()
+        if handle is not None:
+            handle.remove()
 
-    words = f"the output of `{path}` divided by {factor:,.4g}"
+    words = f"`{path}` left out" if overflows else f"the output of `{path}` divided by {factor:,.4g}"
     return Change("input scale", words, around=around, facts={"module": path, "factor": factor})
 
 

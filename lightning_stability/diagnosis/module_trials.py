@@ -76,7 +76,9 @@ def valid_options(bench: Bench) -> None:
     step = bench.step
     optimizer = step.optimizers[step.optimizer]
     groups: list[dict[str, Any]] = optimizer.param_groups
-    if step.state is not None:  # a schedule may have moved on since
+    if bench.signs.options:  # a hook of the module may change them before the update
+        groups = bench.signs.options
+    elif step.state is not None:  # a schedule may have moved on since
         groups = step.state["optimizers"][step.optimizer]["param_groups"]
     usual = _USUAL | {n: p.default for n, p in inspect.signature(type(optimizer)).parameters.items() if n in groups[0]}
     if any(p.dtype == torch.float16 for group in optimizer.param_groups for p in group["params"]):

@@ -109,6 +109,9 @@ def is_over_nothing(origin: Origin) -> bool:
     Args:
         origin: The origin.
     """
+    first = origin.inputs[0] if origin.inputs else None
+    if first is not None and math.isnan(first.min) and not first.nonfinite:  # it has no values
+        return origin.output.nan > 0
     if family_of(origin) == REDUCTION:
         finite = not any(r.nonfinite for r in origin.inputs)
         return origin.output.nan > 0 and finite and not is_too_large(origin)

@@ -49,6 +49,8 @@ class Outcome:
 
     losses: list[float] = field(default_factory=list)
     failure: Failure | None = None
+    options: list[dict[str, Any]] = field(default_factory=list)
+    """Of the optimizer's groups, as they were at the update."""
 
 
 class Watching(Protocol):
@@ -234,6 +236,8 @@ class Replay:
             nn.utils.clip_grad_value_(parameters, step.clip_value)
         elif step.clip_value:
             nn.utils.clip_grad_norm_(parameters, step.clip_value)
+        groups = optimizer.param_groups
+        self._outcome.options = [{name: group[name] for name in group if name != "params"} for group in groups]
         if self._trace is not None:
             self._trace.in_optimizer = True
         with torch.no_grad():

@@ -36,6 +36,7 @@ class Amplifier:
         op: The operation.
         factor: Largest result over largest input.
         code: The text of the line.
+        overflows: Whether its own result leaves the number format.
     """
 
     module: str | None
@@ -44,6 +45,7 @@ class Amplifier:
     op: str
     factor: float
     code: str
+    overflows: bool = False
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Signs:
         amplifiers: Operations without parameters that made numbers much larger, in order.
         sample_scales: For each entry of the bad batch, how large each sample is.
         gains: For each parameter, by how much it makes what it is applied to larger.
+        outputs: For each parameter, how large what it makes of inputs of size 1 usually is.
         sizes: For each parameter, its L2 norm.
         growth: By which factor the loss or the gradient norm grew over the steps before; 1 if it did not.
         growing: Which of them, or which group of parameters.
@@ -75,6 +78,7 @@ class Signs:
         descriptions: Of the same samples, such as a file's name, where known.
         device: Such as `"cuda"`.
         rank: Of the process that recorded it.
+        options: Of the optimizer's groups, as they were at the update.
     """
 
     failed: str
@@ -89,6 +93,7 @@ class Signs:
     amplifiers: list[Amplifier] = field(default_factory=list)
     sample_scales: dict[str, list[float]] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
+    outputs: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
     growth: float = 1.0
     growing: str | None = None
@@ -100,6 +105,7 @@ class Signs:
     descriptions: list[str] | None = None
     device: str = "cpu"
     rank: int = 0
+    options: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_half(self) -> bool:
@@ -148,6 +154,7 @@ def read_signs(
         sample_scales=scales(batch),
         sizes={name: float(tensor.detach().double().norm()) for name, tensor in parameters.items()},
         gains={name: gain(tensor, name in _embeddings(step.module)) for name, tensor in parameters.items()},
+        outputs={name: output_size(tensor, name in _embeddings(step.module)) for name, tensor in parameters.items()},
         growth=growth,
         growing=growing,
         moved=_moved(step, history, parameters),
@@ -159,6 +166,7 @@ def read_signs(
         dataset_indices=known,
         descriptions=descriptions[number] if descriptions and number < len(descriptions) else None,
         device=str(step.environment.get("device", next((p.device.type for p in step.module.parameters()), "cpu"))),
+        options=outcome.options,
         rank=int(step.trainer.get("global_rank", 0)),
     )
 
@@ -175,10 +183,12 @@ def amplifiers(trace: Trace, parameters: set[str]) -> list[Amplifier]:
         factor = _factor(operation, parameters)
         has_begun |= any(entry.name in parameters for entry in operation.inputs)
         least = _WITHIN if has_begun else _BEFORE
-        if factor is not None and factor >= least and size_of(operation.output) >= _LARGE:
+        is_large = size_of(operation.output) >= _LARGE or operation.output.infinite > 0
+        if factor is not None and factor >= least and is_large:
             place = operation.place
             op = short_name(operation.name).strip("_")
-            found.append(Amplifier(place.module, place.file, place.line, op, factor, place.code))
+            overflows = operation.output.infinite > 0
+            found.append(Amplifier(place.module, place.file, place.line, op, factor, place.code, overflows))
     return found
 
 
@@ -186,9 +196,15 @@ def _factor(operation: Operation, parameters: set[str]) -> float | None:
     forward = operation.place.node is None and not operation.in_optimizer
     if not forward or short_name(operation.name) not in _SCALES:
         return None
+    if any(entry.range.nonfinite for entry in operation.inputs):
+        return None
     if any(entry.name in parameters for entry in operation.inputs):
         return None
     before = next((e for e in operation.inputs if e.name is None or e.name.startswith("batch")), None)
+    others = [e.range for e in operation.inputs if e is not before]
+    constants = [*operation.numbers, *(r.min for r in others if r.min == r.max)]
+    if len(constants) == 1 and constants[0]:
+        return abs(constants[0]) if "mul" in operation.name else 1 / abs(constants[0])
     largest = 0.0 if before is None else size_of(before.range)
     return size_of(operation.output) / largest if 0 < largest < math.inf else None
 
@@ -218,6 +234,26 @@ def gain(parameter: Tensor, is_embedding: bool = False) -> float:
     for _ in range(8):
         vector = matrix.T @ (matrix @ (vector / vector.norm()))
     return largest * float(vector.norm().sqrt())
+
+
+@torch.no_grad()
+def output_size(parameter: Tensor, is_embedding: bool = False) -> float:
+    """How large one output of a matrix usually is, of independent inputs of size 1; of a vector, its values.
+
+    Args:
+        parameter: Any.
+        is_embedding: Whether rows of it are looked up.
+
+    Example:
+        >>> output_size(torch.full((1000, 4), 3.0))
+        6.0
+    """
+    if not parameter.is_floating_point() or not parameter.numel() or hasattr(parameter, "to_local"):
+        return 1.0
+    values = parameter.detach().double()
+    if values.dim() < 2 or is_embedding:
+        return float(values.pow(2).mean().sqrt())
+    return float(values.norm()) / math.sqrt(len(values))
 
 
 def growth_of(history: list[dict[str, Any]]) -> tuple[float, str | None]:

@@ -81,6 +81,8 @@ class Operation:
     """Numbers among its arguments that are not finite."""
     dtype: torch.dtype = torch.float32
     in_optimizer: bool = False
+    numbers: tuple[float, ...] = ()
+    """Numbers among its arguments."""
 
 
 @dataclass(slots=True)
@@ -234,6 +236,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation = Operation(len(self.operations), name, place, [], ranges[worst])
         operation.dtype, operation.in_optimizer = results[worst].dtype, self.in_optimizer
         operation.inputs = [entry for _, entry, _ in inputs]
+        operation.numbers = tuple(value for value in args if type(value) in (int, float))
         if ranges[worst].nonfinite:
             for tensor, entry, _ in inputs:
                 if not has_floats(tensor):

@@ -331,3 +331,73 @@ def test_a_hook_that_spoils_a_weight_is_named_with_the_weight(hook, before):
     assert origin is not None
     assert origin.line == hook.__code__.co_firstlineno + 1
     assert "wrote what is not finite into `layer.weight`, outside of the optimizer" in first.summary
+
+
+class Gain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 5e6
+
+
+class Loud(Net):
+    """A module in its middle multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.head = Gain(), nn.Linear(2, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.head(self.gain(self.layer(batch))).mean()
+
+
+def test_a_module_whose_product_leaves_the_format_is_named_with_its_factor():
+    step = step_of(Loud(), torch.randn(5, 4), precision="16-mixed", loss_scale=1.0)
+    [first, *_] = investigate(step).causes
+    assert (first.cause, first.module, first.facts["factor"]) == ("input_scale", "gain", 5e6)
+
+
+def nothing_selected(out: Tensor, batch: Tensor) -> Tensor:
+    selected = batch[:, 0] > 9
+    return nn.functional.huber_loss(out[selected], out.detach()[selected])
+
+
+def spread_of_nothing(out: Tensor, batch: Tensor) -> Tensor:
+    return out[batch[:, 0] > 9].var()
+
+
+@pytest.mark.parametrize("loss", [nothing_selected, spread_of_nothing])
+def test_any_reduction_of_an_empty_selection_is_over_nothing(loss):
+    [first, *_] = investigate(step_of(Net(loss), torch.randn(5, 4))).causes
+    assert first.cause == "empty_reduction"
+
+
+class Decayed(Net):
+    """A hook writes an option of the optimizer."""
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        self.optimizers().param_groups[0]["weight_decay"] = float("nan")
+
+
+def test_an_option_that_a_hook_writes_before_each_update_is_named():
+    [first, *_] = investigate(
+        step_of(Decayed(lambda out, batch: out.mean()), torch.randn(5, 4), failed="weight")
+    ).causes
+    assert (first.cause, first.facts["option"]) == ("optimizer_update", "weight_decay")
+
+
+class Wide(Net):
+    """Each output is sound; a sum over many is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 8192)
+        nn.init.normal_(self.layer.weight, std=2.0)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        out = self.layer(batch)
+        return (out * out).sum(dim=1).mean()
+
+
+def test_a_layer_with_many_outputs_is_not_absurd_for_that():
+    step = step_of(Wide(), 2 + torch.randn(5, 4), precision="16-mixed", loss_scale=1.0)
+    [first, *_] = investigate(step).causes
+    assert first.cause == "fp16_overflow"

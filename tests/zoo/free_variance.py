@@ -16,8 +16,7 @@ class Gaussian(nn.Module):
 
     def nll(self, hidden, target):
         mean, log_variance = self.mean(hidden).squeeze(1), self.log_variance(hidden).squeeze(1)
-        error = (target - mean).pow(2)
-        return 0.5 * (log_variance + error * torch.exp(-log_variance)).mean()  # here
+        return 0.5 * (log_variance + (target - mean).pow(2) * torch.exp(-log_variance)).mean()  # here
 
 
 class Heteroscedastic(pl.LightningModule):

@@ -41,7 +41,7 @@ class Expected:
 
     Attributes:
         phase: `"input"`, `"weights"`, `"forward"`, `"backward"` or `"optimizer"`.
-        module: The path of the module.
+        module: The path of the module; several, where the seed decides.
         file: The program's file.
         mark: A comment on the line, such as `# here`; empty where a replay is finite.
         tensor: The name of the entry of the batch, or the parameter.
@@ -55,7 +55,7 @@ class Expected:
     """
 
     phase: str
-    module: str
+    module: str | tuple[str, ...]
     file: str
     mark: str = "# here"
     tensor: str | None = None
