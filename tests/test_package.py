@@ -9,13 +9,17 @@ from tests.command import run_python
 ROOT = Path(__file__).parents[1]
 
 
-def test_importing_the_package_or_its_trainer_loads_no_package_of_an_extra_and_no_command_line(tmp_path):
+def test_importing_the_package_needs_one_namespace_and_loads_no_extra(tmp_path):
     extra = ["mne", "edfio", "torchdata", "jsonargparse"]
     unwanted = [*extra, "pytorch_lightning.cli", "tensorboard", "lightning_stability.cli", "lightning_stability.tuab"]
-    script = f"import lightning_stability, sys; print([m for m in {unwanted} if m in sys.modules])"
+    # (`lightning` is one of two namespaces, and need not be installed)
+    script = "import sys; sys.modules['lightning'] = None"
+    script += f"; import lightning_stability; print([m for m in {unwanted} if m in sys.modules])"
     script += f"; import lightning_stability.tuab; print([m for m in {extra} if m in sys.modules])"
+    script += "; import pytorch_lightning; callback = lightning_stability.GradNormMonitor()"
+    script += "; print(isinstance(callback, pytorch_lightning.Callback), 'lightning.pytorch' in sys.modules)"
     done = run_python("-c", script, cwd=tmp_path)
-    assert (done.returncode, done.stdout.split()) == (0, ["[]", "[]"]), done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, ["[]", "[]", "True", "False"]), done.stderr
 
 
 def imports(path: Path) -> set[str]:

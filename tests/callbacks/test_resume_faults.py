@@ -146,8 +146,14 @@ class Own(Sampler[int]):
 KINDS = ("numpy", "python", "legacy numpy", "torch, under another name", "nested", "counts")
 
 
-@pytest.mark.parametrize("loader", [StatefulDataLoader, DataLoader])
-@pytest.mark.parametrize("kind", KINDS)
+# (those of a loader with a state cost the most)
+FAST_KINDS = [(kind, DataLoader) for kind in KINDS] + [("python", StatefulDataLoader), ("nested", StatefulDataLoader)]
+SLOW_KINDS = [(kind, StatefulDataLoader) for kind in KINDS if kind not in ("python", "nested")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loader"), [*FAST_KINDS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_KINDS)]
+)
 def test_a_sampler_with_a_generator_of_its_own_is_resumed(tmp_path: Path, kind: str, loader: Any) -> None:
     every = 0.4 if loader is StatefulDataLoader else 1
     options = {

@@ -30,12 +30,13 @@ def write(step: Any, folder: Path) -> dict[str, Any]:
     return write_repro(folder, step, find_origin(step))
 
 
-def run(script: Path, elsewhere: Path) -> subprocess.CompletedProcess[str]:
-    """With nothing but torch: neither Lightning nor this package can be imported."""
+def run(scripts: list[Path], elsewhere: Path) -> subprocess.CompletedProcess[str]:
+    """One after the other, with nothing but torch: neither Lightning nor this package can be imported."""
     blocked = (
         "import sys; sys.modules.update(dict.fromkeys(['lightning', 'pytorch_lightning', 'lightning_stability']));"
     )
-    command = f"{blocked} import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    each = "; ".join(f"runpy.run_path({str(script)!r}, run_name='__main__'); print('passed')" for script in scripts)
+    command = f"{blocked} import runpy; {each}"
     return subprocess.run([sys.executable, "-c", command], cwd=elsewhere, capture_output=True, text=True, check=False)
 
 
@@ -45,13 +46,13 @@ def check(name: str, folder: Path) -> int:
     assert found["path"] == "repro.py", found
     text = (folder / "repro.py").read_text()
     assert len(text.splitlines()) == found["lines"]
-    failed = run(folder / "repro.py", Path("/"))
+    mended = [folder / "repro_mended.py"] if found["mended"] else []
+    failed = run([*mended, folder / "repro.py"], Path("/"))
     assert failed.returncode == 1
+    assert failed.stdout.count("passed") == len(mended)
     assert failed.stderr.strip().splitlines()[-1] == found["message"]
     assert found["message"].startswith("AssertionError: ")
     assert (found["mended"] is None) == (name in NOT_MENDED)
-    if found["mended"]:
-        assert run(folder / "repro_mended.py", Path("/")).returncode == 0
     json.dumps(found)
     return int(found["lines"])
 

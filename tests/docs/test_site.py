@@ -29,7 +29,7 @@ LOOKED_AT = ("index", "docs/start", "docs/design", "docs/api", "benchmarks/index
 PHONE, DESKTOP = 390, 1280
 LARGEST_PICTURE = 150_000  # bytes
 SEARCH = """new Promise((resolve, reject) => {
-  setTimeout(() => reject(new Error("nothing was found")), 20000)
+  setTimeout(() => reject(new Error("nothing was found")), 120000)
   const query = document.querySelector("input[name=query]")
   document.querySelector("[data-md-toggle=search]").click()
   query.focus()

@@ -75,19 +75,19 @@ def test_what_is_bad_leaves_no_trace(pl: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("optimizer", ["AdamW foreach", "SGD momentum fused"])
+@pytest.mark.parametrize("optimizer", ["AdamW foreach", pytest.param("SGD momentum fused", marks=pytest.mark.slow)])
 def test_wherever_it_is(one: Any, place: str, optimizer: str) -> None:
     compare(one, dict.fromkeys(PLACES[place], "nan_input"), optimizer)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("kind", ["nan_input", "nan_gradient"])
+@pytest.mark.parametrize("kind", [pytest.param("nan_input", marks=pytest.mark.slow), "nan_gradient"])
 def test_with_every_optimizer_from_the_first_step(one: Any, optimizer: str, kind: str) -> None:
     compare(one, {0: kind, 3: kind}, optimizer)
 
 
 @pytest.mark.parametrize("bad", [{0}, {1}, {2}, {4}, {5}, {0, 1}, {3, 4}], ids=str)
-@pytest.mark.parametrize("kind", ["nan_input", "nan_gradient"])
+@pytest.mark.parametrize("kind", ["nan_input", pytest.param("nan_gradient", marks=pytest.mark.slow)])
 def test_a_poisoned_window_is_dropped_whole(one: Any, bad: set[int], kind: str) -> None:
     """Windows of 4 batches, the second of an epoch is a short one of 2."""
     compare(one, dict.fromkeys(bad, kind), accumulate_grad_batches=4)

@@ -154,8 +154,7 @@ def test_what_reaches_the_encoder_is_said_at_the_start_of_fit(data, tmp_path, ca
     assert 2 * deviation < high <= windows.max() * 1.01
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", "onecycle"])
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(("scheduler", "accumulate"), [("cosine", 4), ("onecycle", 1)])
 def test_the_learning_rate_rises_and_falls_over_the_optimizer_steps(data, tmp_path, scheduler, accumulate):
     rates = []
 
@@ -175,8 +174,7 @@ def test_the_learning_rate_rises_and_falls_over_the_optimizer_steps(data, tmp_pa
     assert all(a > b for a, b in pairwise(rates[peak:]))
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", "onecycle"])
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize(("scheduler", "steps"), [("cosine", 1), ("cosine", 2), ("onecycle", 1), ("onecycle", 3)])
 def test_the_shortest_runs_have_a_schedule_too(data, tmp_path, scheduler, steps):
     run = trainer(tmp_path, max_steps=steps, limit_val_batches=0)
     run.fit(probe(scheduler=scheduler), data)
