@@ -27,17 +27,21 @@ class DiskFullError(OSError):
     """A file does not fit on the disk.
 
     Args:
-        path: The file.
-        needed: Its bytes.
+        path: The file, or a folder.
+        needed: Its bytes; None where they are not known.
         free: The bytes that are free.
     """
 
-    def __init__(self, path: Path, needed: int, free: int) -> None:
+    def __init__(self, path: Path, needed: int | None, free: int) -> None:
         super().__init__(errno.ENOSPC, "the disk is full", str(path))
         self.needed, self.free = needed, free
 
     def __str__(self) -> str:
-        return f"the disk is full: {self.needed / 1e6:,.1f} MB needed, {self.free / 1e6:,.1f} MB free"
+        needed = "" if self.needed is None else f"{self.needed / 1e6:,.1f} MB needed, "
+        words = f"the disk is full: {needed}{self.free / 1e6:,.1f} MB free"
+        if self.needed is not None and self.needed < self.free:
+            words += "; so it is a quota, or the number of files, that is used up"
+        return words
 
     __repr__ = __str__
 
@@ -76,13 +80,12 @@ def replace_file(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         put_in_place(path, make, check)
-    except Exception as error:
-        cause = _os_error(error)
-        if cause is None:
+    except DiskFullError as error:
+        raise DiskFullError(path, _bytes_needed(write), error.free) from error
+    except OSError as error:
+        if error.errno not in _FULL:
             raise
-        if cause.errno in _FULL:
-            raise DiskFullError(path, _bytes_needed(write), shutil.disk_usage(path.parent).free) from error
-        raise cause from error  # torch hides it behind an error of its own
+        raise DiskFullError(path, _bytes_needed(write), _free(path)) from error
 
 
 def put_in_place(
@@ -98,16 +101,25 @@ def put_in_place(
         make: Makes it under the name that it is given, on the same file system.
         check: Looks at it before it is moved; raises if something is wrong.
         replaces_folder: Whether a folder that is there, with something in it, is replaced; else it is an OSError.
+
+    Raises:
+        DiskFullError: If there is no room for it.
+        OSError: If it cannot be made. What was there is as it was.
     """
     part = part_path(path)
     try:
         delete(part)
         make(part)
         move_into_place(part, path, check, replaces_folder)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             delete(part)
-        raise
+        cause = _os_error(error) if isinstance(error, Exception) else None
+        if cause is None or isinstance(cause, DiskFullError):
+            raise
+        if cause.errno in _FULL:
+            raise DiskFullError(path, None, _free(path)) from error
+        raise cause from error  # torch hides it behind an error of its own
 
 
 def part_path(path: Path) -> Path:
@@ -165,6 +177,30 @@ def remove_parts(folder: Path) -> None:
                 delete(path)
 
 
+def create(path: Path, content: bytes) -> None:
+    """Make a file unless it is there. Of several processes that do so one succeeds, and none finds half of it.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    if os.path.lexists(path):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part_path(path)
+    try:
+        part.write_bytes(content)
+        _flush(part)
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not os.path.lexists(path):
+                os.replace(part, path)  # noqa: PTH105 - tests watch the calls that change the disk
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def append(path: Path, line: bytes) -> None:
     """Append a line, in one call, so that lines of several processes do not mix.
 
@@ -182,7 +218,10 @@ def append(path: Path, line: bytes) -> None:
         if status.st_size:
             os.lseek(descriptor, -1, os.SEEK_END)
             line = line if os.read(descriptor, 1) == b"\n" else b"\n" + line
-        if os.write(descriptor, line) < len(line):
+        written = os.write(descriptor, line)
+        if written < len(line):
+            if os.fstat(descriptor).st_size == status.st_size + written:  # nobody else has written since
+                os.ftruncate(descriptor, status.st_size)
             raise OSError(errno.ENOSPC, "a line was cut short", str(path))
     finally:
         os.close(descriptor)
@@ -208,6 +247,12 @@ def _bytes_needed(write: Callable[[IO[bytes]], object]) -> int:
     with contextlib.suppress(Exception):  # what was counted until then is the answer
         write(counter)  # type: ignore[arg-type]
     return counter.count
+
+
+def _free(path: Path) -> int:
+    """The bytes that are free where a file was to be."""
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return shutil.disk_usage(folder).free
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -80,7 +80,7 @@ class EventLog:
             self._lost = 0
         except Exception as error:  # whatever it is, the run goes before its record
             self._lost += 1
-            _warn_once(self.path, error)
+            warn_once_of(self.path, error)
 
     def _append(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,15 +162,21 @@ def _is_field(value: Any, kind: Any) -> bool:
     return isinstance(value, str) or -LARGEST <= value <= LARGEST  # (which nan is not)
 
 
-def _warn_once(path: Path, error: Exception) -> None:
+def warn_once_of(path: Path, error: Exception) -> None:
+    """Say that a record of the run cannot be written; once for each file.
+
+    Args:
+        path: The file.
+        error: Why.
+    """
     if path in _warned:
         return
     _warned.add(path)
     with warnings.catch_warnings():
         warnings.simplefilter("always")  # where warnings are made errors, this one would end the run
         warnings.warn(
-            f"{path} cannot be written ({error}). Training continues without that record; each event tries again, and"
-            " the next line that is written says how many were lost.",
+            f"{path} cannot be written ({error}). Training continues without that record; each event tries again"
+            + (", and the next line that is written says how many were lost." if path.suffix == ".jsonl" else "."),
             stacklevel=4,
         )
 

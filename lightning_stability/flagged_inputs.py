@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import os
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+
+from lightning_stability.atomic import append, create
 
 FILE_NAME = "flagged_inputs.csv"
 
@@ -46,6 +47,9 @@ COLUMNS = tuple(field.name for field in fields(FlaggedInput))
 def append_flagged(folder: str | os.PathLike[str] | None, rows: Iterable[FlaggedInput]) -> None:
     """Append rows to the file in a run's log folder, if it has one; several processes may do so at once.
 
+    Raises:
+        OSError: If they cannot be written.
+
     Example:
         >>> import tempfile
         >>> folder = tempfile.mkdtemp()
@@ -58,28 +62,8 @@ def append_flagged(folder: str | os.PathLike[str] | None, rows: Iterable[Flagged
     if folder is None or not lines:
         return
     path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        _begin(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, lines)  # one call, so that rows of several processes do not mix
-    finally:
-        os.close(descriptor)
-
-
-def _begin(path: Path) -> None:
-    """Make the file with its header; whoever comes first, it is there whole or not at all."""
-    own = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    own.write_bytes(_csv([COLUMNS]))
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.link(own, path)
-    except OSError:  # a file system without links
-        with contextlib.suppress(FileExistsError), path.open("xb") as file:
-            file.write(own.read_bytes())
-    finally:
-        own.unlink()
+    create(path, _csv([COLUMNS]))
+    append(path, lines)
 
 
 def _csv(rows: Iterable[Iterable[object]]) -> bytes:

@@ -69,11 +69,11 @@ MAY_IMPORT = {
     "diagnosis": {"", "_compat", "atomic", "checkpointing", "health", "internals", "pages", "recovery"},
     "status": {"atomic", "events", "pages", "processes"},
     "callbacks": {
-        *("_compat", "checkpointing", "diagnosis", "events", "flagged_inputs", "health", "internals", "notices"),
-        *("processes", "recovery", "runtime"),
+        *("_compat", "atomic", "checkpointing", "diagnosis", "events", "flagged_inputs", "health", "internals"),
+        *("notices", "processes", "recovery", "runtime"),
     },
     "plugin": {"_compat", "callbacks"},
-    "tuab": {""},
+    "tuab": {"", "atomic"},
     "replay_steps": {"_compat", "callbacks", "checkpointing", "events"},
     "commands": {"_compat", "checkpointing", "diagnosis", "replay_steps", "tuab"},
     "cli": {"callbacks", "checkpointing", "commands", "diagnosis", "plugin", "status", "tuab"},
@@ -178,3 +178,88 @@ def test_every_dependency_is_pinned_in_the_constraints():
         *project["optional-dependencies"]["dev"],
     ]
     assert {re.match(r"[\w-]+", requirement)[0].lower() for requirement in asked} <= pinned
+
+
+WRITES_ON_ITS_WAY = {
+    # outside of atomic.py: where files are written, and how they come into place
+    "checkpointing/writing.py write_file": "into the open file of atomic.replace_file, or of an object store",
+    "checkpointing/writing.py _switch_last": "under the name that atomic.put_in_place gives",
+    "checkpointing/shard_writing.py _finish": "into a folder that atomic.move_into_place puts there",
+    "checkpointing/section.py _write_their_way": "renames an older checkpoint, where a plugin of the user's writes",
+    "checkpointing/own_objects.py allow_own_hyperparameters": "into memory",
+    "checkpointing/own_objects.py _needs_objects": "into memory",
+    "diagnosis/incident.py _fill": "into a folder that atomic.put_in_place puts there",
+    "diagnosis/incident.py _save": "into that folder",
+    "diagnosis/repro.py _write": "into a temporary folder, from which atomic.replace_file takes it",
+    "events.py EventLog._append": "renames the file that is full",
+    "status/command.py show_status": "gives what is printed to nobody",
+    "tuab/building.py _opened": "a journal that grows with the cache and says how much of it counts",
+    "tuab/building.py _write": "that journal and its cache",
+    "tuab/building.py _Writer._cut": "what they have beyond what counts",
+    "tuab/synthetic.py SyntheticCorpus.write": "renames the folder of an invented corpus once it is whole",
+    "tuab/synthetic.py _Recording.write": "breaks one of its files on purpose",
+}
+
+
+def writing_functions(path: Path) -> set[str]:
+    """The functions in which a file is opened for writing, written, copied, renamed or cut."""
+    found = set()
+
+    def walk(node: ast.AST, inside: tuple[str, ...]) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            inside = (*inside, node.name)
+        if isinstance(node, ast.Call) and writes_a_file(node):
+            found.add(".".join(inside))
+        for child in ast.iter_child_nodes(node):
+            walk(child, inside)
+
+    walk(ast.parse(path.read_text()), ())
+    return found
+
+
+def writes_a_file(call: ast.Call) -> bool:
+    function = ast.unparse(call.func)
+    owner, _, name = function.rpartition(".")
+    given = [ast.unparse(argument) for argument in (*call.args, *(keyword.value for keyword in call.keywords))]
+    if name == "open" and owner == "os":
+        return any(flag in " ".join(given) for flag in ("O_WRONLY", "O_RDWR", "O_CREAT", "flags"))
+    if name in ("open", "fdopen"):
+        modes = [value.strip("'") for value in given if re.fullmatch(r"'[rwaxbt+]+'", value)]
+        return any(set(mode) & set("wax+") for mode in modes)
+    if name == "replace":  # a string's has two arguments
+        return owner == "os" or len(given) == 1
+    if name in ("write", "save", "dump"):
+        return owner in ("os", "torch", "np", "numpy", "json", "pickle", "yaml")
+    copies = owner == "shutil" and name.startswith(("copy", "move"))
+    return copies or name in ("write_text", "write_bytes", "truncate", "ftruncate", "pwrite", "rename", "savez")
+
+
+@pytest.mark.parametrize(
+    ("code", "writes"),
+    [
+        ("open(path, 'w')", True),
+        ("path.open(mode='ab')", True),
+        ("open(path)", False),
+        ("path.open('rb')", False),
+        ("path.write_text('x')", True),
+        ("torch.save(state, path)", True),
+        ("os.open(path, os.O_RDWR)", True),
+        ("os.open(path, os.O_RDONLY)", False),
+        ("part.replace(path)", True),
+        ("name.replace('a', 'b')", False),
+        ("shutil.copyfile(a, b)", True),
+    ],
+)
+def test_a_call_that_writes_a_file_is_known(code: str, writes: bool) -> None:
+    assert writes_a_file(ast.parse(code, mode="eval").body) is writes
+
+
+def test_every_file_is_written_the_one_way() -> None:
+    package = ROOT / "lightning_stability"
+    found = {
+        f"{path.relative_to(package).as_posix()} {name}"
+        for path in package.rglob("*.py")
+        for name in writing_functions(path)
+        if path.name != "atomic.py"
+    }
+    assert found == set(WRITES_ON_ITS_WAY)

@@ -158,6 +158,7 @@ class IncidentWriter:
         name = f"step{number_of_step}"
         rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         history = [history_row(record) for record in records]
+        self.folder.mkdir(parents=True, exist_ok=True)  # a file of that name would take every number
         for number in itertools.count(self.number):
             path = self.folder / f"{number}-{name}{rank}"
             others = [

@@ -20,6 +20,7 @@ from lightning_stability.callbacks.input_findings import (
     key_of,
     nonfinite_by_design,
 )
+from lightning_stability.events import EventLog, warn_once_of
 from lightning_stability.flagged_inputs import FILE_NAME, FlaggedInput, append_flagged
 from lightning_stability.health import StepRecord
 from lightning_stability.health.input_rules import FIELDS
@@ -141,9 +142,18 @@ class InputReport:
         action = self._action if unwanted else "warn"
         events.write("input_flagged", seen.step, seen.epoch, batch_idx=seen.batch_idx, action=action, findings=listed)
         if action == "skip":
-            append_flagged(None if events.path is None else events.path.parent, rows)
+            self._append_rows(events, rows)
         for finding in findings if action != "raise" else ():
             self._warn_once(runtime, seen, finding, action)
+
+    @staticmethod
+    def _append_rows(events: EventLog, rows: list[FlaggedInput]) -> None:
+        if events.path is None:
+            return
+        try:
+            append_flagged(events.path.parent, rows)
+        except OSError as error:  # the run goes before its record
+            warn_once_of(events.path.with_name(FILE_NAME), error)
 
     def _warn_once(self, runtime: Session, seen: Seen, finding: Finding, action: str) -> None:
         kind = (finding.tensor, finding.reason)

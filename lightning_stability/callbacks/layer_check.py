@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
+from lightning_stability.atomic import replace_file
 from lightning_stability.callbacks.base import warn_always
 from lightning_stability.events import EventLog
 from lightning_stability.health.layer_scales import LayerScale, LayerScales, Scale, scale_of
@@ -80,8 +81,11 @@ class LayerCheck:
         precision, where = str(self._trainer.precision), ""
         if events.path is not None:
             path = events.path.with_name(FILE_NAME)
-            _write_csv(path, layers)
-            where = f"; all of them: {path}"
+            try:
+                replace_file(path, lambda file: file.write(_csv(layers)))
+                where = f"; all of them: {path}"
+            except OSError as error:  # the run goes before its record
+                warn_always(f"InputCheck: {path} cannot be written ({error}). Training continues without it.")
         if layers:
             rank_zero_info(
                 f"InputCheck: measured {len(layers)} layers in the first batch, in {precision}: the first and those"
@@ -206,13 +210,13 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if size > 0.95 else f"{value:.2g}"
 
 
-def _write_csv(path: Path, layers: list[LayerScale]) -> None:
-    """All layers, in forward order; the folder is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(_COLUMNS)
-        for layer in layers:
-            figures = [getattr(layer.input, side, None) for side in _SIDES] + [getattr(layer.output, "std", None)]
-            cells = ["" if figure is None else f"{figure:.6g}" for figure in figures]
-            rows.writerow([layer.name, layer.kind, layer.calls, *cells])
+def _csv(layers: list[LayerScale]) -> bytes:
+    """All layers, in forward order."""
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(_COLUMNS)
+    for layer in layers:
+        figures = [getattr(layer.input, side, None) for side in _SIDES] + [getattr(layer.output, "std", None)]
+        cells = ["" if figure is None else f"{figure:.6g}" for figure in figures]
+        rows.writerow([layer.name, layer.kind, layer.calls, *cells])
+    return text.getvalue().encode()

@@ -107,14 +107,6 @@ def without_protocol(path: str) -> str:
     return path.removeprefix("file://").removeprefix("local://")
 
 
-def free_space(folder: str) -> str:
-    """What is left on the disk, in words; nothing where it cannot be known."""
-    try:
-        return f"; {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there" if is_local(folder) else ""
-    except OSError:  # it is gone
-        return ""
-
-
 class Writer:
     """Runs one job at a time, here or in the background.
 

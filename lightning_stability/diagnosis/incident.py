@@ -201,7 +201,7 @@ def _fill(
     part.mkdir()
     device = next((p.device for p in step.module.parameters()), torch.device("cpu"))
     kept = ["random.pt", "history.jsonl"]
-    torch.save([state.state_dict() for state in step.random_states], part / "random.pt")
+    _save([state.state_dict() for state in step.random_states], part / "random.pt")
     (part / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
     kept += _try_to_save(part / "batches.pt", lambda: to_plain(step.batches, "batches"), left_out)
     if save_state:
@@ -234,6 +234,12 @@ def _fill(
     (part / "incident.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
+def _save(content: Any, path: Path) -> None:
+    """`torch.save` to an open file: to a path torch would hide what the operating system said."""
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
 def _try_to_save(path: Path, make: Callable[[], Any], left_out: dict[str, str]) -> list[str]:
     """Save what loads again with `weights_only=True`; else say why not. Returns the file's name if it is there."""
     try:
@@ -241,7 +247,7 @@ def _try_to_save(path: Path, make: Callable[[], Any], left_out: dict[str, str]) 
         needed, free = _bytes_of(content), shutil.disk_usage(path.parent).free
         if free < needed + _SPARE_BYTES:
             raise OSError(f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB free on the disk")
-        torch.save(content, path)
+        _save(content, path)
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, NotPlainError, pickle.PickleError, TypeError, AttributeError) as error:
         path.unlink(missing_ok=True)

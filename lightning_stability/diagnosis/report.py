@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_stability.checkpointing.writing import WriteJob, run
+from lightning_stability.atomic import replace_file
 from lightning_stability.diagnosis.origin import Origin, as_json
 from lightning_stability.diagnosis.step import REJECTED
 
@@ -169,11 +169,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     """
     texts = {"report.json": json.dumps(report, indent=1, allow_nan=False), "report.txt": as_text(report)}
     for name, text in texts.items():
-
-        def write(path: str, text: str = text) -> None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-
-        run(WriteJob(str(folder / name), write))
+        replace_file(folder / name, lambda file, text=text: file.write(f"{text}\n".encode()))  # type: ignore[misc]
 
 
 def _reproduced(report: dict[str, Any]) -> str:

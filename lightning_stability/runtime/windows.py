@@ -124,11 +124,6 @@ class Window:
             buffers.restore(torch.tensor(True))
             metrics.restore_snapshot(snapshot)
 
-    @property
-    def has_copies(self) -> bool:
-        """Whether buffers and metric states from before it are kept."""
-        return bool(self._copies)
-
     def again(self, convert: Convert) -> Iterator[Callable[[], Any]]:
         """What runs the batches again, in order; to be run as it is asked for, since random states are restored then.
 

@@ -22,6 +22,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm
 
+from lightning_stability.atomic import replace_file
 from lightning_stability.tuab.channels import CHANNELS
 from lightning_stability.tuab.corpus import SAMPLING_RATE, Recording
 from lightning_stability.tuab.index import (
@@ -231,4 +232,4 @@ def _warn(index: CacheIndex, folder: Path) -> None:
 def _write_report(folder: Path, index: CacheIndex, recordings: int) -> None:
     lines = [f"{len(index.skipped)} of {recordings} recordings were left out."]
     lines += [f"{path}: {reason}" for path, reason in sorted(index.skipped.items())]
-    (folder / REPORT).write_text("\n".join(lines) + "\n")
+    replace_file(folder / REPORT, lambda file: file.write(("\n".join(lines) + "\n").encode()))

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_stability.tuab.cache import WindowDataset
 from lightning_stability.tuab.corpus import SAMPLING_RATE
@@ -53,7 +54,8 @@ def parse_window(description: str) -> tuple[str, int] | None:
 def read_flagged(file: str | Path) -> list[tuple[str, int]]:
     """Return path and first sample of each window that a ``flagged_inputs.csv`` names, each once, in its order.
 
-    Lines that name no sample, because nobody could tell which of a batch it was, are passed over.
+    Lines that name no sample, because nobody could tell which of a batch it was, are passed over; so are lines that a
+    kill or a full disk has cut short, with a warning.
 
     Args:
         file: Written by InputCheck in a run on a TUABDataModule.
@@ -66,15 +68,18 @@ def read_flagged(file: str | Path) -> list[tuple[str, int]]:
         with Path(file).open(newline="", encoding="utf-8") as opened:
             rows = csv.DictReader(opened)
             missing = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
-            described = [] if missing else [row["description"] for row in rows if row["description"]]
+            read = [] if missing else list(rows)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MisconfigurationException(
             f"--data.exclude {file} cannot be read ({type(error).__name__}: {error}); {expected}."
         ) from error
     if missing:
         raise MisconfigurationException(f"--data.exclude {file} has no column {', '.join(missing)}; {expected}.")
+    whole = [row for row in read if all(row[name] is not None for name in rows.fieldnames or ())]
+    if len(whole) < len(read):
+        rank_zero_warn(f"{file}: lines that were cut short, passed over: {len(read) - len(whole)}.")
     windows: dict[tuple[str, int], None] = {}
-    for description in described:
+    for description in (row["description"] for row in whole if row["description"]):
         window = parse_window(description)
         if window is None:
             raise MisconfigurationException(

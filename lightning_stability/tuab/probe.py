@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
+from lightning_stability.atomic import replace_file
 from lightning_stability.tuab._options import require
 from lightning_stability.tuab.cache import WindowCache
 from lightning_stability.tuab.channels import CHANNELS
@@ -245,12 +247,12 @@ class EEGPTProbe(pl.LightningModule):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asked on all ranks: it is broadcast
         if not self.trainer.is_global_zero:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "predictions.csv").open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["recording", "abnormal_probability"])
-            for number, probability, _ in scores:
-                rows.writerow([self._cache.recordings[int(number)].path, f"{probability:.4f}"])
+        text = io.StringIO(newline="")
+        rows = csv.writer(text)
+        rows.writerow(["recording", "abnormal_probability"])
+        for number, probability, _ in scores:
+            rows.writerow([self._cache.recordings[int(number)].path, f"{probability:.4f}"])
+        replace_file(folder / "predictions.csv", lambda file: file.write(text.getvalue().encode()))
         rank_zero_info(f"Probabilities of {len(scores)} recordings: {folder / 'predictions.csv'}")
 
     def configure_optimizers(self) -> Any:
