@@ -110,6 +110,13 @@ def test_each_mermaid_block_is_drawn_and_no_drawing_is_left_over(site):
     assert "mermaid.min.js" not in html
 
 
+def test_every_example_has_a_page_with_its_code(site):
+    for program in (ROOT / "examples").glob("*.py"):
+        html = (site / f"examples/{program.stem}.html").read_text()
+        assert "if</span> <span" in html, program
+        assert f'href="../examples/{program.stem}.html"' in (site / "docs/examples.html").read_text()
+
+
 def test_pictures_of_pages_are_small():
     pictures = list((ROOT / "docs/images").rglob("*.png"))
     assert len(pictures) >= 10
@@ -120,7 +127,7 @@ def test_pictures_of_pages_are_small():
 def copy(tmp_path: Path) -> Path:
     """What the site is made of, to be changed."""
     root = tmp_path / "copy"
-    for folder in ("docs", "benchmarks", "lightning_stability", "experiments"):
+    for folder in ("docs", "benchmarks", "lightning_stability", "experiments", "examples"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in (*ROOT.glob("*.md"), ROOT / "LICENSE", ROOT / "mkdocs.yml"):
         shutil.copy(file, root)
