@@ -5,7 +5,7 @@ steps; its figure is the median step. Blocks of all ways are interleaved, and wi
 too, each round in a process of its own. Printed is what each way adds to the bare step: the median over all rounds, and
 the least and the most; medians of ratios would say little, since the bare step is nearly all Lightning's own.
 
-usage: python benchmarks/host_time.py [--rounds N] [--blocks N] [--steps N] [--ways a,b] [--against CHECKOUT]
+usage: python benchmarks/host_time.py [--quick] [--rounds N] [--blocks N] [--steps N] [--ways a,b] [--against CHECKOUT]
                                       [--json FILE]
        python benchmarks/host_time.py --profile NaNEarlyStop     where the time goes
 """
@@ -120,7 +120,10 @@ def main() -> None:
     parser.add_argument("--profile", metavar="WAY")
     parser.add_argument("--one-round", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one round of short fits: to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.blocks, options.steps = 1, 1, 30
     quiet()
     torch.set_num_threads(1)
     ways = options.ways.split(",")

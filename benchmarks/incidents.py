@@ -5,7 +5,8 @@ same steps without recording any. Printed is the median of the ratios of a block
 range, and the same in microseconds a step. On a CPU this process's own time counts, so that other work on the machine
 counts less. Memory: batches that are alive when a step ends, and bytes that a block of steps peaks at.
 
-usage: python benchmarks/incidents.py [--rounds N] [--minutes M] [--device cuda] [--workloads a,b] [--json FILE]
+usage: python benchmarks/incidents.py [--quick] [--rounds N] [--minutes M] [--device cuda] [--workloads a,b]
+                                      [--json FILE]
 """
 
 from __future__ import annotations
@@ -143,7 +144,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workloads", default="batch_norms,gpt_bf16_fused,gpt_fp16_foreach")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one round: to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.workloads = 1, "batch_norms"
     quiet()
     device = torch.device(options.device)
     names = options.workloads.split(",")

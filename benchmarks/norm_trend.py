@@ -6,7 +6,7 @@ the norm by 100 within some steps, and the norm stays there. It is seen if the r
 The settings are a grid: length of the rise x standard deviation of the noise x first step of the rise x kind of noise.
 The rule was made on every second setting, as on a chessboard ("made_on"). The docs give the figures of the other half.
 
-usage: python benchmarks/norm_trend.py [--seeds N] [--steps N] [--half made_on|held_out] [--json FILE]
+usage: python benchmarks/norm_trend.py [--quick] [--seeds N] [--steps N] [--half made_on|held_out] [--json FILE]
 """
 
 from __future__ import annotations
@@ -156,7 +156,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40_000, help="healthy steps of each kind and deviation (40,000)")
     parser.add_argument("--half", choices=("made_on", "held_out"), default="held_out")
     parser.add_argument("--json", type=Path, help="where to write all figures")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="one run of each setting: to see that it runs")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.steps = 1, 500
+    return options
 
 
 if __name__ == "__main__":

@@ -45,8 +45,10 @@ class Numbers(Dataset[int]):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="fewer samples: to see that it runs")
     options = parser.parse_args()
-    rows = [measure(*shape) for shape in ((1_000_000, 32), (1_000_000, 2), (16_000_000, 32))]
+    shapes = [(10_000, 32)] if options.quick else [(1_000_000, 32), (1_000_000, 2), (16_000_000, 32)]
+    rows = [measure(*shape) for shape in shapes]
     names = ("samples", "batch size", "at batch", "start of an epoch (s)", "resumed (s)", "loaded", "by loading (s)")
     print("| " + " | ".join(names) + " |")
     print("|---|---|---|---|---|---|---|")

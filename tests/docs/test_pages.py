@@ -123,6 +123,10 @@ def test_the_status_of_a_run_that_goes_on_has_the_rows_that_the_page_shows(tmp_p
     assert names == [name for name, _ in report.lines if name]
 
 
+def test_every_benchmark_takes_the_option_that_make_bench_gives():
+    assert [path.name for path in ROOT.glob("benchmarks/*.py") if '"--quick"' not in path.read_text()] == []
+
+
 # The README's figures
 
 
