@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_stability.diagnosis.calls import Call, Value, kind_of
+from lightning_stability.diagnosis.domains import Operand, family_named, within_domain
+from lightning_stability.diagnosis.operations import DIVISION
 from lightning_stability.diagnosis.repro_plan import Plan
 from lightning_stability.diagnosis.repro_text import Mend
 
 _HALF = (torch.float16, torch.bfloat16)
-_POSITIVE = {"log": "1e-6", "log2": "1e-6", "log10": "1e-6", "sqrt": "1e-12", "rsqrt": "1e-12"}
-_POWERS = {"pow", "__pow__", "float_power"}
-_DIVISIONS = {"div", "true_divide", "divide", "__truediv__"}
-_ARCS = {"acos", "asin", "arccos", "arcsin", "atanh", "arctanh"}
-_EXPONENTIALS = {"exp", "expm1", "exp2", "cosh", "sinh"}
-_DECOMPOSITIONS = {"svd", "eigh", "svdvals", "eigvalsh"}
 _FILLS = {"masked_fill", "masked_fill_"}
 
 
@@ -51,39 +47,31 @@ def _valid_inputs(plan: Plan) -> Iterator[Mend]:
 
 
 def _within_domain(call: Call, short: str, args: Any) -> Iterator[Mend]:
-    at = call.index
-    if short in _POSITIVE:
-        yield Mend(
-            f"`clamp(min={_POSITIVE[short]})` before `{short}`", {(at, 0): f"{{}}.clamp(min={_POSITIVE[short]})"}
-        )
-    elif short in _POWERS:
-        yield Mend("`clamp(min=1e-6)` before the power", {(at, 0): "{}.clamp(min=1e-6)"})
-    elif short in _ARCS:
-        yield Mend(f"`clamp(-1 + 1e-6, 1 - 1e-6)` before `{short}`", {(at, 0): "{}.clamp(-1 + 1e-6, 1 - 1e-6)"})
-    elif short in _EXPONENTIALS:
-        given = args[0].tensor.dtype if isinstance(args[0], Value) else torch.float32
-        dtype = call.autocast or (given if given.is_floating_point else torch.float32)
-        most = int(math.log(torch.finfo(dtype).max)) - 2
-        yield Mend(f"`clamp(max={most})` before `{short}`", {(at, 0): f"{{}}.clamp(max={most})"})
-    elif short in _DIVISIONS and len(args) > 1 and isinstance(args[1], Value):
-        at_least = "1" if _counts(args[1].tensor) else "1e-6"
-        if bool((args[1].tensor >= 0).all()):
-            text = f"{{}}.clamp(min={at_least})"
-            yield Mend(f"`clamp(min={at_least})` of the divisor", {(at, 1): text})
-        yield Mend("1e-6 added to the divisor", {(at, 1): "({} + 1e-6)"})
-    elif short in _FILLS and len(args) > 2 and args[2] == -math.inf:
+    if short in _FILLS and len(args) > 2 and args[2] == -math.inf:
         text = "torch.finfo({0}.dtype).min"
         yield Mend(
-            "the smallest finite number in the mask instead of -inf", calls={at: f"{{0}}.{short}({{1}}, {text})"}
+            "the smallest finite number in the mask instead of -inf",
+            calls={call.index: f"{{0}}.{short}({{1}}, {text})"},
         )
-    elif short in _DECOMPOSITIONS:
-        text = "({0} + 1e-3 * torch.diag(torch.arange({0}.shape[-1])))"
-        yield Mend("unequal small numbers added to the diagonal", {(at, 0): text})
+    family = family_named(short)
+    place = 1 if family == DIVISION and len(args) > 1 else 0
+    if family is None or not isinstance(args[place], Value):
+        return
+    given: Tensor = args[place].tensor
+    dtype = call.autocast or given.dtype
+    least = float(given.min()) if given.numel() and not given.is_complex() else None
+    operand = Operand(short, str(dtype).removeprefix("torch."), least, _counts(given))
+    for text in within_domain(family, "{0}", operand):
+        shown = text.format("x")
+        remedy = f"a divisor of `{shown}`" if family == DIVISION else f"`{short.strip('_')}` of `{shown}`"
+        yield Mend(remedy, {(call.index, place): text})
 
 
 def _counts(tensor: Tensor) -> bool:
     """Whether a divisor's values are whole numbers, as those of a count are."""
-    return bool((tensor == tensor.round()).all()) and tensor.numel() > 0 and bool((tensor > 0).any())
+    if tensor.is_complex() or not tensor.numel():
+        return False
+    return bool((tensor == tensor.round()).all()) and bool((tensor > 0).any()) and bool((tensor >= 0).all())
 
 
 def _not_over_nothing(plan: Plan, call: Call, short: str) -> Iterator[Mend]:

@@ -143,7 +143,7 @@ def _update(before: _Before, cls: Any) -> Tensor:
 def _options(options: dict[str, Any], cls: Any) -> dict[str, Any]:
     """Those that differ from the defaults."""
     known = inspect.signature(cls.__init__).parameters
-    plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in options.items() if k in known}
+    plain = {k: v.item() if hasattr(v, "item") else v for k, v in options.items() if k in known}  # numpy's, too
     return {k: v for k, v in plain.items() if v != known[k].default and v is not None}
 
 
