@@ -113,7 +113,7 @@ def _diagnose(
             dataset_indices=incident.about["details"].get("dataset_indices"),
             descriptions=incident.about["details"].get("descriptions"),
             earlier=earlier_weights(incident),
-            may_differ=bool(elsewhere) or not _are_alike(outcomes),
+            may_differ=bool(elsewhere or incident.left_out) or not _are_alike(outcomes),
             progress=progress,
         )
         origin = findings.origin

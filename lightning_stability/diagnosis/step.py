@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning_fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -106,9 +108,15 @@ def capture_state(module: nn.Module, optimizers: Iterable[Optimizer] = (), copie
         "requires_grad": {name: tensor.requires_grad for name, tensor in module.named_parameters()},
         "buffers": {name: tensor.detach() for name, tensor in module.named_buffers()},
         "metrics": metrics,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "optimizers": [_without_numpy(optimizer.state_dict()) for optimizer in optimizers],
     }
     return copy.deepcopy(state) if copies else state
+
+
+def _without_numpy(state: State) -> State:
+    """A scheduler that computes in numpy leaves its numbers in the options; they would not load without code."""
+    plain: State = apply_to_collection(state, np.generic, lambda number: number.item())
+    return plain
 
 
 @torch.no_grad()

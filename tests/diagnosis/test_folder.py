@@ -23,7 +23,7 @@ from lightning_stability.diagnosis import DiagnosisError, diagnose, read_inciden
 from lightning_stability.diagnosis.fields import digest
 from tests.command import run_python
 from tests.diagnosis import large
-from tests.zoo import log_of_zero
+from tests.zoo import loaded_weights, log_of_zero, past_the_end
 from tests.zoo.recording import record
 
 Pair = collections.namedtuple("Pair", "left right")
@@ -152,6 +152,26 @@ def test_without_state_the_report_says_whose_weights_were_used(step, tmp_path):
     assert list(left_out) == ["state"]
     report = diagnose(tmp_path / "i")
     assert any("weights are those that the module is made with" in note for note in report["notes"])
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_finite_replay_with_other_weights_is_no_transient_fault(tmp_path):
+    torch.manual_seed(0)
+    step = record(loaded_weights.program(0))[0]  # the NaN is in the weights, which are not kept
+    write_incident(tmp_path / "i", step, save_state=False)
+    report = diagnose(tmp_path / "i")
+    assert report["reproduced"] is False
+    assert report["causes"][0]["cause"] == "unknown"
+
+
+@pytest.mark.usefixtures("brief")
+def test_an_option_that_numpy_computed_is_kept(tmp_path):
+    torch.manual_seed(0)
+    step = record(past_the_end.program(0))[0]
+    assert type(step.optimizers[0].param_groups[0]["lr"]) is np.float64
+    assert write_incident(tmp_path / "i", step) == {}
+    [first, *_] = diagnose(tmp_path / "i")["causes"]
+    assert (first["cause"], first["facts"]["option"]) == ("optimizer_update", "lr")
 
 
 def test_a_read_only_folder_is_an_error_of_the_system(step, tmp_path):
