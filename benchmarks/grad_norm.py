@@ -35,15 +35,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"  # a bare Trainer shall be bare where the package is installed
 
 from common import machine, quiet, save, spread  # noqa: E402
+from common.blocks import KeepNothing, SameBatch, synchronise  # noqa: E402
 
 from lightning_stability import GradNormMonitor  # noqa: E402
 from lightning_stability.runtime import session_of  # noqa: E402
@@ -84,19 +84,6 @@ class Workload:
         self.batch = batch
         self.steps = steps
         self.precision = precision
-
-
-class SameBatch(Dataset[Any]):
-    """One batch over and over, so that no loading is timed."""
-
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return 10**6
-
-    def __getitem__(self, index: int) -> Any:
-        return self.batch
 
 
 class Module(pl.LightningModule):
@@ -230,19 +217,6 @@ SHORTER = {"Lightning's grad_norm": 4}
 
 
 # Step ratios
-
-
-class KeepNothing(Logger):
-    """A logger that costs nothing, the same for every way."""
-
-    name = "none"
-    version = "0"
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        pass
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
 
 class Clock(pl.Callback):
@@ -445,11 +419,6 @@ def read_bandwidth(device: torch.device) -> float:
             tensor.sum()
             best = min(best, time.perf_counter() - started)
     return tensor.numel() * 4 / best
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 class Report:

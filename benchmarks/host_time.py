@@ -27,15 +27,11 @@ HERE = Path(__file__).resolve()
 ROOT = Path(os.environ.get("HOST_TIME_CHECKOUT", HERE.parent.parent))
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
-import pytorch_lightning as pl  # noqa: E402
 import torch  # noqa: E402
 from common import machine, quiet, save, spread  # noqa: E402
-from grad_norm import KeepNothing, SameBatch  # noqa: E402
-from overhead import BARE, FOLDER, WAYS, Clock, Net  # noqa: E402
+from common.blocks import Clock, parser, train_block  # noqa: E402
+from overhead import BARE, FOLDER, WAYS, Net  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-
-from lightning_stability import FractionalCheckpoint  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -43,9 +39,8 @@ CPU = torch.device("cpu")
 class ThreadClock(Clock):
     """Times steps by what the thread has used of a core."""
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx >= self.WARM_UP:
-            self.times.append(time.thread_time())
+    def now(self) -> float:
+        return time.thread_time()
 
 
 def fit(callbacks: list[Any], steps: int) -> float:
@@ -53,19 +48,7 @@ def fit(callbacks: list[Any], steps: int) -> float:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
     clock = ThreadClock(CPU, steps)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=Clock.WARM_UP + steps + 1,
-        logger=KeepNothing(),
-        log_every_n_steps=50,
-        callbacks=[*callbacks, clock],
-        enable_checkpointing=any(isinstance(callback, FractionalCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=FOLDER.name,
-    )
-    trainer.fit(Net(net, fused=True), DataLoader(SameBatch(torch.randn(4, 8)), batch_size=None))
-    return 1e6 * clock.median
+    return 1e6 * train_block(Net(net, fused=True), torch.randn(4, 8), clock, callbacks, FOLDER.name).median
 
 
 def one_round(ways: list[str], blocks: int, steps: int) -> dict[str, float]:
@@ -111,17 +94,15 @@ def profile(way: str, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--blocks", type=int, default=3, help="fits of each way in a round")
-    parser.add_argument("--steps", type=int, default=300, help="of a fit")
-    parser.add_argument("--ways", default=",".join(way for way in WAYS if way not in (BARE, "SpikeRecovery, every 15")))
-    parser.add_argument("--against", type=Path, help="another checkout of this repository")
-    parser.add_argument("--profile", metavar="WAY")
-    parser.add_argument("--one-round", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one round of short fits: to see that it runs")
-    options = parser.parse_args()
+    options_of = parser(__doc__, rounds=5, minutes=None)
+    options_of.add_argument("--blocks", type=int, default=3, help="fits of each way in a round")
+    options_of.add_argument("--steps", type=int, default=300, help="of a fit")
+    options_of.add_argument("--against", type=Path, help="another checkout of this repository")
+    options_of.add_argument("--profile", metavar="WAY")
+    options_of.add_argument("--one-round", action="store_true", help=argparse.SUPPRESS)
+    options_of.set_defaults(ways=",".join(way for way in WAYS if way not in (BARE, "SpikeRecovery, every 15")))
+    options_of.add_argument("--quick", action="store_true", help="one round of short fits: to see that it runs")
+    options = options_of.parse_args()
     if options.quick:
         options.rounds, options.blocks, options.steps = 1, 1, 30
     quiet()

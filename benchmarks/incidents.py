@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from common import machine, quiet, save, spread  # noqa: E402
-from grad_norm import KeepNothing, synchronise  # noqa: E402
+from common.blocks import KeepNothing, synchronise  # noqa: E402
 from overhead import make_workload  # noqa: E402
 
 from lightning_stability import IncidentReport, NaNEarlyStop  # noqa: E402

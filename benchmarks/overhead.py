@@ -11,29 +11,24 @@ usage: python benchmarks/overhead.py [--quick] [--rounds N] [--minutes M] [--dev
 
 from __future__ import annotations
 
-import argparse
 import os
-import random
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"  # a bare Trainer shall be bare where the package is installed
 
-from common import machine, quiet, save, spread  # noqa: E402
-from grad_norm import KeepNothing, Module, SameBatch, Transformer, synchronise  # noqa: E402
+from common import machine, quiet, save  # noqa: E402
+from common.blocks import Clock, Ways, interleaved, parser, train_block  # noqa: E402
+from grad_norm import Module, Transformer  # noqa: E402
 
 from lightning_stability import (  # noqa: E402
     FractionalCheckpoint,
@@ -69,7 +64,7 @@ def five() -> list[Any]:
     ]
 
 
-WAYS: dict[str, Callable[[], list[Any]]] = {
+WAYS: Ways = {
     BARE: list,
     "GradNormMonitor": lambda: [GradNormMonitor()],
     "NaNEarlyStop": lambda: [NaNEarlyStop(patience=2)],
@@ -83,31 +78,6 @@ WAYS: dict[str, Callable[[], list[Any]]] = {
     "all seven": lambda: [*five(), IncidentReport(FOLDER.name), SpikeRecovery(every_n_steps=RARELY)],
 }
 """(The five: NaNEarlyStop, GradNormMonitor, InputCheck, PrecisionFallback and FractionalCheckpoint.)"""
-
-
-class Clock(pl.Callback):
-    """Times the steps of a block, from the start of one batch to that of another."""
-
-    WARM_UP = 3
-
-    def __init__(self, device: torch.device, steps: int) -> None:
-        self.device, self.steps, self.times = device, steps, list[float]()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx in (self.WARM_UP, self.WARM_UP + self.steps):
-            synchronise(self.device)
-        if batch_idx >= self.WARM_UP:
-            self.times.append(time.perf_counter())
-
-    @property
-    def mean(self) -> float:
-        """Seconds of a step."""
-        return (self.times[self.steps] - self.times[0]) / self.steps
-
-    @property
-    def median(self) -> float:
-        """The same of the step in the middle."""
-        return statistics.median(b - a for a, b in zip(self.times, self.times[1:], strict=False))
 
 
 class Net(Module):
@@ -140,36 +110,12 @@ def make_workload(name: str, device: torch.device, quick: bool) -> tuple[Net, Te
     return Net(net, fused), tokens, "bf16-mixed" if fused or not cuda else "16-mixed", 30 if cuda else 6
 
 
-def block(module: Net, batch: Tensor, precision: str, steps: int, callbacks: list[Any], device: torch.device) -> Clock:
-    """Train a block of steps and time them."""
-    clock = Clock(device, steps)
-    trainer = pl.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        precision=precision,  # type: ignore[arg-type]
-        max_steps=Clock.WARM_UP + steps + 1,
-        logger=KeepNothing(),
-        log_every_n_steps=50,
-        callbacks=[*callbacks, clock],
-        enable_checkpointing=any(isinstance(callback, FractionalCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=FOLDER.name,
-    )
-    trainer.fit(module, DataLoader(SameBatch(batch), batch_size=None))
-    return clock
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small network, 2 rounds")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--minutes", type=float, default=8, help="no more rounds than fit; one in any case")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workloads", default="batch_norms,gpt_bf16_fused,gpt_fp16_foreach")
-    parser.add_argument("--ways", help="names of ways, with commas")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options_of = parser(__doc__, rounds=9, minutes=8)
+    options_of.add_argument("--quick", action="store_true", help="a small network, 2 rounds")
+    options_of.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options_of.add_argument("--workloads", default="batch_norms,gpt_bf16_fused,gpt_fp16_foreach")
+    options = options_of.parse_args()
     ways = {way: make for way, make in WAYS.items() if options.ways is None or way in (BARE, *options.ways.split(","))}
     quiet()
     device = torch.device(options.device)
@@ -184,36 +130,19 @@ def main() -> None:
         save(report, options.json)
 
 
-def measure(
-    name: str, ways: dict[str, Callable[[], list[Any]]], device: torch.device, quick: bool, rounds: int, deadline: float
-) -> dict[str, Any]:
+def measure(name: str, ways: Ways, device: torch.device, quick: bool, rounds: int, deadline: float) -> dict[str, Any]:
     """The ratios of each way, from as many rounds as fit."""
     module, batch, precision, steps = make_workload(name, device, quick)
     batch = batch.to(device)
 
     def train(callbacks: list[Any]) -> Clock:
-        return block(module, batch, precision, steps, callbacks, device)
+        return train_block(module, batch, Clock(device, steps), callbacks, FOLDER.name, precision=precision)
+
+    def fits(done: int) -> bool:
+        return not done or time.monotonic() < deadline
 
     train([])  # warms everything up
-    order, bare = list(ways), [train([])]
-    ratios: dict[str, list[float]] = {way: [] for way in ways}
-    of_medians: dict[str, list[float]] = {way: [] for way in ways}
-    done = 0
-    while done < rounds and not (done and time.monotonic() > deadline):
-        random.Random(done).shuffle(order)
-        for way in order:
-            clock = train(ways[way]())
-            bare.append(train([]))
-            ratios[way].append(2 * clock.mean / (bare[-2].mean + bare[-1].mean))
-            of_medians[way].append(2 * clock.median / (bare[-2].median + bare[-1].median))
-        done += 1
-    return {
-        "precision": precision,
-        "rounds": done,
-        "bare_ms": spread([1e3 * clock.mean for clock in bare]),
-        "ratios": {way: spread(values) for way, values in ratios.items()},
-        "ratios_of_medians": {way: spread(values) for way, values in of_medians.items()},
-    }
+    return {"precision": precision, **interleaved(train, ways, lambda done: done < rounds and fits(done))}
 
 
 def print_workload(name: str, figures: dict[str, Any]) -> None:

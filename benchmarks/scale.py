@@ -32,19 +32,17 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks.spike import SpikeDetection
 from torch import nn
-from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"  # a bare Trainer shall be bare where the package is installed
 
-from common import machine, quiet, save, spread  # noqa: E402
-from grad_norm import KeepNothing, SameBatch  # noqa: E402
-from overhead import BARE, RARELY, BetweenSaves, Clock, Net, make_workload  # noqa: E402
+from common import machine, quiet, save  # noqa: E402
+from common.blocks import Clock, Ways, interleaved, parser, train_block  # noqa: E402
+from overhead import BARE, RARELY, BetweenSaves, Net, make_workload  # noqa: E402
 
 from lightning_stability import (  # noqa: E402
-    FractionalCheckpoint,
     GradNormMonitor,
     IncidentReport,
     NaNEarlyStop,
@@ -66,7 +64,7 @@ def saving() -> list[Any]:
     return [BetweenSaves(0.9, dirpath=FOLDER.name)]
 
 
-WAYS: dict[str, Callable[[], list[Any]]] = {
+WAYS: Ways = {
     BARE: list,
     "NaNEarlyStop": lambda: [NaNEarlyStop(patience=2)],
     "GradNormMonitor": lambda: [GradNormMonitor()],
@@ -90,7 +88,7 @@ REFUSED = {"fsdp2": PrecisionFallback}
 """What a strategy does not have: its parameters carry their precision."""
 
 
-def ways_of(options: argparse.Namespace) -> dict[str, Callable[[], list[Any]]]:
+def ways_of(options: argparse.Namespace) -> Ways:
     """Those that were asked for, without what the strategy refuses."""
     refused = REFUSED.get(options.strategy, ())
 
@@ -132,31 +130,16 @@ class Ranks:
         self.module, self.batch = module, batch.to(self.device)
         self.tokens = batch.numel()
 
-    def block(self, callbacks: list[Any], steps: int | None = None, log_every: int = 50) -> float:
-        """The seconds of one step."""
-        steps = self.steps if steps is None else steps
-        clock = Clock(self.device, steps)
+    def block(self, callbacks: list[Any], steps: int | None = None, log_every: int = 50) -> Clock:
+        """Train a block on all ranks."""
         strategy: Any = "ddp"
         module = self.module
         if self.strategy == "fsdp2":
             strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=self.size, tensor_parallel_size=1)
             module = Sharded(_copied(self.module.net), fused=True)
-        trainer = pl.Trainer(
-            accelerator="gpu" if CUDA else "cpu",
-            devices=self.size,
-            strategy=strategy,
-            precision=self.precision,  # type: ignore[arg-type]
-            max_steps=Clock.WARM_UP + steps + 1,
-            logger=KeepNothing(),
-            log_every_n_steps=log_every,
-            callbacks=[*callbacks, clock],
-            enable_checkpointing=any(isinstance(callback, FractionalCheckpoint) for callback in callbacks),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=FOLDER.name,
-        )
-        trainer.fit(module, DataLoader(SameBatch(self.batch), batch_size=None))
-        return clock.mean
+        clock = Clock(self.device, self.steps if steps is None else steps)
+        more = {"precision": self.precision, "devices": self.size, "strategy": strategy, "log_every_n_steps": log_every}
+        return train_block(module, self.batch, clock, callbacks, FOLDER.name, **more)
 
     def agree(self, flag: bool) -> bool:
         """What the first rank says."""
@@ -185,28 +168,17 @@ def work(options: argparse.Namespace) -> None:
     report["added"] = added(ranks, ways)
     write()
     deadline = time.monotonic() + 60 * options.minutes
-    bare = [ranks.block([])]
-    ratios: dict[str, list[float]] = {way: [] for way in ways}
-    milliseconds: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(options.rounds):
-        if number and not ranks.agree(time.monotonic() < deadline):
-            break
-        for way, make in ways.items():
-            seconds = ranks.block(make())
-            bare.append(ranks.block([]))
-            ratios[way].append(2 * seconds / (bare[-2] + bare[-1]))
-            milliseconds[way].append(1e3 * seconds)
-        report |= {
-            "rounds": number + 1,
-            "bare_ms": spread([1e3 * seconds for seconds in bare]),
-            "ms": {way: spread(values) for way, values in milliseconds.items()},
-            "ratios": {way: spread(values) for way, values in ratios.items()},
-            "tokens_per_second_and_process": {
-                "bare": ranks.tokens / spread(bare)["median"],
-                **{way: 1e3 * ranks.tokens / spread(values)["median"] for way, values in milliseconds.items()},
-            },
-        }
+
+    def go_on(done: int) -> bool:
+        return done < options.rounds and (not done or ranks.agree(time.monotonic() < deadline))
+
+    def keep(figures: dict[str, Any]) -> None:
+        milliseconds = {"bare": figures["bare_ms"], **figures["ms"]}
+        speeds = {way: 1e3 * ranks.tokens / values["median"] for way, values in milliseconds.items()}
+        report.update({**figures, "tokens_per_second_and_process": speeds})
         write()
+
+    interleaved(ranks.block, ways, go_on, keep)
     if options.rounds and options.strategy == "ddp":
         ranks.block(WAYS[ALL]())
         report["weights_equal_on_all_ranks"] = _same_weights(ranks)
@@ -285,7 +257,7 @@ def _bytes_of(args: dict[str, Any]) -> int:
     return total
 
 
-def added(ranks: Ranks, ways: dict[str, Callable[[], list[Any]]]) -> dict[str, Any]:
+def added(ranks: Ranks, ways: Ways) -> dict[str, Any]:
     """What each way has in a step that a bare step has not."""
 
     def counts(callbacks: list[Any]) -> dict[str, Any]:
@@ -363,16 +335,12 @@ def print_scaling(sizes: dict[int, dict[str, Any]]) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     most = torch.cuda.device_count() if CUDA else 2
-    parser.add_argument("--quick", action="store_true", help="a small network; 1 round on CPUs, else 2")
-    parser.add_argument("--gpus", help="numbers of processes, with commas; 1, 2, 4 and 8 as far as there are GPUs")
-    parser.add_argument("--strategy", default="ddp", choices=("ddp", "fsdp2"))
-    parser.add_argument("--rounds", type=int, help="0: only what is added to a step")
-    parser.add_argument("--minutes", type=float, default=4, help="for each size: no more rounds than fit")
-    parser.add_argument("--ways", help="names of ways, with commas")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options_of = parser(__doc__, rounds=None, minutes=4, of_rounds="for each size; 0: only what is added to a step")
+    options_of.add_argument("--quick", action="store_true", help="a small network; 1 round on CPUs, else 2")
+    options_of.add_argument("--gpus", help="numbers of processes, with commas; 1, 2, 4 and 8 as far as there are GPUs")
+    options_of.add_argument("--strategy", default="ddp", choices=("ddp", "fsdp2"))
+    options = options_of.parse_args()
     options.rounds = options.rounds if options.rounds is not None else (2 if CUDA else 1) if options.quick else 7
     options.gpus = [int(n) for n in options.gpus.split(",")] if options.gpus else [n for n in (1, 2, 4, 8) if n <= most]
     options.ways = options.ways.split(",") if options.ways else list(WAYS)
