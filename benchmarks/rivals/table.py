@@ -102,7 +102,7 @@ def _kept_out(name: str, row: Report, rows: Report) -> str:
     count = kept_out(row)
     if count is None:
         return "-"
-    best = max(kept_out(rows[ours]) or 0 for ours in OURS if ours in rows)
+    best = max((kept_out(rows[ours]) or 0 for ours in OURS if ours in rows), default=99)
     return _bold(f"{count} of {len(row['faults'])}", name not in OURS and count > best)
 
 
@@ -133,7 +133,9 @@ def faults(rows: Report, keys: list[str]) -> str:
 
 def _outcome(name: str, row: Report, rows: Report, key: str) -> str:
     found = row["faults"][key]
-    best = max(_score(rows[ours]["faults"][key]) for ours in OURS if "faults" in rows.get(ours, {}))
+    best = max(
+        (_score(rows[ours]["faults"][key]) for ours in OURS if key in rows.get(ours, {}).get("faults", {})), default=9
+    )
     text = found["outcome"]
     if text == "rolled back":
         text += f" {found['rolled_back']}"
