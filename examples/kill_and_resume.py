@@ -4,8 +4,8 @@ Trains on scikit-learn's digits, with shuffling and dropout, in a process of its
 killed. What you will see:
 
 - The run is resumed from its last checkpoint, at step 36: FractionalCheckpoint saves each quarter of an epoch.
-- "resumed exactly: 4 of 4 steps bit-equal": the steps that the killed run had taken after the checkpoint were repeated
-  to the bit.
+- "resumed exactly: 4 of 4 steps bitwise identical": the steps that the killed run had taken after the checkpoint were
+  repeated to the bit.
 - The last line: the weights at the end are those of a run that was never killed.
 
     python examples/kill_and_resume.py

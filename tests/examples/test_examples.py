@@ -25,7 +25,7 @@ PROMISED = {
     "kill_and_resume": [
         "ended by signal 9",
         r"Resuming from epoch=001\.50-step=000036\.ckpt",
-        "resumed exactly: 4 of 4 steps bit-equal",
+        "resumed exactly: 4 of 4 steps bitwise identical",
         "The weights of a run that was never killed: True$",
     ],
     "two_processes": [IMAGE, r"rank [01]\)\. More than", "Ranks: 2, equal weights: True, finite: True$"],
