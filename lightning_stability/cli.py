@@ -24,7 +24,7 @@ from lightning_stability.callbacks import InputError, NonFiniteError
 from lightning_stability.checkpointing.listing import LAST_GOOD, find_checkpoints, newest_good, shown
 from lightning_stability.commands import PROG, show_checkpoints, write_synthetic
 from lightning_stability.plugin import CALLBACKS
-from lightning_stability.status import show_report, show_status
+from lightning_stability.status import leave_page, show_report, show_status
 from lightning_stability.tuab.configs import config_names, packaged_file
 
 DEFAULT_CONFIG = "demo"
@@ -244,7 +244,8 @@ def demo(words: list[str]) -> None:
         "Next:\n"
         "  tensorboard --logdir lightning_logs                  look at the curves\n"
         f"  {PROG} fit --config tuab_crash         see the crash that this project answers\n"
-        f"  {PROG} fit --config tuab_stable        and the recipe that trains cleanly"
+        f"  {PROG} fit --config tuab_stable        and the recipe that trains cleanly\n"
+        f"{leave_page(folder)}"
     )
 
 

@@ -18,7 +18,7 @@ from lightning_stability.pages import what_is_missing
 from lightning_stability.pages.numbers import as_number, is_wide_ranging
 from lightning_stability.status.fields import Event, moment, read_run
 from lightning_stability.status.report import duration, look
-from lightning_stability.status.run import NoRunError, Run, find_run
+from lightning_stability.status.run import NoRunError, Run, event_files, find_run
 from lightning_stability.status.totals import Curve, Totals, count, marks, told, words_of
 
 _COLOURS = ("accent", "second", "third", "warn", "good", "bad")
@@ -74,13 +74,33 @@ def show_report(words: list[str]) -> int:
         print(f"lightning-stability: error: a page cannot be made: {missing}", file=sys.stderr)
         return 2
     try:
-        text = page_of([find_run(folder) for folder in given.folders], given.output.resolve().parent)
-        replace_file(given.output, lambda file: file.write(text.encode(errors="backslashreplace")))
+        _write([find_run(folder) for folder in given.folders], given.output)
     except (NoRunError, OSError) as error:
         print(f"lightning-stability: error: {error}", file=sys.stderr)
         return 2
     print(given.output)
     return 0
+
+
+def leave_page(folder: str | None) -> str:
+    """Write a run's page into its folder; return what to say of it.
+
+    Args:
+        folder: Its log folder.
+    """
+    if folder is None or not event_files(Path(folder)):
+        return "There is no page about the run, for it has no events.jsonl."
+    missing = what_is_missing()
+    if missing is not None:
+        return f"There is no page about the run: {missing}"
+    target = Path(folder) / "run.html"
+    _write([Path(folder)], target)
+    return f"A page about this run, to open in a browser: {target}"
+
+
+def _write(folders: list[Path], target: Path) -> None:
+    text = page_of(folders, target.resolve().parent)
+    replace_file(target, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def page_of(folders: list[Path], beside: Path) -> str:

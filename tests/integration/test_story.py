@@ -44,6 +44,8 @@ def check_demo(done: Done, folder: Path) -> float:
     assert list((folder / logs).glob("events.out.*"))
     assert (folder / best).is_file()
     assert "lightning-stability fit --config tuab_crash" in last
+    page = folder / re.search(r"A page about this run, to open in a browser: (.*run\.html)$", last.strip())[1]
+    assert "Finished: max_epochs=" in page.read_text()
     assert all(map(math.isfinite, scalars(folder, "grad_norm/total")))
     assert len(scalars(folder, "val_loss")) == 3
     assert scalars(folder, "train_loss_epoch")[-1] < scalars(folder, "train_loss_epoch")[0]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_stability.events import FILE_NAME, EventLog
-from lightning_stability.status import show_report
+from lightning_stability.status import leave_page, show_report
 from lightning_stability.status.page import page_of
 from lightning_stability.status.totals import count
 from tests.browser import CHROMIUM, browser
@@ -133,6 +133,14 @@ def test_foreign_and_broken_events_give_a_page_too(tmp_path):
     assert "a_new_kind: of a later version" in text_of(page_of([run], tmp_path))
 
 
+def test_a_page_is_left_in_the_folder_of_a_run_that_has_events(tmp_path):
+    run = write(tmp_path / "version_0", EVENTFUL)
+    assert leave_page(str(run)) == f"A page about this run, to open in a browser: {run / 'run.html'}"
+    assert "</html>" in (run / "run.html").read_text()
+    assert "no events.jsonl" in leave_page(str(tmp_path))
+    assert "no events.jsonl" in leave_page(None)
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
     assert show_report(["report", str(tmp_path)]) == 2
     assert "There is no events.jsonl" in capsys.readouterr().err
@@ -142,6 +150,7 @@ def test_without_the_extra_the_command_says_what_to_install(tmp_path, capsys, mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert show_report(["report", str(tmp_path)]) == 2
     assert "pip install 'lightning-stability[report]'" in capsys.readouterr().err
+    assert "pip install 'lightning-stability[report]'" in leave_page(str(write(tmp_path / "version_0", EVENTFUL)))
 
 
 def test_the_command_loads_neither_torch_nor_lightning(tmp_path):
