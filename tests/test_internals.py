@@ -433,6 +433,7 @@ def test_items_of_self_log(pl):
         self.log("epoch", 1.0, on_step=False, on_epoch=True)
         self.log("step", 1.0, on_step=True, on_epoch=False)
         self.log("metric", self.metric, on_step=False, on_epoch=True)
+        self.log("forked", 1.0, on_step=True, on_epoch=True)
         items = {item.meta.name: item for item in self.trainer.fit_loop.epoch_loop._results.values()}
         found.append(
             {
@@ -447,6 +448,8 @@ def test_items_of_self_log(pl):
         )
         if batch_idx == 1:
             internals.mark_unlogged(items["epoch"])
+            assert internals.logged_keys(items["epoch"]) == {"epoch"}
+            assert internals.logged_keys(items["forked"]) == {"forked", "forked_epoch"}
             assert internals.is_unlogged(items["epoch"])
         return self.net(batch[0]).pow(2).mean()
 
@@ -459,6 +462,7 @@ def test_items_of_self_log(pl):
         "epoch": (True, "training_step", True, False),
         "step": (True, "training_step", False, False),
         "metric": (False, "training_step", True, False),
+        "forked": (True, "training_step", True, False),
     }
     assert "metric" in trainer.callback_metrics
     assert "epoch" not in trainer.callback_metrics

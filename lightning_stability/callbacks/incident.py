@@ -14,6 +14,7 @@ from lightning_stability.health.record import StepRecord
 from lightning_stability.health.values import named_tensors, nonfinite_names, nonfinite_rows
 from lightning_stability.internals import batch_index
 from lightning_stability.runtime.policies import DeliberateError
+from lightning_stability.runtime.record import LEFT_OUT
 
 SHOWN_NAMES = 3
 
@@ -137,13 +138,16 @@ def _explain(record: StepRecord, batch: Any) -> tuple[str, str]:
         scale = f"{record.loss_scale:g}" if record.loss_scale is not None else "unknown"
         return "loss_scale", f"gradients overflow at every loss scale; it has fallen to {scale}"
     if record.loss is None and record.gradients_finite:
-        return "loss", "what `training_step` logged was not finite, and it returned no loss"
+        left_out = "returned no loss" if record.skipped_by != LEFT_OUT else "made no update"
+        return "loss", f"what `training_step` logged was not finite, and it {left_out}"
     where = f"the gradient of `{record.culprit}`" if record.culprit else "a gradient"
     if record.gradients == "overflow":
         return "gradient", f"the gradients were finite but their squares overflow fp32; the largest is {where}"
     verdict = "not finite" if record.gradients_finite else record.gradients
     of_loss = "" if record.loss is None else " while the loss was finite"
-    return "gradient", f"{where} was {verdict}{of_loss}"
+    of_input = where_nonfinite(batch)
+    held = f", and the input held non-finite values: {of_input}" if of_input else ""
+    return "gradient", f"{where} was {verdict}{of_loss}{held}"
 
 
 def where_nonfinite(batch: Any) -> str:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_stability.checkpointing.verification import checked_tensors, own_name
-from lightning_stability.health.values import nonfinite_names
+from lightning_stability.health.values import nonfinite_names, stored_floats
 
 _PLUS, _MINUS, _NAN = 1, 2, 4
 
@@ -134,9 +134,10 @@ class FiniteCheck:
                 return True
         if name not in buffers or bool((codes & _NAN).any()):
             return False
-        if self._shapes.get(name) != tensor.shape:
+        values = stored_floats(tensor)
+        if values is None or self._shapes.get(name) != _shape(tensor):
             return True
-        rest = tensor[codes == 0]
+        rest = values[codes == 0]
         return rest.numel() > 0 and not bool((codes & _PLUS).any()) and bool(((rest == 0) | (rest == 1)).all())
 
     def _allow(self, name: str, codes: Tensor) -> None:
@@ -157,8 +158,8 @@ class FiniteCheck:
 
 
 def _shape(buffer: Tensor) -> torch.Size | None:
-    """None until a lazy module has made its buffer."""
-    return None if is_lazy(buffer) else buffer.shape
+    """None until a lazy module has made its buffer, and for a nested tensor, which has none."""
+    return None if is_lazy(buffer) or buffer.is_nested else buffer.shape
 
 
 def _covers(allowed: Tensor, codes: Tensor) -> bool:
@@ -172,15 +173,10 @@ def _codes_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _codes(tensor: Tensor) -> Tensor:
     """Which kind of non-finite value stands where."""
-    if hasattr(tensor, "to_local"):
-        tensor = tensor.to_local()
-    if tensor.is_sparse:
-        tensor = tensor._values()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-        tensor = tensor.float()
-    codes = torch.isposinf(tensor) * _PLUS + torch.isneginf(tensor) * _MINUS + torch.isnan(tensor) * _NAN
+    values = stored_floats(tensor)
+    if values is None:
+        return torch.zeros(0, dtype=torch.uint8)
+    codes = torch.isposinf(values) * _PLUS + torch.isneginf(values) * _MINUS + torch.isnan(values) * _NAN
     return codes.to(torch.uint8)
 
 

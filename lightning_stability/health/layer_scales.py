@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -148,10 +150,10 @@ class LayerScales:
             self._callers.update(above)
             self._measure(name, "input", (args, kwargs))
 
-        return measure
+        return _Hook(measure)
 
     def _output_hook(self, name: str) -> Any:
-        return lambda layer, args, output: self._measure(name, "output", output)
+        return _Hook(lambda layer, args, output: self._measure(name, "output", output))
 
     def _measure(self, name: str, side: Side, values: Any) -> None:
         floating = (tensor for _, tensor in named_tensors(values) if tensor.is_floating_point() and tensor.numel())
@@ -160,6 +162,13 @@ class LayerScales:
                 self._measured.append(_Measured(name, side, place, tensor.numel(), _figures(tensor)))
             except (RuntimeError, NotImplementedError, TypeError):  # of a kind that has no such figures, sparse say
                 continue
+
+
+class _Hook(functools.partial[None]):
+    """A hook on a module. A copy of it, pickled or deep, does nothing, and loads where this package is not."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 def layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

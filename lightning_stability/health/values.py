@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_stability.internals import leaves_with_paths, map_leaves
+from lightning_stability.internals import has_own_dispatch, leaves_with_paths, map_leaves
 
 SMALL = 4096
 """Values up to which a tensor of labels is small."""
@@ -136,7 +136,7 @@ def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     names: list[str] = []
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = defaultdict(lambda: ([], []))
     for name, tensor in tensors:
-        values = _stored_floats(tensor)
+        values = stored_floats(tensor)
         if values is not None:
             places, held = groups[values.device, values.dtype]
             places.append(len(names))
@@ -166,7 +166,7 @@ def nonfinite_rows(tensor: Tensor) -> tuple[list[int], list[int]]:
         >>> nonfinite_rows(torch.tensor([[1.0, 2.0, 3.0], [4.0, float("nan"), float("inf")]]))
         ([1], [1, 2])
     """
-    if _stored_floats(tensor) is None or tensor.dim() == 0:
+    if stored_floats(tensor) is None or tensor.dim() == 0:
         return [], []
     if tensor.is_nested:
         return [row for row, part in enumerate(tensor.unbind()) if not bool(part.isfinite().all())], []
@@ -177,12 +177,12 @@ def nonfinite_rows(tensor: Tensor) -> tuple[list[int], list[int]]:
         values = sparse.values()
         indices = sparse.indices()[:, ~values.isfinite().reshape(len(values), -1).all(dim=1)]
     else:
-        indices = (~_stored_floats(tensor).isfinite()).nonzero().t()  # type: ignore[union-attr]
+        indices = (~stored_floats(tensor).isfinite()).nonzero().t()  # type: ignore[union-attr]
     rows, columns = ([int(place) for place in line.unique()] for line in (indices[0], indices[1:2]))
     return rows, columns
 
 
-def _stored_floats(tensor: Tensor) -> Tensor | None:
+def stored_floats(tensor: Tensor) -> Tensor | None:
     """The numbers that a tensor of whatever kind stores; None if none of them can be non-finite, or none is there."""
     try:
         if is_lazy(tensor) or tensor.device.type == "meta":
@@ -196,8 +196,9 @@ def _stored_floats(tensor: Tensor) -> Tensor | None:
             tensor = tensor.to_sparse_coo().coalesce().values()  # type: ignore[no-untyped-call]
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
-        if not tensor.is_floating_point() or tensor.numel() == 0:
+        if has_own_dispatch(tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
             return None
+        tensor = tensor.as_subclass(Tensor)
         return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has no norm
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):  # a kind that nobody foresaw
         return None

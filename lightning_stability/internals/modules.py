@@ -123,6 +123,11 @@ def logged_in(item: Any) -> str:
     return str(item.meta.fx)
 
 
+def logged_keys(item: Any) -> set[str]:
+    """The keys of an item of `self.log`'s results at the end of an epoch."""
+    return {str(item.meta.name), str(item.meta.forked_name(on_step=False))}
+
+
 def is_logged_by_epoch(item: Any) -> bool:
     """Whether an item of `self.log`'s results is reduced over the epoch."""
     return bool(item.meta.on_epoch)

@@ -173,15 +173,17 @@ class Contents:
                         seen.add(id(value))
                         yield _Entry(f"{prefix}.{key}" if prefix else key, value, tensors, key)
             if type(owner).get_extra_state is not nn.Module.get_extra_state:
-                leaves = tree_leaves(owner.get_extra_state())
-                for place, value in enumerate(leaf for leaf in leaves if isinstance(leaf, Tensor)):
+                for place, value in enumerate(_tensors_of_extra_state(owner)):
                     name = f"_extra_state[{place}]"
                     yield _Entry(f"{prefix}.{name}" if prefix else name, value)
 
     def _note_trained(self) -> None:
-        """Parameters that an optimizer was seen to train; without one, all that could be trained."""
+        """Parameters that an optimizer was seen to train; without one, all that could be trained.
+
+        (Many modules give all of their parameters to the optimizer; it passes over those without a gradient.)
+        """
         groups = [group for optimizer in self._optimizers() for group in optimizer.param_groups]
-        self._trained |= {id(parameter) for group in groups for parameter in group["params"]}
+        self._trained |= {id(p) for group in groups for p in group["params"] if p.requires_grad}
         for parameter in self._module.parameters():
             if parameter.grad is not None or (not groups and parameter.requires_grad):
                 self._trained.add(id(parameter))
@@ -243,6 +245,14 @@ class _Known:
         """Whether the tensor was written or replaced."""
         same_size = self.size == before.size or (math.isnan(self.size) and math.isnan(before.size))
         return self.value() is not before.value() or self.version != before.version or not same_size
+
+
+def _tensors_of_extra_state(module: nn.Module) -> list[Tensor]:
+    try:
+        leaves = tree_leaves(module.get_extra_state())
+    except Exception:  # whatever the user's own raises: nobody has asked for a state_dict
+        return []
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _is_good(copy: Tensor, known: _Known | None) -> bool:

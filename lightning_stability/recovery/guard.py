@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,49 +13,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_stability.recovery.metric_undo import MetricUndo
 from lightning_stability.recovery.undo import BufferUndo, either
-
-
-@dataclass(slots=True)
-class Verdict:
-    """What the guard decided of one step.
-
-    Attributes:
-        bad: 1.0 if this step's loss, gradients or buffers are not finite; float32, 0-dimensional, on the device.
-        forward_good: Whether the loss and the buffers are finite, on the device; None if that is not known here.
-        skipped: The same on the host, where it was read there; None where the device decided alone.
-        found_inf: 1.0 if GradScaler found the gradients non-finite; None without its word.
-        held: 1.0 if the update was held back because an earlier step has ended the run.
-        buffer: Index of a buffer that the forward pass made non-finite, and 1.0 if there is one.
-        rejected: 1.0 if a batch of this step was rejected for its input; None if nobody rejects batches.
-        spike: 1.0 if its loss or gradient norm is above a limit; None if nobody has set one.
-    """
-
-    bad: Tensor
-    forward_good: Tensor | None = None
-    skipped: bool | None = None
-    found_inf: Tensor | None = None
-    held: Tensor | None = None
-    buffer: tuple[Tensor, Tensor] | None = None
-    rejected: Tensor | None = None
-    spike: Tensor | None = None
-
-    @property
-    def ordinary(self) -> Tensor:
-        """1.0 if the loss and the buffers are finite, so that GradScaler may have an answer."""
-        return torch.ones_like(self.bad) if self.forward_good is None else self.forward_good.float()
-
-    @property
-    def unwanted(self) -> Tensor:
-        """1.0 if the update must not be made, for what the step itself is."""
-        passed_over = self.passed_over
-        return self.bad if passed_over is None else torch.maximum(self.bad, passed_over)
-
-    @property
-    def passed_over(self) -> Tensor | None:
-        """1.0 if the step is to be left out without being bad; None if nobody says so."""
-        if self.rejected is None or self.spike is None:
-            return self.spike if self.rejected is None else self.rejected
-        return torch.maximum(self.rejected, self.spike)
+from lightning_stability.recovery.verdict import Verdict
 
 
 class Guard:
@@ -86,6 +43,8 @@ class Guard:
         self._rescan_due = False
         self._watch_writes = 2  # forward passes in which to look for weights that are written
         self._batch_bad: Tensor | None = None
+        self.forward_alone_bad: Tensor | None = None
+        """Whether what this batch logged or wrote is not finite, if no backward pass and no step of it was seen."""
         self._forward_bad: Tensor | None = None
         self._counted: Tensor | None = None  # the newest loss, and whether it is finite
         self._counted_good: Tensor | None = None
@@ -108,7 +67,7 @@ class Guard:
             self._buffers.rescan()
             self._metrics.rescan()
         self._in_batch = True
-        self._batch_bad = self._forward_bad = self._unseen = None
+        self._batch_bad = self._forward_bad = self._unseen = self.forward_alone_bad = None
         self._buffers.remember()
         self._metrics.remember()
         if self._watch_writes:
@@ -206,7 +165,7 @@ class Guard:
             bad = rejected if bad is None else bad | rejected.to(bad.device)
         if bad is not None:
             self._buffers.restore(bad)
-            self._batch_bad = bad
+            self._batch_bad = self.forward_alone_bad = bad
 
     def _forward_alone_bad(self) -> Tensor | None:
         written = self._buffers.nonfinite()
@@ -234,6 +193,10 @@ class Guard:
         self.settle_all()
         self._in_batch = False
 
+    def take_left_out(self) -> set[str]:
+        """Keys of metrics that only bad batches fed."""
+        return self._metrics.take_left_out()
+
     def rescan(self) -> None:
         """An epoch begins: modules, buffers and metrics may be others, once its hooks have run."""
         self._rescan_due = True
@@ -247,6 +210,12 @@ class Guard:
         """A step is over, made or not: gradients from before it are gone."""
         self._stepped.add(optimizer)
         self._rejected_before.pop(optimizer, None)
+
+    def forget(self, optimizer: Optimizer) -> None:
+        """It will step no more."""
+        self._stepped.discard(optimizer)
+        self._rejected_before.pop(optimizer, None)
+        self._bad_in_a_row.pop(optimizer, None)
 
     def keep(self, parameters: Iterable[Tensor]) -> None:
         """Keep copies of these parameters too: they are written outside of the optimizer."""

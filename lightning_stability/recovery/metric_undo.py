@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_stability.internals import (
     is_logged_tensor,
     is_unlogged,
     logged_in,
+    logged_keys,
     mark_unlogged,
     metric_defaults,
     newest_value,
@@ -23,7 +24,12 @@ from lightning_stability.internals import (
 )
 from lightning_stability.recovery.undo import is_on_host
 
-_BEFORE_A_BATCH = ("on_train_start", "on_train_epoch_start", "on_train_batch_start")
+_AS_IT_BEGINS = "on_train_batch_start"
+_BEFORE_A_BATCH = ("on_train_start", "on_train_epoch_start", _AS_IT_BEGINS)
+
+_OF_TORCH = frozenset(vars(nn.Module()))
+_DEEPEST, _MOST = 3, 64
+"""How deep, and in containers of how many items, metrics are looked for."""
 
 LIST_READS = 256
 """Batches whose list-valued metric states may wait for their verdict before one read of the device settles all."""
@@ -48,21 +54,24 @@ class MetricUndo:
         self._metrics: list[Metric] = []
         self._kept: dict[int, _KeptMetric] = {}
         self._logged: dict[str, _KeptItem] = {}
+        self._early: dict[int, tuple[_KeptMetric, bool]] = {}
         self._undecided: list[tuple[Tensor, list[tuple[Metric, str, list[Any]]]]] = []
         self._only_bad: dict[int, tuple[Any, list[Tensor]]] = {}
+        self._left_out: list[Any] = []
         self.rescan()
 
     def rescan(self) -> None:
         """Look again for metrics in the module."""
-        self._metrics = [m for m in self._module.modules() if isinstance(m, Metric)]
+        self._metrics = list(_metrics_of(self._module))
 
     def remember(self) -> None:
         """Keep every state as it is now, before a batch."""
         if not self._metrics and not self._results():
-            self._kept, self._logged = {}, {}
+            self._kept, self._logged, self._early = {}, {}, {}
             return
         self._kept = {id(metric): _KeptMetric.of(metric) for metric in self._all()}
         self._logged = {key: _KeptItem(item.update_count, is_unlogged(item)) for key, item in self._items()}
+        self._early = {id(item): (_KeptMetric.of(item), is_unlogged(item)) for item in self._early_items()}
 
     @torch.no_grad()
     def nonfinite(self) -> Tensor | None:
@@ -103,6 +112,7 @@ class MetricUndo:
             return  # nothing is logged, and the module has no metric
         on_host = is_on_host(bad)
         self._note_keys(bad)
+        self._restore_early(bad)
         if on_host and not bad:
             return
         added: list[tuple[Metric, str, list[Any]]] = []
@@ -125,18 +135,34 @@ class MetricUndo:
 
     def _note_keys(self, bad: Tensor) -> None:
         """Keys that were logged for the first time in this epoch, or by bad batches alone so far."""
-        good = is_on_host(bad) and not bad
         for key, item in self._updated_items():
-            if not is_logged_by_epoch(item):
+            if is_logged_by_epoch(item):
+                self._note_key(item, self._logged.setdefault(key, _KeptItem(0, True)).unlogged, bad)
+
+    def _note_key(self, item: Any, was_unlogged: bool, bad: Tensor) -> None:
+        if is_on_host(bad) and not bad:
+            self._only_bad.pop(id(item), None)
+        elif was_unlogged or id(item) in self._only_bad:
+            _, flags = self._only_bad.setdefault(id(item), (item, []))
+            flags.append(bad)
+            if len(flags) >= LIST_READS:
+                flags[:] = [torch.stack(flags).all()]
+
+    @torch.no_grad()
+    def _restore_early(self, bad: Tensor) -> None:
+        """What was logged as the batch began says something of it where it is not finite, and of the run elsewhere."""
+        for item in self._early_items():
+            kept, was_unlogged = self._early.setdefault(id(item), (_KeptMetric.fresh(item), True))
+            if is_unlogged(item) or item.update_count <= kept.update_count:
                 continue
-            before = self._logged.setdefault(key, _KeptItem(0, True))
-            if good:
-                self._only_bad.pop(id(item), None)
-            elif before.unlogged or id(item) in self._only_bad:
-                _, flags = self._only_bad.setdefault(id(item), (item, []))
-                flags.append(bad)
-                if len(flags) >= LIST_READS:
-                    flags[:] = [torch.stack(flags).all()]
+            old, new = kept.tensors["value"], item.value
+            flag = bad.to(new.device) & ~torch.isfinite(new).all() & ~torch.isnan(old.to(new.device)).any()
+            self._note_key(item, was_unlogged, flag)
+            _restore_tensors(kept, flag)
+            if is_on_host(flag) and flag:
+                set_update_count(item, kept.update_count)
+            else:
+                kept.update_count = item.update_count
 
     def trim(self) -> None:
         """Remove the list elements of bad batches and leave out the keys of bad batches alone; reads their flags."""
@@ -148,6 +174,12 @@ class MetricUndo:
         for all_bad, (item, _) in zip(verdicts, only_bad.values(), strict=True):
             if all_bad:
                 mark_unlogged(item)
+                self._left_out.append(item)
+
+    def take_left_out(self) -> set[str]:
+        """The keys that only bad batches logged, and nothing since."""
+        items, self._left_out = self._left_out, []
+        return {key for item in items if is_unlogged(item) for key in logged_keys(item)}
 
     def _trim_lists(self) -> None:
         undecided, self._undecided = self._undecided, []
@@ -180,6 +212,10 @@ class MetricUndo:
     def _items(self) -> list[tuple[str, Any]]:
         """What `self.log` holds, but for what is logged before a batch is trained: that says nothing of it."""
         return [(key, i) for key, i in (self._results() or {}).items() if logged_in(i) not in _BEFORE_A_BATCH]
+
+    def _early_items(self) -> list[Any]:
+        items = (self._results() or {}).values()
+        return [i for i in items if logged_in(i) == _AS_IT_BEGINS and is_logged_tensor(i) and is_logged_by_epoch(i)]
 
     def _updated_items(self) -> list[tuple[str, Any]]:
         """Those of them that this batch has logged."""
@@ -219,6 +255,26 @@ class MetricSnapshot:
             setattr(self.metric, name, state)
         set_update_count(self.metric, self.update_count)
         set_newest_value(self.metric, self.newest)
+
+
+def _metrics_of(module: nn.Module) -> Iterable[Metric]:
+    """The metrics of a module, those too that it keeps in plain lists and dicts, which makes no submodules of them."""
+    found: dict[int, Metric] = {}
+    for part in module.modules():
+        attributes = (value for name, value in vars(part).items() if name not in _OF_TORCH)
+        for metric in (part, *(metric for value in attributes for metric in _metrics_in(value, _DEEPEST))):
+            if isinstance(metric, Metric):
+                found[id(metric)] = metric
+    return found.values()
+
+
+def _metrics_in(value: Any, depth: int) -> Iterator[Any]:
+    kind = type(value)  # (not `isinstance`, which asks objects of the user's for their class)
+    if issubclass(kind, nn.Module):
+        yield from (part for part in value.modules() if isinstance(part, Metric))
+    elif depth and issubclass(kind, (list, tuple, dict)) and len(value) <= _MOST:
+        for item in value.values() if issubclass(kind, dict) else value:
+            yield from _metrics_in(item, depth - 1)
 
 
 @dataclass(slots=True)

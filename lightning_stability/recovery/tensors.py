@@ -47,15 +47,18 @@ def values_of(tensor: Tensor | None) -> Tensor | None:
     """What a tensor of any layout holds in this process, to be read only; None if it holds no checked numbers."""
     if tensor is None or is_lazy(tensor) or tensor.is_meta or tensor.is_quantized:
         return None
-    local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()  # (a DTensor's)
-    if local.layout == torch.sparse_coo:
-        local = local.coalesce().values()
-    elif local.layout != torch.strided or local.is_nested:
-        local = local.values()
-    if has_own_dispatch(local) or local.dtype not in CHECKED or not _has_values(local):
+    try:
+        local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()  # (a DTensor's)
+        if local.layout == torch.sparse_coo:
+            local = local.coalesce().values()
+        elif local.layout != torch.strided or local.is_nested:
+            local = local.values()
+        if has_own_dispatch(local) or local.dtype not in CHECKED or not _has_values(local):
+            return None
+        local = local.as_subclass(Tensor)
+        return torch.view_as_real(local.resolve_conj()) if local.is_complex() else local
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):  # a kind that nobody foresaw
         return None
-    local = local.as_subclass(Tensor)
-    return torch.view_as_real(local.resolve_conj()) if local.is_complex() else local
 
 
 def sizes_by_device(tensors: list[Tensor]) -> Iterator[tuple[list[int], Tensor]]:

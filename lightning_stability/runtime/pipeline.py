@@ -87,6 +87,7 @@ class Pipeline:
         self._early: Step | None = None  # measured before `step` was called, since the module clips by itself
         self._unknown: Optimizer | None = None  # an optimizer whose step Lightning does not know of
         self._guarded: dict[Optimizer, GuardedStep] = {}
+        self._stepped_in = 0  # number of the batch that had the newest step
         self._skips_in_a_row: dict[int, int] = {}
         self._forward_order: dict[str, int] = {}
         self._positions: dict[str, int] = {}
@@ -94,11 +95,19 @@ class Pipeline:
 
     # The fit.
 
-    def watch(self, optimizer: Optimizer) -> None:
-        """Be asked when this optimizer steps, from now on."""
-        if optimizer not in self._guarded:
-            automatic = self._trainer.lightning_module.automatic_optimization
+    def watch(self, optimizer: Optimizer) -> bool:
+        """Be asked when this optimizer steps, from now on. Returns whether it was not so before."""
+        automatic, is_new = self._trainer.lightning_module.automatic_optimization, optimizer not in self._guarded
+        if is_new:
             self._guarded[optimizer] = GuardedStep(optimizer, self.gate, lambda: automatic)
+        return is_new
+
+    def forget(self, optimizer: Optimizer) -> None:
+        """It will step no more, or be watched anew."""
+        self.meters.pop(optimizer, None)
+        self._guarded.pop(optimizer).remove()
+        if self.guard is not None:
+            self.guard.forget(optimizer)
 
     def remove(self) -> None:
         """Restore the optimizers and drop what was not read."""
@@ -260,6 +269,7 @@ class Pipeline:
         step, self._step = self._step, None
         if step is None or step.meter is None:
             return
+        self._stepped_in = self._stepped_in if step.left_out else internals.batch_number(self._trainer)
         if self.guard is not None:
             self.guard.end_step(step.optimizer)
         for name, scalar in step.late_scalars().items():
@@ -281,6 +291,25 @@ class Pipeline:
             self.reads.drain(keep=0 if step.scaled else 1)
         else:
             self.reads.poll()
+
+    def end_batch(self) -> None:
+        """In manual optimization: count a bad batch that the module leaves out, after one that it has trained."""
+        guard, optimizer = self.guard, next(iter(self._guarded), None)
+        automatic = self._trainer.lightning_module.automatic_optimization
+        if guard is None or optimizer is None or self._distributed or automatic:
+            return
+        guard.settle_batch()
+        flag, follows_a_step = guard.forward_alone_bad, self._stepped_in == internals.batch_number(self._trainer) - 1
+        if flag is None or not follows_a_step or not bool(flag):
+            return
+        self.on_step_begin(optimizer)
+        self.measure(optimizer)
+        step = self._step
+        if step is None or step.meter is None or step.verdict is None or not bool(step.meter.total_norm().isfinite()):
+            self._step = None  # the gradients wait for a step, which will tell
+        else:
+            step.verdict.skipped = step.called = step.left_out = True
+            self.on_step_end()
 
     def _arrived(self, step: Step, measured: Measurement) -> None:
         """A step's numbers are on the host: complete its record, say what became of it, and hand it over."""

@@ -17,6 +17,7 @@ from lightning_stability.recovery import Verdict
 GRAD_SCALER = "GradScaler"
 GUARD = "guard"
 HELD = "held"
+LEFT_OUT = "module"
 NO_LOSS = "no loss"
 REJECTED = "rejected"
 SPIKE = "spike"
@@ -93,7 +94,7 @@ def classify(record: StepRecord, skips_before: int, limits: Limits) -> Outcome:
         return Outcome.APPLIED
     if by in _NEITHER:
         return _NEITHER[by]
-    if by == GUARD or record.bad_loss_ranks or not record.loss_finite or record.nonfinite_buffer:
+    if by in (GUARD, LEFT_OUT) or record.bad_loss_ranks or not record.loss_finite or record.nonfinite_buffer:
         return Outcome.BAD
     collapsed = record.loss_scale is not None and record.loss_scale < limits.min_loss_scale
     return Outcome.BAD if collapsed or skips_before >= limits.max_consecutive_skips else Outcome.ORDINARY_SKIP
@@ -155,6 +156,8 @@ class Step:
     verdict: Verdict | None = None
     bad_option: str | None = None
     """A non-finite option of the optimizer, such as `lr=nan`."""
+    left_out: bool = False
+    """Whether it was never made: the module has left it out by itself."""
 
     def learning_rates_on_device(self) -> dict[str, Tensor]:
         """Note each group's learning rate; return those that are on the device, by name."""
@@ -216,6 +219,8 @@ class Step:
         )
 
     def _skipped_by(self, scalars: Mapping[str, float]) -> str | None:
+        if self.left_out:
+            return LEFT_OUT
         if scalars.get("held"):
             return HELD
         if scalars.get("rejected"):

@@ -225,7 +225,8 @@ class Retries:
     def _bad_step(self, record: StepRecord) -> BadStep:
         is_late = any(later.outcome == Outcome.APPLIED for later in self._arrived)
         if self.manual is not None:
-            optimizer = self._trainer.optimizers[record.optimizer]
+            # (none where the module keeps its optimizers to itself)
+            optimizer = next(iter(self._trainer.optimizers[record.optimizer :]), None)
             return BadStep(record, self.manual.of(record), optimizer, self._trainer, is_late)
         window = self.windows.closed[0] if self.windows is not None and self.windows.closed else None
         return BadStep(record, window, None if self._newest is None else self._newest[0], self._trainer, is_late)

@@ -21,6 +21,7 @@ from lightning_stability import internals
 from lightning_stability._compat import Callback
 from lightning_stability.events import EventLog
 from lightning_stability.health import StepRecord
+from lightning_stability.runtime.absent_metrics import AbsentMetrics
 from lightning_stability.runtime.counts import Counts
 from lightning_stability.runtime.dispatch import Dispatch
 from lightning_stability.runtime.lifecycle import Lifecycle
@@ -50,6 +51,7 @@ class Session(Callback):
         self._user_callbacks = trainer.callbacks
         self._between_steps: deque[tuple[Callable[[], None], bool]] = deque()
         self._lifecycle = Lifecycle()
+        self._absent_metrics = AbsentMetrics()
         self.has_begun = False
         self.events = EventLog(log_folder(trainer), trainer.global_rank)
         self.dispatch = Dispatch(self._trainer, self.events)
@@ -233,6 +235,7 @@ class Session(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Modules, buffers and metrics may be others."""
+        self._absent_metrics.restore()
         self.dispatch.contain(self.watch.begin_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -249,6 +252,8 @@ class Session(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Read what is on its way, so that an epoch's numbers are there when it ends."""
         self.dispatch.contain(self.watch.end_epoch)
+        if self.watch.guard is not None:
+            self.dispatch.contain(self._absent_metrics.leave_out, trainer, self.watch.guard.take_left_out())
         self.dispatch.contain(self.watch.check_contents, True)
         self.act_between_steps()
         self.dispatch.write_progress(internals.batch_index(trainer), always=True)
@@ -281,6 +286,7 @@ class Session(Callback):
     def close(self) -> None:
         """Restore the Trainer as it was and drop what was not read."""
         self.watch.stop()
+        self._absent_metrics.restore()
         for policy in self.dispatch.policies:
             policy.session = None
         self.dispatch.policies.clear()

@@ -50,7 +50,7 @@ class Watch:
         self._contents: Contents | None = None
         self._hooks: PluginHooks | None = None
         self._unknown: UnknownOptimizers | None = None
-        self._skipped_backward = False
+        self._skipped_backward, self._look_in = False, 2  # batches, until all that the module holds is looked at
         self._explained = 0  # the id of an exception on its way from the backward pass through `training_step`
         self.ending = False
         """Set by a policy that ends the run: a held update stays held."""
@@ -112,7 +112,7 @@ class Watch:
         trainer, module = self._trainer, self._trainer.lightning_module
         for optimizer in trainer.optimizers:
             self.pipeline.watch(optimizer)
-        self._unknown = UnknownOptimizers(module, self.pipeline.watch)
+        self._unknown = UnknownOptimizers(module, self.pipeline.watch, self.pipeline.forget, self.pipeline.gate)
         if self._dispatch.may_guard(trainer.optimizers):
             self.pipeline.guard = Guard(module, self.results, trainer.world_size > 1)
             self._contents = Contents(module, lambda: trainer.optimizers)
@@ -171,6 +171,9 @@ class Watch:
         """A batch is about to enter `training_step`."""
         if self.guard is not None:
             self._explained, self._skipped_backward = 0, False
+            if self._look_in == 0:  # after a bad step, whose numbers a hook may have written; once in the beginning
+                self._dispatch.contain(self.check_contents, self._trainer.world_size == 1)
+            self._look_in -= 1
             self._recent.append((internals.batch_number(self._trainer), batch))
             self.guard.begin_batch()
 
@@ -179,6 +182,7 @@ class Watch:
         self.uncast = None
         if self.guard is None:
             return
+        self.pipeline.end_batch()
         if self.retries is not None:
             self.retries.settle()
         self.guard.settle_batch()
@@ -199,9 +203,7 @@ class Watch:
         """Restore what became non-finite: names of what was restored, and what could not be. Waits for the device."""
         if self._contents is None or self.guard is None:
             return [], []
-        answer = self._contents.mend(self.guard.copy_of)
-        self.guard.keep(self._contents.written)
-        return answer
+        return self._contents.mend(self.guard.copy_of)
 
     def check_contents(self, all_ranks: bool) -> None:
         """Where no step was bad, something may have been written that no step's judgement sees.
@@ -215,6 +217,7 @@ class Watch:
         if all_ranks and self._trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
             lost = lost or ["a parameter or buffer of another rank"]
         self._contents.reference()
+        self.guard.keep(self._contents.written)
         if restored or lost:
             self._dispatch.nonfinite_contents(restored, lost, all_ranks)
 
@@ -325,6 +328,7 @@ class Watch:
         if record.outcome == Outcome.BAD:
             answer = self._dispatch.contain(self.restore_contents)
             record.restored, record.not_restored = answer or ([], [])
+            self._look_in = 0
         self._dispatch.deliver(record)
 
     def _unhook(self) -> None:

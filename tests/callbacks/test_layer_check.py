@@ -1,7 +1,9 @@
 """The layer scale check: a run with it is the run without it, and it says which layer gets what, and why."""
 
+import copy
 import csv
 import itertools
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,23 @@ class TestNothingChanges:
         assert f"measured 6 layers in the first batch, in {precision}" in caplog.text
         assert not [w for w in recwarn if "InputCheck" in str(w.message)]
         assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules())
+
+    def test_a_copy_of_the_module_in_the_midst_of_a_step_has_none_of_its_hooks(self, one: Any) -> None:
+        copies: list[Any] = []
+
+        def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+            copies.extend((pickle.loads(pickle.dumps(self.net)), copy.deepcopy(self.net)))
+            return self.net(batch[0]).pow(2).mean()
+
+        module = runs.make_module(one, training_step=training_step)
+        check = InputCheck()
+        runs.trainer(one, callbacks=[check], max_epochs=1).fit(module, runs.data())
+        assert any(layer._forward_hooks for layer in copies[0].modules())
+        for made in copies:
+            for layer in made.modules():
+                hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+                assert not [hook for hook in hooks if "lightning_stability" in repr(hook)]
+            made(torch.zeros(2, 6))
 
     def test_with_a_guard_and_a_fallback_that_keep_the_window(self, one: Any) -> None:
         results = []

@@ -143,6 +143,33 @@ def holding(buffer: Callable[[], Tensor]) -> Callable[[], nn.Module]:
     return lambda: Part(lambda self, x: x, held=buffer())
 
 
+class Opaque(Tensor):
+    """A tensor that can be moved, and nothing else."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten._to_copy.default):
+            return cls(args[0].held)
+        raise NotImplementedError(f"no {func}")
+
+
+class NoExtraState(nn.Module):
+    """A module of which no state can be asked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def get_extra_state(self) -> Any:
+        raise RuntimeError("no state")
+
+
 PARTS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(WIDTH, WIDTH),
     "lazy": lambda: nn.Sequential(nn.LazyLinear(WIDTH), nn.LazyBatchNorm1d()),
@@ -185,6 +212,10 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "kinds of buffers": lambda: nn.Sequential(
         *(holding(lambda kind=kind: torch.ones(2, dtype=kind))() for kind in (torch.bool, torch.uint8, torch.complex64))
     ),
+    "nested buffer": holding(lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+    "mkldnn buffer": holding(lambda: torch.ones(3, 3).to_mkldnn()),
+    "opaque buffer": holding(lambda: Opaque(torch.ones(3))),
+    "no extra state": NoExtraState,
     "float8 buffer": holding(lambda: torch.ones(2).to(torch.float8_e4m3fn)),
 }
 
@@ -255,7 +286,7 @@ BATCHES: dict[str, Callable[[Tensor], Any]] = {
     "sizes": lambda x: (x, torch.tensor(1.0), torch.empty(0, 3), x.expand(2, *x.shape), x.t(), x[:, ::2]),
     "quantised": lambda x: (x, torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)),
     "packed": lambda x: (x, nn.utils.rnn.pack_sequence([x, x[:1]])),
-    "subclass": lambda x: (x, x.as_subclass(Tagged), nn.Parameter(x)),
+    "subclass": lambda x: (x, x.as_subclass(Tagged), nn.Parameter(x), Opaque(x)),
     "with a graph": lambda x: (x, (x.clone().requires_grad_() * 2)),
     "objects": lambda x: (x, {1, 2}, frozenset("a"), b"bytes", Path("p"), Colour.RED, iter([1]), print),
     "many": lambda x: [x, [x] * 100],

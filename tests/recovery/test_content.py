@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_stability.recovery import BufferUndo
 from lightning_stability.recovery.content import SMALL, Contents
+from tests.plugin.strange import NoExtraState, Opaque
 
 NAN, INF = math.nan, math.inf
 
@@ -198,7 +199,7 @@ def test_more_nonfinite_values_than_there_were_are_found(
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize")
 def test_tensors_that_cannot_be_looked_at_are_passed_over() -> None:
-    module = nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d())
+    module = nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d(), NoExtraState())
     for name, value in strange_tensors().items():
         module.register_buffer(name, value)
     contents = Contents(module)
@@ -227,4 +228,6 @@ def strange_tensors() -> dict[str, Tensor]:
         "of_doubles": torch.ones((), dtype=torch.float64),
         "complex": torch.ones(2, dtype=torch.complex128),
         "of_bytess": torch.ones(3, dtype=torch.uint8),
+        "mkldnn": torch.ones(2, 2).to_mkldnn(),
+        "opaque": Opaque(torch.ones(2)),
     }
