@@ -142,14 +142,23 @@ def _nonfinite_weights(case: Case) -> Cause | None:
     if case.origin is None or case.origin.phase != "weights":
         return None
     cures = case.cures("operation" if case.origin.written else "weights")
-    return _cause(case, "nonfinite_weights", 0.98 if cures else 0.85, facts={"written": case.origin.written})
+    by_optimizer = any(trial.finite is False for trial in case.tried("update"))
+    return _cause(
+        case,
+        "nonfinite_weights",
+        0.5 if by_optimizer else 0.98 if cures else 0.85,
+        facts={"written": case.origin.written},
+    )
 
 
 def _optimizer_update(case: Case) -> Cause | None:
-    if case.origin is None or case.origin.phase != "optimizer":
-        return None
-    cures = case.cures("optimizer")
+    origin, cures = case.origin, case.cures("optimizer")
     facts = cures[0].facts if cures else {}
+    if origin is not None and origin.phase == "weights" and any(t.finite is False for t in case.tried("update")):
+        where = dict.fromkeys(("op", "file", "line")) | {"facts": facts | {"before": True}}
+        return _cause(case, "optimizer_update", 0.95 if cures else 0.85, **where)
+    if origin is None or origin.phase != "optimizer":
+        return None
     return _cause(case, "optimizer_update", 0.97 if cures else 0.6, facts=facts)
 
 
@@ -250,7 +259,10 @@ def _weights(case: Case) -> Cause | None:
     tensor = max(tensors, key=lambda name: signs.sizes.get(name, 0.0), default=None)
     gain = signs.gains.get(tensor or "", 0.0)
     facts = {"gain": gain, "growth": signs.growth}
-    if signs.first_step is not True and (signs.growth >= _GROWN or signs.moved.get(tensor or "", 0.0) >= _MOVED):
+    unknown = signs.first_step is False and not signs.has_history and gain >= _FAR  # absurd, and it was no fault before
+    if signs.first_step is not True and (
+        unknown or signs.growth >= _GROWN or signs.moved.get(tensor or "", 0.0) >= _MOVED
+    ):
         confidence = 0.95 if signs.growth >= 10 * _GROWN else 0.85 if signs.growth >= _GROWN or gain >= _FAR else 0.75
         return _cause(case, "divergence", confidence, tensor=tensor, samples=[], facts=facts)
     only_cure = not case.cures_in_precision or not signs.precision.startswith(("16", "bf16"))

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_stability.diagnosis.entries import replaced_columns, replaced_samples, with_entries
 from lightning_stability.diagnosis.mending import Mend, mended
-from lightning_stability.diagnosis.replay import Replay, make_precision
+from lightning_stability.diagnosis.replay import Failure, Outcome, Replay, make_precision
 from lightning_stability.diagnosis.step import RecordedStep
 from lightning_stability.diagnosis.trials import Around, Change
 from lightning_stability.internals import compiles_its_call
@@ -222,6 +222,27 @@ def with_weights(weights: dict[str, Tensor], words: str, **facts: Any) -> Change
     """
     around = _each_tensor(lambda name, t: weights[name].to(t) if name in weights else t)
     return Change("weights", words, around=around, facts=facts)
+
+
+def update_without_gradients(name: str) -> Change:
+    """One more update by gradients of 0, of finite weights: whether the optimizer's own arithmetic is finite.
+
+    Args:
+        name: The parameter that it is about.
+    """
+
+    def update(replay: Replay) -> Outcome:
+        optimizer = replay.optimizers[replay.step.optimizer]
+        with torch.no_grad():
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                parameter.nan_to_num_(0.0, 0.0, 0.0)
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+        parameter = replay.module.get_parameter(name)
+        is_finite = bool(parameter.isfinite().all())
+        return Outcome(failure=None if is_finite else Failure("weight", [(name, parameter)], 0))
+
+    return Change("update", f"gradients of 0, one more update of `{name}`", instead=update, facts={"tensor": name})
 
 
 def with_option(name: str, value: Any, words: str) -> Change:

@@ -30,6 +30,7 @@ from lightning_stability.diagnosis.module_trials import (
     other_formats,
     smallest_loss_scale,
     tamed_weights,
+    update_again,
     valid_options,
 )
 from lightning_stability.diagnosis.operations import SOFTMAX, family_of
@@ -70,7 +71,7 @@ def plan(origin: Origin | None, signs: Signs) -> list[Pass]:
     if origin.phase == "input":
         return [finite_entry, bad_samples, often_blamed]
     if origin.phase == "weights":
-        return [mended_line if origin.written else finite_weights, often_blamed]
+        return [*([mended_line] if origin.written else [finite_weights, update_again]), often_blamed]
     if origin.phase == "optimizer":
         return [valid_options, other_formats]
     mask = [free_key] if family_of(origin) == SOFTMAX else []
@@ -159,6 +160,7 @@ _WORDS: dict[Pass, str] = {
     smallest_loss_scale: "a loss scale of 1",
     modules_in_fp32: "single modules in float32",
     valid_options: "other options of the optimizer",
+    update_again: "another update",
     same_again: "the same again",
     compiled_code: "compiled code",
     often_blamed: "what is often blamed",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from lightning_stability.diagnosis import changes
 from lightning_stability.diagnosis.bench import MOST_ITEMS, Bench
-from lightning_stability.diagnosis.trials import Trial
+from lightning_stability.diagnosis.trials import Change, Trial
 from lightning_stability.internals import has_own_parameters
 
 _USUAL: dict[str, Any] = {"lr": 1e-3, "eps": 1e-8}
@@ -71,8 +73,30 @@ def earlier_weights(bench: Bench) -> None:
             low = middle + 1
 
 
+def update_again(bench: Bench) -> None:
+    """Weights that were bad before the step, after finite gradients: whether another update makes them so again."""
+    name, step = bench.origin.tensor if bench.origin is not None else None, bench.step
+    if not name or bench.signs.first_step or not step.optimizers or step.state is None:
+        return
+    parameter = dict(step.module.named_parameters()).get(name)
+    owned = {id(p) for group in step.optimizers[step.optimizer].param_groups for p in group["params"]}
+    if parameter is None or id(parameter) not in owned:
+        return
+    again = changes.update_without_gradients(name)
+    if bench.lab.try_(again).finite is not False:
+        return
+    for change in _valid(bench):
+        if bench.lab.try_(replace(change, instead=again.instead)).finite:
+            return
+
+
 def valid_options(bench: Bench) -> None:
     """Each option of the optimizer as its class has it by default: those that nobody wants first."""
+    for change in _valid(bench):
+        bench.lab.try_(change)
+
+
+def _valid(bench: Bench) -> Iterator[Change]:
     step = bench.step
     optimizer = step.optimizers[step.optimizer]
     groups: list[dict[str, Any]] = optimizer.param_groups
@@ -87,7 +111,7 @@ def valid_options(bench: Bench) -> None:
     for name in sorted(usual, key=lambda name: _rank(name, given[name])):
         other = next((value for value in given[name] if value is not None and value != usual[name]), None)
         if other is not None and name not in _IMPLEMENTATIONS and usual[name] is not inspect.Parameter.empty:
-            bench.lab.try_(changes.with_option(name, usual[name], f"{name}={usual[name]} instead of {other}"))
+            yield changes.with_option(name, usual[name], f"{name}={usual[name]} instead of {other}")
 
 
 def _rank(name: str, values: list[Any]) -> tuple[int, str]:

@@ -78,6 +78,7 @@ class Signs:
         descriptions: Of the same samples, such as a file's name, where known.
         device: Such as `"cuda"`.
         rank: Of the process that recorded it.
+        has_history: Whether anything is known of the steps before.
         options: Of the optimizer's groups, as they were at the update.
     """
 
@@ -105,6 +106,7 @@ class Signs:
     descriptions: list[str] | None = None
     device: str = "cpu"
     rank: int = 0
+    has_history: bool = False
     options: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -166,6 +168,7 @@ def read_signs(
         dataset_indices=known,
         descriptions=descriptions[number] if descriptions and number < len(descriptions) else None,
         device=str(step.environment.get("device", next((p.device.type for p in step.module.parameters()), "cpu"))),
+        has_history=bool(history),
         options=outcome.options,
         rank=int(step.trainer.get("global_rank", 0)),
     )

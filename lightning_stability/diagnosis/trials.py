@@ -26,6 +26,7 @@ class Change:
         step: Makes the changed step.
         around: Changes the copy that is run, for as long as it runs.
         compiled: Whether compiled code runs compiled; else it runs eagerly.
+        instead: What is run instead of the step.
         facts: What a reader of the trial needs besides.
     """
 
@@ -34,6 +35,7 @@ class Change:
     step: Callable[[RecordedStep], RecordedStep] = lambda step: step
     around: Around = lambda replay: contextlib.nullcontext()
     compiled: bool = False
+    instead: Callable[[Replay], Outcome] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -144,7 +146,7 @@ class Laboratory:
         start = self._clock()
         replay = Replay(step)
         with change.around(replay):
-            came = replay.run(compiled=change.compiled)
+            came = change.instead(replay) if change.instead else replay.run(compiled=change.compiled)
         self._longest = max(self._longest, self._clock() - start)
         return came
 

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_stability.diagnosis import RecordedStep
 from lightning_stability.diagnosis.investigation import investigate
 from lightning_stability.diagnosis.report import as_text, cause_in_a_line, make_report
+from lightning_stability.diagnosis.step import capture_state
 from lightning_stability.recovery.random_state import RandomState
 from tests.zoo.program import Module, Tensor
 
@@ -401,3 +402,38 @@ def test_a_layer_with_many_outputs_is_not_absurd_for_that():
     step = step_of(Wide(), 2 + torch.randn(5, 4), precision="16-mixed", loss_scale=1.0)
     [first, *_] = investigate(step).causes
     assert first.cause == "fp16_overflow"
+
+
+def spoilt_by(**options: Any) -> RecordedStep:
+    """The step after an update that made one weight NaN, which had no gradient; all that is kept is of afterwards."""
+    module = Net(lambda out, batch: out[:, 0].mean())
+    step = step_of(module, torch.randn(5, 4), trainer={"global_step": 1})
+    optimizer = step.optimizers[0]
+    for group in optimizer.param_groups:
+        group.update(options)
+    module.training_step(step.batches[0], 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    step.state = capture_state(module, step.optimizers)
+    return step
+
+
+def test_weights_that_the_update_before_spoilt_are_the_optimizers_fault():
+    [first, *_] = investigate(spoilt_by(eps=0.0)).causes
+    assert (first.cause, first.tensor, first.facts["option"]) == ("optimizer_update", "layer.weight", "eps")
+
+
+def test_weights_that_something_else_spoilt_are_not_the_optimizers_fault():
+    step = spoilt_by()
+    step.state["parameters"]["layer.weight"][1, 2] = float("nan")
+    [first, *_] = investigate(step).causes
+    assert (first.cause, first.tensor) == ("nonfinite_weights", "layer.weight")
+
+
+def test_absurd_weights_after_the_first_step_have_diverged_if_nothing_else_is_known():
+    module = Net(lambda out, batch: out.pow(2).mean())
+    with torch.no_grad():
+        module.layer.weight.fill_(1e25)
+    first, late = (step_of(module, torch.randn(5, 4), trainer={"global_step": n}) for n in (0, 7))
+    assert investigate(first).causes[0].cause == "extreme_weights"
+    assert investigate(late).causes[0].cause == "divergence"
