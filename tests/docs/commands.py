@@ -125,6 +125,13 @@ def _pytest(desk: Desk, words: list[str]) -> None:
         assert value in (ROOT / path).read_text(), f"No test of {path} is called {value}."
 
 
+def text_of(script: Path) -> str:
+    """A script, with the modules beside it that it imports: options may be made there."""
+    text = script.read_text()
+    beside = re.findall(r"^from (common\.\w+) import", text, re.MULTILINE)
+    return text + "".join((script.parent / f"{name.replace('.', '/')}.py").read_text() for name in beside)
+
+
 def _python(desk: Desk, words: list[str]) -> Done | None:
     """Run a file of the page; check that a script of the repository is there and takes these options.
 
@@ -137,7 +144,7 @@ def _python(desk: Desk, words: list[str]) -> Done | None:
     for word in words[1:]:
         option = word.partition("=")[0]
         if option.startswith("--"):
-            assert f'"{option}"' in script.read_text(), f"{words[0]} takes no option {option}."
+            assert f'"{option}"' in text_of(script), f"{words[0]} takes no option {option}."
     return None
 
 

@@ -15,7 +15,7 @@ from lightning_stability.events import EventLog
 from lightning_stability.plugin import CALLBACKS
 from lightning_stability.status.run import find_run
 from tests.docs.blocks import ROOT, blocks_of, commands_of, pages
-from tests.docs.commands import SHOWN
+from tests.docs.commands import SHOWN, text_of
 from tests.status.test_runs import told, train
 
 HEADINGS = ("What it guards against", "Options", "What is logged", "What it costs", "What it refuses")
@@ -124,7 +124,7 @@ def test_the_status_of_a_run_that_goes_on_has_the_rows_that_the_page_shows(tmp_p
 
 
 def test_every_benchmark_takes_the_option_that_make_bench_gives():
-    assert [path.name for path in ROOT.glob("benchmarks/*.py") if '"--quick"' not in path.read_text()] == []
+    assert [path.name for path in ROOT.glob("benchmarks/*.py") if '"--quick"' not in text_of(path)] == []
 
 
 # The README's figures
