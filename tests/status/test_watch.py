@@ -25,7 +25,10 @@ from lightning_stability.events import FILE_NAME, EventLog
 from tests.command import ROOT, Launcher, run_python
 from tests.status.test_runs import WORDS, start
 
-STATUS = (sys.executable, "-m", "lightning_stability", "status")
+# it looks ten times a second: nobody waits for these tests but the next one
+OFTEN = "import sys; sys.argv[0] = 'lightning-stability'; from lightning_stability.status import command"
+OFTEN += "; command._SECONDS = 0.1; from lightning_stability.__main__ import main; sys.exit(main())"
+STATUS = (sys.executable, "-c", OFTEN, "status")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 CLEAR = "\033[H\033[2J"
 HANGS = 300.0
@@ -171,8 +174,7 @@ def test_the_watch_goes_over_to_a_new_version_and_passes_half_a_line_over(tmp_pa
         terminal.close()
 
 
-WITHOUT_RICH = "import sys; sys.modules['rich'] = None; sys.argv[0] = 'lightning-stability'"
-WITHOUT_RICH += "; from lightning_stability.__main__ import main; sys.exit(main())"
+WITHOUT_RICH = f"import sys; sys.modules['rich'] = None; {OFTEN}"
 HIDE, SHOW, UP = "\033[?25l", "\033[?25h", "\033[1A"
 
 
