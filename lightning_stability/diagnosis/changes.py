@@ -169,17 +169,18 @@ def with_other_columns(entry: str, columns: list[int], samples: list[int], size:
     return Change("columns", words, step, facts={"columns": columns, "tensor": entry, "samples": samples})
 
 
-def with_finite_tensor(name: str) -> Change:
-    """A parameter or buffer is set to finite values.
+def with_finite_tensors(names: list[str]) -> Change:
+    """Parameters or buffers are set to finite values.
 
     Args:
-        name: Its name.
+        names: Their names.
     """
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return Change(
         "weights",
-        f"the non-finite values of `{name}` set to 0",
-        around=_on_tensors({name}, lambda t: torch.nan_to_num(t, 0.0, 0.0, 0.0)),
-        facts={"tensors": [name]},
+        f"the non-finite values of `{names[0]}`{more} set to 0",
+        around=_on_tensors(set(names), lambda t: torch.nan_to_num(t, 0.0, 0.0, 0.0)),
+        facts={"tensors": names},
     )
 
 
@@ -224,11 +225,12 @@ def with_weights(weights: dict[str, Tensor], words: str, **facts: Any) -> Change
     return Change("weights", words, around=around, facts=facts)
 
 
-def update_without_gradients(name: str) -> Change:
-    """One more update by gradients of 0, of finite weights: whether the optimizer's own arithmetic is finite.
+def update_alone(name: str, by_mean: bool = False) -> Change:
+    """One more update of finite weights: whether the optimizer's own arithmetic is finite.
 
     Args:
         name: The parameter that it is about.
+        by_mean: Whether the gradients are the optimizer's own running mean of them; else they are 0.
     """
 
     def update(replay: Replay) -> Outcome:
@@ -236,13 +238,16 @@ def update_without_gradients(name: str) -> Change:
         with torch.no_grad():
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 parameter.nan_to_num_(0.0, 0.0, 0.0)
-                parameter.grad = torch.zeros_like(parameter)
+                kept = optimizer.state.get(parameter, {})
+                mean = next((kept[key] for key in ("grad_avg", "exp_avg") if by_mean and key in kept), None)
+                parameter.grad = torch.zeros_like(parameter) if mean is None else mean.clone()
             optimizer.step()
         parameter = replay.module.get_parameter(name)
         is_finite = bool(parameter.isfinite().all())
         return Outcome(failure=None if is_finite else Failure("weight", [(name, parameter)], 0))
 
-    return Change("update", f"gradients of 0, one more update of `{name}`", instead=update, facts={"tensor": name})
+    words = f"{'their running mean as gradients' if by_mean else 'gradients of 0'}, one more update of `{name}`"
+    return Change("update", words, instead=update, facts={"tensor": name})
 
 
 def with_option(name: str, value: Any, words: str) -> Change:

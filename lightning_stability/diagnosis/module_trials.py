@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_stability.diagnosis import changes
 from lightning_stability.diagnosis.bench import MOST_ITEMS, Bench
 from lightning_stability.diagnosis.trials import Change, Trial
+from lightning_stability.health.values import nonfinite_names
 from lightning_stability.internals import has_own_parameters
 
 _USUAL: dict[str, Any] = {"lr": 1e-3, "eps": 1e-8}
@@ -22,10 +23,15 @@ _IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable", "params"
 
 
 def finite_weights(bench: Bench) -> None:
-    """The non-finite values of the parameter or buffer set to 0."""
-    assert bench.origin is not None
-    if bench.origin.tensor:
-        bench.lab.try_(changes.with_finite_tensor(bench.origin.tensor))
+    """The non-finite values of the parameter or buffer set to 0; where that is not enough, those of all."""
+    first = bench.origin.tensor if bench.origin is not None else None
+    if not first or bench.lab.try_(changes.with_finite_tensors([first])).finite:
+        return
+    module, state = bench.step.module, bench.step.state
+    every = state["parameters"] | state["buffers"] if state is not None else dict(module.named_parameters())
+    others = [name for name in nonfinite_names(every.items()) if name != first]
+    if others:
+        bench.lab.try_(changes.with_finite_tensors([first, *others]))
 
 
 def larger_eps(bench: Bench) -> None:
@@ -76,14 +82,17 @@ def earlier_weights(bench: Bench) -> None:
 def update_again(bench: Bench) -> None:
     """Weights that were bad before the step, after finite gradients: whether another update makes them so again."""
     name, step = bench.origin.tensor if bench.origin is not None else None, bench.step
-    if not name or bench.signs.first_step or not step.optimizers or step.state is None:
+    if not name or bench.signs.first_step or not step.optimizers:
         return
     parameter = dict(step.module.named_parameters()).get(name)
     owned = {id(p) for group in step.optimizers[step.optimizer].param_groups for p in group["params"]}
     if parameter is None or id(parameter) not in owned:
         return
-    again = changes.update_without_gradients(name)
-    if bench.lab.try_(again).finite is not False:
+    again = changes.update_alone(name)
+    if bench.lab.try_(again).finite:
+        again = changes.update_alone(name, by_mean=True)
+        bench.lab.try_(again)
+    if bench.lab.trials[-1].finite is not False:
         return
     for change in _valid(bench):
         if bench.lab.try_(replace(change, instead=again.instead)).finite:
@@ -99,7 +108,7 @@ def valid_options(bench: Bench) -> None:
 def _valid(bench: Bench) -> Iterator[Change]:
     step = bench.step
     optimizer = step.optimizers[step.optimizer]
-    groups: list[dict[str, Any]] = optimizer.param_groups
+    groups: list[dict[str, Any]] = [{n: v for n, v in g.items() if n != "params"} for g in optimizer.param_groups]
     if bench.signs.options:  # a hook of the module may change them before the update
         groups = bench.signs.options
     elif step.state is not None:  # a schedule may have moved on since

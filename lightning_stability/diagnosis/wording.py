@@ -187,7 +187,7 @@ def _extreme_weights(cause: Cause, case: Case) -> str:
 
 def _optimizer_update(cause: Cause, case: Case) -> str:
     if cause.facts.get("before"):
-        made = f"an update before made `{cause.tensor}` non-finite, as one by gradients of 0 would do again"
+        made = f"an update before made `{cause.tensor}` non-finite, as another one does again"
     else:
         made = f"the gradients are finite and the optimizer's update of `{cause.tensor}` is not"
     option = f"; with an ordinary `{cause.facts['option']}` it is finite" if cause.facts.get("option") else ""
