@@ -24,6 +24,12 @@ def warn_of_inexact_data(points: SavePoints) -> None:
             f"FractionalCheckpoint: the order of the training data cannot be saved: {phrase}. A resumed run may see"
             " another order, also when it is resumed between two epochs. Give it state_dict and load_state_dict."
         )
+    if data.delivers_as_it_likes:
+        warn(
+            "FractionalCheckpoint: a data loader with in_order=False delivers batches as its workers finish them. A run"
+            " resumed inside an epoch may train on some of them twice, and leave out others. Take in_order out, or"
+            " resume between two epochs."
+        )
     if data.has_workers:
         rank_zero_info(
             "FractionalCheckpoint: random numbers drawn inside the data loader's workers are in no checkpoint."

@@ -12,6 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from lightning_stability import internals
 
+_SPARSE = ("_indices", "_values", "crow_indices", "ccol_indices", "col_indices", "row_indices", "values")
+"""What gives the parts of a sparse tensor; each layout has some of them."""
+
 
 class HiddenBuffers:
     """The non-persistent buffers of a module, of which those that training has changed are saved.
@@ -55,13 +58,17 @@ class HiddenBuffers:
                 continue
             self._restored.add(name)
             now = own.get(name)
-            if now is not None and not is_lazy(now) and now.shape == value.shape and now.dtype == value.dtype:
+            dense = now is not None and not is_lazy(now) and now.layout == value.layout == torch.strided
+            if now is not None and dense and now.shape == value.shape and now.dtype == value.dtype:
                 now.data.copy_(value)
                 continue
             device = now.device if now is not None else _device(self._module)
-            if now is None and hasattr(module, attribute):
+            if now is None and getattr(module, attribute, None) is not None:
                 continue  # something else has that name
-            module.register_buffer(attribute, value.to(device), persistent=False)
+            if hasattr(module, attribute):  # it may be None until training fills it
+                setattr(module, attribute, value.to(device))
+            else:
+                module.register_buffer(attribute, value.to(device), persistent=False)
 
 
 def _non_persistent(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -71,10 +78,23 @@ def _non_persistent(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fingerprint(buffer: Tensor) -> Any:
-    if is_lazy(buffer) or buffer.layout != torch.strided or buffer.is_quantized or buffer.device.type == "meta":
+    if is_lazy(buffer) or buffer.device.type == "meta":
+        return None
+    if buffer.layout != torch.strided:
+        parts = [part for name in _SPARSE if (part := _sparse_part(buffer, name)) is not None]
+        return buffer.layout, buffer.shape, [_fingerprint(part) for part in parts]
+    if buffer.is_quantized:
         return None
     data = buffer.detach().cpu().contiguous().flatten().view(torch.uint8)
     return buffer.shape, buffer.dtype, zlib.crc32(data.numpy().tobytes())
+
+
+def _sparse_part(buffer: Tensor, name: str) -> Tensor | None:
+    try:
+        part: Tensor = getattr(buffer, name)()
+    except RuntimeError:  # another layout's
+        return None
+    return part
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -20,12 +20,12 @@ _PLUS, _MINUS, _NAN = 1, 2, 4
 class FiniteCheck:
     """Tells what became non-finite from what was so by design, position by position.
 
-    By design are, each with its sign:
+    By design are, each with its sign, in buffers and in parameters that are frozen from the start:
 
-    - what buffers and frozen parameters hold when training starts;
-    - what a hook writes into a buffer when an epoch starts, or fills it with when one ends;
-    - infinities in a buffer that is made, or gets another shape, while the run trains;
-    - -inf among zeros or ones in a buffer, and any -inf in one after the first batch: an attention mask;
+    - what they hold when training starts;
+    - what a hook writes into one when an epoch starts, or fills it with when one ends;
+    - infinities in one that is made, or gets another shape, while the run trains;
+    - -inf among zeros or ones, and any -inf after the first batch: an attention mask;
     - a metric's state before its first update.
 
     Weights that are trained, the statistics of norm layers and the optimizer's state have to be finite.
@@ -47,9 +47,9 @@ class FiniteCheck:
         self._module = module
         self._allowed: dict[str, Tensor] = {}
         self._patterns: set[str] = set()
-        self._shapes = {name: _shape(buffer) for name, buffer in module.named_buffers()}
-        frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-        for name, codes in _codes_of({**frozen, **self._buffers()}).items():
+        self._trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._shapes = {name: _shape(buffer) for name, buffer in self._buffers().items()}
+        for name, codes in _codes_of(self._buffers()).items():
             self._allow(name, codes)
 
     def allow(self, patterns: Iterable[str]) -> None:
@@ -147,14 +147,19 @@ class FiniteCheck:
         self._allowed[name] = codes
 
     def _buffers(self) -> dict[str, Tensor]:
-        """The module's buffers, without those that only training computes."""
+        """The module's buffers, without those that only training computes, and parameters that were never trained."""
         norms = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in self._module.named_modules()
             if isinstance(module, nn.modules.batchnorm._NormBase)
             for name in ("running_mean", "running_var")
         }
-        return {name: buffer for name, buffer in self._module.named_buffers() if name not in norms}
+        frozen = {
+            name: parameter
+            for name, parameter in self._module.named_parameters()
+            if not parameter.requires_grad and name not in self._trained
+        }
+        return {**frozen, **{name: buffer for name, buffer in self._module.named_buffers() if name not in norms}}
 
 
 def _shape(buffer: Tensor) -> torch.Size | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_stability.checkpointing.resume import SECTION
 from lightning_stability.checkpointing.sharded import METADATA, load_sharded
-from lightning_stability.checkpointing.verification import load_checkpoint, what_is_not_finite
+from lightning_stability.checkpointing.verification import load_and_verify, load_checkpoint
 from lightning_stability.checkpointing.writing import is_part
 
 _OF_DEEPSPEED = "checkpoint"
@@ -217,7 +217,7 @@ def _inspect(path: Path, verify: bool) -> CheckpointInfo:
         status = path.stat()
         size, saved, is_folder = status.st_size, status.st_mtime, stat.S_ISDIR(status.st_mode)
         if is_folder:
-            size = sum(inner.stat().st_size for inner in path.rglob("*") if inner.is_file())
+            size = _size_of_folder(path)
         elif not stat.S_ISREG(status.st_mode):  # reading it might never end
             raise ValueError("it is no regular file")
         checkpoint, names = _load(path, is_folder, verify)
@@ -246,11 +246,18 @@ def _inspect(path: Path, verify: bool) -> CheckpointInfo:
 def _load(path: Path, is_folder: bool, verify: bool) -> tuple[dict[str, Any], list[str]]:
     """What a checkpoint holds, and the names of what is not finite in it."""
     if not is_folder:
-        checkpoint = load_checkpoint(path, verify)
-        return checkpoint, what_is_not_finite(checkpoint) if verify else []
+        return load_and_verify(path) if verify else (load_checkpoint(path, verify=False), [])
     if (path / METADATA).exists() or not (path / _OF_DEEPSPEED).exists():
         return load_sharded(path, verify)
     return {}, []
+
+
+def _size_of_folder(path: Path) -> int:
+    """Of what lies in it, two levels deep at most: a link may lead anywhere."""
+    files = (
+        [*path.glob("*"), *path.glob("*/*")] if (path / METADATA).exists() or (path / _OF_DEEPSPEED).exists() else []
+    )
+    return sum(inner.stat().st_size for inner in files if inner.is_file() and not inner.is_symlink())
 
 
 def _first_line(error: Exception) -> str:

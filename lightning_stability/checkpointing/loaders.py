@@ -63,6 +63,12 @@ class TrainingData:
         return [phrase for loader in self.loaders for phrase in unknown_orders(loader)]
 
     @property
+    def delivers_as_it_likes(self) -> bool:
+        """Whether batches come as workers finish them, and not as the sampler gave them."""
+        loaders = [loader for loader in self.loaders if has_positions(loader)]
+        return any(loader.num_workers > 0 and not getattr(loader, "in_order", True) for loader in loaders)
+
+    @property
     def has_workers(self) -> bool:
         """Whether other processes load."""
         return any(getattr(loader, "num_workers", 0) > 0 for loader in self.loaders)

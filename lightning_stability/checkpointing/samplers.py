@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -133,7 +134,8 @@ class FixedOrder:
         return len(self.inner)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # while a copy is being made
+        # `inner` while a copy is being made; a state of the sampler's own would be loaded in place of the position
+        if name in ("inner", "state_dict", "load_state_dict"):
             raise AttributeError(name)
         return getattr(self.inner, name)
 
@@ -304,4 +306,6 @@ def _has_own_batches(loader: Any) -> bool:
     batches = getattr(loader, "batch_sampler", None)
     ours = isinstance(batches, FixedOrder)
     libraries = type(batches).__module__.startswith(("torch.", "torchdata."))
-    return ours or (hasattr(batches, "__len__") and not libraries and not is_stateful(batches))
+    # torchdata saves the state of an iterator: what a batch sampler itself offers is never asked for
+    continues = is_stateful(batches) and not inspect.isgeneratorfunction(getattr(type(batches), "__iter__", None))
+    return ours or (hasattr(batches, "__len__") and not libraries and not continues)

@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ _SHOW_PROGRESS_AFTER = 2.0
 _DATA = re.compile(r"[^/]*/data/\d+")
 _WEIGHT = re.compile(r"(.*\.)?(weight\w*|weight\..*|\w+_weight|bias|bias_[ih]h\w*|\w*proj_bias)")
 _RATES = (".lr", ".initial_lr")
+_RATES_OF_SCHEDULERS = {"base_lrs", "_last_lr", "max_lrs", "min_lrs"}
+_AT_ONCE = 2**26
+"""Bytes that are compared with their check sums, then looked at while they are still in memory."""
 _FOLDER = 0x10  # as an attribute of MS-DOS: torch reads nothing of such a part, whatever it holds
 _YEAR_9999 = 253402300799
 
@@ -45,14 +49,29 @@ def load_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UnusableError("it holds no state_dict")
     check_form(checkpoint)
+    if not checkpoint["state_dict"]:
+        raise UnusableError("its state_dict is empty")
     for name, value in checkpoint["state_dict"].items():
         if not isinstance(value, Tensor) and name.endswith((".weight", ".bias")):
             raise UnusableError(f"its {name} is no tensor")
+        if isinstance(value, Tensor) and value.device.type == "meta":
+            raise UnusableError(f"its {name} has a shape and no numbers")
     for place, state in enumerate(checkpoint.get("optimizer_states", [])):
         _check_fields(state, _OPTIMIZER_FIELDS, f"optimizer_states.{place}.")
         for group in state.get("param_groups", []):
             _check_fields(group, _GROUP_FIELDS, f"optimizer_states.{place}.param_groups.")
     return checkpoint
+
+
+def load_and_verify(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """A checkpoint, and what is not finite in it. Every byte is compared with its check sum, in one read of the file.
+
+    Raises:
+        UnusableError: If it is damaged, or no checkpoint.
+    """
+    checkpoint = load_checkpoint(path, verify=False)
+    with _reading(path, checkpoint) as read:
+        return checkpoint, what_is_not_finite(checkpoint, read)
 
 
 def load_archive(path: Path, verify: bool) -> Any:
@@ -62,6 +81,8 @@ def load_archive(path: Path, verify: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UnusableError("it holds Python objects, and does not load with weights_only=True") from error
+    except RuntimeError as error:  # an archive that is none of torch's
+        raise UnusableError("it is no file that torch.save writes") from error
 
 
 def check_form(checkpoint: dict[str, Any]) -> None:
@@ -75,14 +96,24 @@ def check_form(checkpoint: dict[str, Any]) -> None:
     _check_counts(checkpoint.get("loops", {}), "loops")
 
 
-def what_is_not_finite(checkpoint: dict[str, Any]) -> list[str]:
+def what_is_not_finite(
+    checkpoint: dict[str, Any], read: Callable[[list[Tensor]], object] = lambda tensors: None
+) -> list[str]:
     """The names of what is not finite in a checkpoint, and not so by design.
 
     Of which buffers that may be, FractionalCheckpoint has written down. In files of others, infinities among zeros or
     ones are taken for a mask, unless it is known to be a weight.
+
+    Args:
+        checkpoint: What Lightning dumped, or what was loaded.
+        read: Is called with some tensors before these are looked at, in the order of their places in memory.
     """
     tensors = [(name, _as_stored(tensor)) for name, tensor in checked_tensors(checkpoint)]
-    found = [tensors[int(place)] for place in nonfinite_names((str(i), t) for i, (_, t) in enumerate(tensors))]
+    places: list[int] = []
+    for some in _at_once(tensors):
+        read([tensors[place][1] for place in some])
+        places += [int(place) for place in nonfinite_names((str(place), tensors[place][1]) for place in some)]
+    found = [tensors[place] for place in sorted(places)]
     by_design = checkpoint.get(SECTION, {}).get("nonfinite_by_design")
     if by_design is not None:
         return [name for name, _ in found if own_name(name) not in by_design]
@@ -103,13 +134,84 @@ def checked_tensors(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, leaf in _leaves(checkpoint.get("optimizer_states", {}), "optimizer_states", walked):
         if isinstance(leaf, Tensor):
             yield name, leaf
-        elif isinstance(leaf, float) and (math.isnan(leaf) or (math.isinf(leaf) and name.endswith(_RATES))):
+        elif isinstance(leaf, float) and (math.isnan(leaf) or (math.isinf(leaf) and _is_rate_or_moment(name))):
             yield name, torch.tensor(leaf)
+    for name, leaf in _leaves(checkpoint.get("lr_schedulers", []), "lr_schedulers", walked):
+        if isinstance(leaf, float) and not math.isfinite(leaf) and _RATES_OF_SCHEDULERS & set(name.split(".")):
+            yield name, torch.tensor(leaf)
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if isinstance(state, dict) and "average_model_state" in state:  # StochasticWeightAveraging's
+            prefix = f"callbacks.{key}.average_model_state"
+            yield from _tensors(_leaves(state["average_model_state"], prefix, walked))
+    for key, state in checkpoint.items():
+        if isinstance(state, dict) and {"scale", "growth_factor"} <= state.keys():  # a GradScaler's
+            yield f"{key}.scale", torch.as_tensor(state["scale"])
+
+
+def _is_rate_or_moment(name: str) -> bool:
+    return name.endswith(_RATES) or name.split(".")[2:3] == ["state"]
 
 
 def own_name(name: str) -> str:
     """The module's name for one of `checked_tensors`: averaging moves its weights to another key."""
+    if name.startswith("callbacks."):
+        return name.rpartition(".average_model_state.")[2]
     return name.removeprefix("current_model_state.")
+
+
+def _at_once(tensors: list[tuple[str, Tensor]]) -> Iterator[list[int]]:
+    """The places of tensors in the list, some at a time, in the order of their places in memory."""
+    some: list[int] = []
+    size = 0
+    for place in sorted(range(len(tensors)), key=lambda place: min(_storages(tensors[place][1]) or [(0, 0)])):
+        some.append(place)
+        size += tensors[place][1].numel() * tensors[place][1].element_size()
+        if size >= _AT_ONCE:
+            yield some
+            some, size = [], 0
+    yield some
+
+
+def _storages(tensor: Tensor) -> list[tuple[int, int]]:
+    """Where a tensor's numbers are in memory, and how many bytes; nothing where that is not known."""
+    if tensor.is_sparse:
+        return [*_storages(tensor._indices()), *_storages(tensor._values())]
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
+        return []
+    storage = tensor.untyped_storage()
+    return [(storage.data_ptr(), storage.nbytes())] if storage.nbytes() else []
+
+
+@contextlib.contextmanager
+def _reading(path: Path, checkpoint: dict[str, Any]) -> Iterator[Callable[[list[Tensor]], None]]:
+    """Compare the tensors' bytes with their check sums, up to those that are asked for; all of them in the end.
+
+    Tensors lie in memory as in the file. Where they cannot be told from each other, all are compared at once.
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = sorted(
+            (part for part in archive.infolist() if _DATA.fullmatch(part.filename)), key=lambda part: part.header_offset
+        )
+        if not any(part.CRC for part in archive.infolist()):
+            parts = []  # written after torch.serialization.set_crc32_options(False)
+        held = sorted({place for _, tensor in _tensors(_leaves(checkpoint, "", set())) for place in _storages(tensor)})
+        filled = [part for part in parts if part.file_size]
+        number = {place: n for n, (place, _) in enumerate(held)}
+        if [size for _, size in held] != [part.file_size for part in filled]:
+            number = {}
+        with _progress(path, sum(part.file_size for part in parts)) as progress:
+            left = deque(filled)
+
+            def compare(last: int) -> None:
+                while left and len(filled) - len(left) <= last:
+                    _read(archive, left.popleft(), progress)
+
+            def read(tensors: list[Tensor]) -> None:
+                asked = [number.get(place, len(filled)) for tensor in tensors for place, _ in _storages(tensor)]
+                compare(max(asked, default=-1))
+
+            yield read
+            compare(len(filled))
 
 
 def _check_archive(path: Path, verify: bool) -> None:
@@ -179,6 +281,7 @@ _FLAG: _Kind = ("a bool", _is_flag)
 _TEXT: _Kind = ("a str", _is_text)
 _DICT: _Kind = ("a dict", _is_dict)
 _LIST: _Kind = ("a list", _is_list)
+_NUMBER: _Kind = ("a number", lambda v: _is_number(v) or isinstance(v, Tensor))
 _DICTS: _Kind = ("a list of dicts", lambda v: _is_list(v) and all(map(_is_dict, v)))
 _FIELDS: dict[str, _Kind] = {
     "state_dict": ("a dict by name", lambda v: _is_dict(v) and all(map(_is_text, v))),
@@ -188,6 +291,7 @@ _FIELDS: dict[str, _Kind] = {
     "callbacks": _DICT,
     "optimizer_states": _DICTS,
     "lr_schedulers": _LIST,
+    "pytorch-lightning_version": _TEXT,
     SECTION: _DICT,
 }
 _SECTION_FIELDS: dict[str, _Kind] = {
@@ -212,7 +316,10 @@ _OPTIMIZER_FIELDS: dict[str, _Kind] = {
 }
 _GROUP_FIELDS: dict[str, _Kind] = {
     "params": _LIST,
-    "lr": ("a number", lambda v: _is_number(v) or isinstance(v, Tensor)),
+    "lr": _NUMBER,
+    "betas": ("numbers", lambda v: isinstance(v, (list, tuple)) and all(map(_NUMBER[1], v))),
+    "momentum": _NUMBER,
+    "weight_decay": _NUMBER,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import subprocess
 import sys
@@ -82,6 +83,8 @@ class Hidden(Base):
         self.how, self.part = how, torch.nn.Module()
         self.part.register_buffer("bank", torch.zeros(8), persistent=False)
         self.part.register_buffer("table", torch.arange(8.0), persistent=False)
+        self.part.register_buffer("empty", None, persistent=False)
+        self.part.register_buffer("sparse", torch.zeros(4).to_sparse(), persistent=False)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx) * (1 + self.part.bank.mean())
@@ -95,17 +98,27 @@ class Hidden(Base):
             self.part.bank.data[batch_idx] = new
         elif self.how == "grows":
             self.part.bank = torch.cat([self.part.bank[-20:], new[None]])
+        elif self.how == "sparse":
+            bank = self.part.sparse.to_dense()
+            loss = loss * (1 + bank.mean())
+            self.part.sparse = (0.5 * bank + new).to_sparse()
+        elif self.how == "None at first":
+            loss = loss if self.part.empty is None else loss * (1 + self.part.empty.mean())
+            self.part.empty = new[None].clone()
         elif self.how == "appears later" and self.trainer.global_step == 3:
             self.part.register_buffer("late", new[None].clone(), persistent=False)
         return loss * (1 + self.part.late.mean()) if hasattr(self.part, "late") else loss
 
 
-@pytest.mark.parametrize("how", ["assigned", "in place", "through .data", "grows", "appears later"])
+BUFFER_OF = {"appears later": "part.late", "sparse": "part.sparse", "None at first": "part.empty"}
+
+
+@pytest.mark.parametrize("how", [*BUFFER_OF, "assigned", "in place", "through .data", "grows"])
 def test_a_buffer_that_is_not_persistent_is_resumed_if_training_changes_it(tmp_path: Path, how: str) -> None:
     options = {"module": lambda pl: Hidden(how), "max_epochs": 2, "checkpoint": {"every_n_epochs": 0.6}}
     fit(tmp_path, **options)
     kept = torch.load(saved(tmp_path)[1], weights_only=True)["lightning_stability"]["ranks"][0]["buffers"]
-    assert set(kept) == {"part.late" if how == "appears later" else "part.bank"}, "a table that is computed stays out"
+    assert set(kept) == {BUFFER_OF.get(how, "part.bank")}, "a table that is computed stays out"
     resume_from_all(saved(tmp_path), tmp_path, options)
 
 
@@ -163,6 +176,45 @@ def test_a_sampler_with_a_generator_of_its_own_is_resumed(tmp_path: Path, kind: 
     }
     fit(tmp_path, **options)
     resume_from_all(saved(tmp_path), tmp_path, options)
+
+
+class OwnBatches(Own):
+    """A batch sampler with a state that does not say where it is in an epoch."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Iterator[Any]:
+        order = list(super().__iter__())
+        for first in range(0, 28, 4):
+            yield order[first : first + 4]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+
+@pytest.mark.parametrize("loader", [DataLoader, StatefulDataLoader])
+def test_a_batch_sampler_whose_state_is_no_position_is_resumed(tmp_path: Path, loader: Any) -> None:
+    options = {
+        "data": lambda: loader(fits.Samples(), batch_sampler=OwnBatches("counts")),
+        "max_epochs": 2,
+        "checkpoint": {"every_n_epochs": 0.6},
+    }
+    fit(tmp_path, **options)
+    resume_from_all(saved(tmp_path), tmp_path, options)
+
+
+@pytest.mark.skipif("in_order" not in inspect.signature(DataLoader).parameters, reason="torch 2.6 brought it")
+def test_workers_that_deliver_as_they_finish_are_warned_of(tmp_path: Path) -> None:
+    def data(**options: Any) -> Any:
+        return lambda: DataLoader(fits.Samples(), batch_size=4, num_workers=1, **options)
+
+    for options, times in ({"in_order": False}, 1), ({}, 0):
+        _, said = loudly(tmp_path, max_epochs=1, validate=False, data=data(**options))
+        assert ["in_order=False" in message for message in said].count(True) == times, said
 
 
 def test_a_sampler_that_uses_a_generator_of_its_module_is_resumed(tmp_path: Path) -> None:

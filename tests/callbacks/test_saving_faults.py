@@ -37,6 +37,17 @@ class FrozenMask(Base):
         self.hidden = nn.Parameter(torch.triu(torch.full((8, 8), -INF), 1), requires_grad=False)
 
 
+class FrozenMaskThatIsFilled(Base):
+    """Finite at first; filled when an epoch starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter(torch.zeros(8, 8), requires_grad=False)
+
+    def on_train_epoch_start(self) -> None:
+        self.hidden.data.fill_(-INF)
+
+
 class MaskOfTheFirstForward(Base):
     """Filled in place, among distances that are neither 0 nor 1."""
 
@@ -110,6 +121,7 @@ class BufferThatStartsInfinite(Base):
 
 BY_DESIGN: dict[str, Any] = {
     "a frozen parameter": FrozenMask,
+    "a frozen parameter that a hook fills": FrozenMaskThatIsFilled,
     "a mask that the first forward pass fills in": MaskOfTheFirstForward,
     "a mask that is made anew in another shape": MaskThatIsMade,
     "a mask of padding": PaddingMask,
@@ -160,6 +172,14 @@ class Bank(Base):
         self.register_buffer("bank", torch.rand(4), persistent=False)
 
 
+class Teacher(Base):
+    """A frozen parameter that training writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Parameter(torch.rand(4), requires_grad=False)
+
+
 class Everything(BufferThatStartsInfinite):
     """Infinite elsewhere by design, at a place that is not damaged."""
 
@@ -180,6 +200,7 @@ class Everything(BufferThatStartsInfinite):
         ("hidden", math.nan, Everything),
         ("mask", math.nan, Everything),
         ("bank", math.nan, Bank),
+        ("teacher", INF, Teacher),
     ],
 )
 def test_what_became_non_finite_is_refused_and_named_at_once(

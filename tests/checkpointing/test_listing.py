@@ -92,6 +92,10 @@ def optimizer(lr: Any = 0.1, moment: list[float] = [0.0, 1.0, 1.0], **group: Any
     return {"state": state, "param_groups": [{"lr": lr, "params": [0], **group}]}
 
 
+def plain_moment(value: float) -> dict[str, Any]:
+    return {"state": {0: {"second_moment": value}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+
+
 BUFFERS = {"weight": torch.ones(5), "other": torch.ones(2)}
 STATES = {
     "a mask": (True, {"state_dict": {**BUFFERS, "mask": MASK}}),
@@ -106,6 +110,14 @@ STATES = {
     "a rate": (False, {"state_dict": BUFFERS, "optimizer_states": [optimizer(lr=INF)]}),
     "a rate in a tensor": (False, {"state_dict": BUFFERS, "optimizer_states": [optimizer(lr=torch.tensor(NAN))]}),
     "a decay": (False, {"state_dict": BUFFERS, "optimizer_states": [optimizer(weight_decay=NAN)]}),
+    "a moment that is a plain number": (False, {"state_dict": BUFFERS, "optimizer_states": [plain_moment(INF)]}),
+    "a scheduler's rate": (False, {"state_dict": BUFFERS, "lr_schedulers": [{"base_lrs": [0.1, NAN]}]}),
+    "a scheduler's best": (True, {"state_dict": BUFFERS, "lr_schedulers": [{"best": INF, "_last_lr": [0.1]}]}),
+    "a loss scale": (False, {"state_dict": BUFFERS, "MixedPrecision": {"scale": INF, "growth_factor": 2.0}}),
+    "an average in a callback": (
+        False,
+        {"state_dict": BUFFERS, "callbacks": {"Swa": {"average_model_state": {"net.weight": MASK}}}},
+    ),
     "a limit": (True, {"state_dict": BUFFERS, "optimizer_states": [optimizer(max_norm=INF)]}),
 }
 
@@ -117,6 +129,60 @@ def test_what_may_be_infinite_is_a_mask_and_no_weight_moment_or_rate(tmp_path: P
     [info] = list_checkpoints(tmp_path, verify=True)
     assert (info.complete, info.finite) == (True, good), info.problem
     assert last_good_checkpoint(tmp_path) == (tmp_path / "a.ckpt" if good else None)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "problem"),
+    [
+        ({"state_dict": {}}, "its state_dict is empty"),
+        ({"state_dict": {"w": torch.ones(2, device="meta")}}, "its w has a shape and no numbers"),
+        ({"state_dict": BUFFERS, "optimizer_states": [optimizer(betas="0.9")]}, "expected numbers"),
+        ({"state_dict": BUFFERS, "optimizer_states": [optimizer(weight_decay=[0.1])]}, "expected a number"),
+        ({"state_dict": BUFFERS, "pytorch-lightning_version": 2}, "expected a str"),
+    ],
+)
+def test_what_no_run_can_continue_from_is_not_good(tmp_path: Path, checkpoint: dict[str, Any], problem: str) -> None:
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    [info] = list_checkpoints(tmp_path, verify=True)
+    assert problem in info.problem
+    assert last_good_checkpoint(tmp_path) is None
+
+
+def test_an_archive_of_others_is_one_reason_in_plain_words(tmp_path: Path) -> None:
+    write(tmp_path / "a.ckpt", 1)
+    content = (tmp_path / "a.ckpt").read_bytes()
+    (tmp_path / "a.ckpt").write_bytes(b"#!" + bytes(100) + content)
+    [info] = list_checkpoints(tmp_path)
+    assert info.problem == "it is no file that torch.save writes"
+
+
+@pytest.mark.parametrize("form", ["in the order of saving", "in another order", "a part that nothing needs"])
+def test_a_tensor_is_looked_at_as_soon_as_its_bytes_were_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """The file is read once, also where it does not fit into memory."""
+    monkeypatch.setattr(verification, "_AT_ONCE", 1)
+    state = {name: torch.rand(1000) for name in "abc"}
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": dict(reversed(state.items())) if "another" in form else state}, path)
+    if "nothing needs" in form:
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("a/data/7", b"more")
+    steps: list[str] = []
+    read, look = verification._read, verification.nonfinite_names
+    monkeypatch.setattr(
+        verification, "_read", lambda archive, part, bar: (steps.append(part.filename), read(archive, part, bar))
+    )
+    monkeypatch.setattr(verification, "nonfinite_names", lambda some: look([*some, *(steps.append("look") or [])]))
+    assert last_good_checkpoint(tmp_path) == path
+    steps = [
+        step.rpartition("/")[2] if "/data/" in step else step for step in steps if "data/" in step or step == "look"
+    ]
+    steps = [step for step in steps if step in ("look", "0", "1", "2", "7")]
+    if "nothing needs" in form:
+        assert steps[:4] == ["0", "1", "2", "7"], "where they cannot be told from each other, all are compared first"
+    else:
+        assert steps[:6] == ["0", "look", "1", "look", "2", "look"]
 
 
 def test_in_our_own_files_only_what_was_written_down_may_be_infinite(tmp_path: Path) -> None:
