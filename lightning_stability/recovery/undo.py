@@ -160,7 +160,7 @@ class BufferUndo:
                 layout.nonfinite()
             layout.restore_where(bad)
         for _, memory, old in self._apart:
-            memory.copy_(torch.where(bad.to(memory.device), old, memory))
+            _write_where(bad, old, memory)
 
     def _restore_one_by_one(self, bad: Tensor) -> None:
         """The same, where buffers have become others: replaced, moved, of another shape, gone, or made anew."""
@@ -169,7 +169,7 @@ class BufferUndo:
             value = slot.value()
             now = dense(value)
             if old is not None and now is not None and _takes(now, old, value is held):
-                now.copy_(torch.where(bad.to(now.device), old.to(now.device, now.dtype), now))
+                _write_where(bad, old.to(now.device, now.dtype), now)
             elif any(value is lazy for lazy in self._lazy):
                 if not is_lazy(value) and id(slot.owner) not in restarted:
                     restarted.add(id(slot.owner))
@@ -280,6 +280,13 @@ def _restart_statistics(owner: nn.Module, bad: Tensor) -> None:
     for name, value in now.items():
         first = buffers_of(owner)[name].data
         first.copy_(torch.where(bad.to(first.device), first, value))
+
+
+def _write_where(bad: Tensor, old: Tensor, memory: Tensor) -> None:
+    """Write what was there before over what is there, if the flag says so."""
+    if memory.is_floating_point() and memory.dtype.itemsize == 1:  # torch 2.4 chooses between no floats of eight bits
+        old, memory = old.view(torch.uint8), memory.view(torch.uint8)
+    memory.copy_(torch.where(bad.to(memory.device), old, memory))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
