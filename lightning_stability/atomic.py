@@ -58,7 +58,7 @@ def replace_file(
 
     Raises:
         DiskFullError: If there is no room for it.
-        OSError: If it cannot be written. The file that was there is as it was.
+        OSError: If it cannot be written, or a folder has its name. What was there is as it was.
 
     Example:
         >>> import tempfile
@@ -79,7 +79,7 @@ def replace_file(
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        put_in_place(path, make, check)
+        put_in_place(path, make, check, replaces_folder=False)
     except DiskFullError as error:
         raise DiskFullError(path, _bytes_needed(write), error.free) from error
     except OSError as error:
