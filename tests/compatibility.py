@@ -30,7 +30,8 @@ a run, made by the cases in `tests/compatibility.py`. `python -m tests.compatibi
 - **Works** is defined above each group of tables.
 - **Refused** means: an error before the first step that gives this reason. Automatic callbacks (see
   [Installed and forgotten](installed.md)) refuse nothing. They disable themselves, with one line that gives the reason.
-- **Tested on** says where the run was made. Two processes on a CPU use gloo, not NCCL.
+- **Tested on** says where the run was made: most runs on a CPU. Two processes on a CPU exchange tensors with gloo, not
+  with NCCL as GPUs do.
 
 A combination that is not on this page was not tested.
 
@@ -61,13 +62,14 @@ error, and that logger gets nothing more.
 
 ## When one rank raises an exception
 
-An exception on one rank leaves the other ranks waiting for it in their next collective. The rank that raised cannot end
-either: Lightning destroys the process group at exit, and with NCCL that waits for the others.
+A *rank* is one of several processes. If one raises an exception, the others wait for it at their next exchange of
+tensors (a *collective*). The rank that raised cannot end either: Lightning closes the connection at exit, and with
+NCCL, the library for GPUs, that waits for the others.
 
-A rank that skipped a bad step raises `RanksDisagreeError` if another rank did not see it as bad. Before that our
-callbacks abort NCCL's collectives, so that the process can end. On two H200 the run then ended by itself in 58 s, and
-most of that was the 30 s for which torchrun waits. Without the abort it hung until it was killed. This needs torch 2.6
-or newer. An exception in your own code is not treated in this way.
+If one rank skips a bad step and another one did not see it as bad, the rank raises `RanksDisagreeError`. Before that
+our callbacks abort the waiting collectives, so that the process can end. On two H200 the run then ended by itself in
+58 s, and most of that was the 30 s for which torchrun waits. Without the abort it hung until it was killed. This
+needs torch 2.6 or newer. After an exception in your own code nothing is aborted.
 """
 ABOUT = {
     "guards": """## NaNEarlyStop and GradNormMonitor
