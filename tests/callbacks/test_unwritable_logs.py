@@ -133,6 +133,7 @@ def test_a_log_folders_disk_that_fails_hides_no_error_of_the_users(tmp_path: Pat
         train(tmp_path, disk / "run", lambda: SPOIL[request.node.callspec.params["disk"]](disk), error=True)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("name", [EVENTS, FLAGGED, SCALES, "incidents"])
 @pytest.mark.parametrize(
     "odd",
