@@ -204,4 +204,4 @@ def test_the_readmes_share_of_causes_named_right_is_that_of_the_first_looks():
     right = [round(100 * sum(row["cause_right"] for row in rows) / len(rows)) for rows in lots]
     assert compared("cause named right")[0] == f"{min(right)} to {max(right)} %"
     programs = {row["program"] for rows in lots for row in rows}
-    assert f"{len(programs)} failures in three lots" in (ROOT / "README.md").read_text()
+    assert f"{len(programs)} failures in three groups" in (ROOT / "README.md").read_text()
