@@ -133,6 +133,7 @@ def test_artefacts_with_nan_early_stop_name_the_batch_and_keep_what_the_printed_
     )
     words = ["--config=tuab_stable", "--data.root=corpus", "--data.batch_size=4", "--trainer.precision=16-mixed"]
     words += ["--trainer.accumulate_grad_batches=1", "--trainer.callbacks=null", "--trainer.callbacks+=NaNEarlyStop"]
+    words += ["--trainer.callbacks.patience=0"]  # the first bad batch ends the run
     stopped = run("fit", *words, cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stderr
     batch = int(re.search(r"where: epoch 0, batch (\d+), global step \1", stopped.stderr)[1])
