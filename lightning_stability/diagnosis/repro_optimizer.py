@@ -133,7 +133,9 @@ def _update(before: _Before, cls: Any) -> Tensor:
     assert before.weight is not None
     weight = nn.Parameter(before.weight.clone())
     weight.grad = None if before.gradient is None else before.gradient.clone()
-    made = cls([weight], **_options(before.options, cls))
+    given = _options(before.options, cls)
+    made = cls([weight], **{name: value for name, value in given.items() if name not in _refused(given)})
+    made.param_groups[0].update(_refused(given))
     if before.state:
         made.state[weight] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in before.state.items()}
     made.step()
@@ -147,17 +149,24 @@ def _options(options: dict[str, Any], cls: Any) -> dict[str, Any]:
     return {k: v for k, v in plain.items() if v != known[k].default and v is not None}
 
 
+def _refused(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that an optimizer may refuse when it is made; a schedule or a hook gives them later."""
+    return {k: v for k, v in options.items() if isinstance(v, float) and not math.isfinite(v)}
+
+
 def _script(before: _Before, cls: Any, changed: dict[str, Any]) -> Script:
     assert before.weight is not None
     assert before.gradient is not None
     saved: dict[str, Tensor] = {}
     given = _options(before.options | changed, cls)
-    options = "".join(f", {name}={_number(value)}" for name, value in given.items())
+    refused = _refused(given)
+    options = "".join(f", {name}={_number(value)}" for name, value in given.items() if name not in refused)
     body = [
         f"weight = torch.nn.Parameter({literal('weight', before.weight, saved)})  # of `{before.name}`",
         f"weight.grad = {literal('gradient', before.gradient, saved)}",
         f"optimizer = torch.optim.{cls.__name__}([weight]{options})",
     ]
+    body += [f"optimizer.param_groups[0][{name!r}] = {_number(value)}" for name, value in refused.items()]
     if before.state:
         items = {k: literal(k, v, saved) if isinstance(v, Tensor) else repr(v) for k, v in before.state.items()}
         body.append(f"optimizer.state[weight] = {{{', '.join(f'{k!r}: {v}' for k, v in items.items())}}}")

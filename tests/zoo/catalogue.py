@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.zoo.program import Program
 
-_HELPERS = {"__init__", "catalogue", "program", "recording", "table"}
+_HELPERS = {"__init__", "calibration", "catalogue", "program", "recording", "table"}
 _FILES = [path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_")]
 NAMES = sorted(name for name in _FILES if name not in _HELPERS)
 
