@@ -112,6 +112,30 @@ def test_a_full_disk_is_said_with_what_is_needed_and_free(small_disk: Path) -> N
     assert (small_disk.parent / "whole.ckpt").stat().st_size == error.value.needed
 
 
+def test_a_disk_that_takes_no_more_files_is_not_said_to_lack_room(tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=3", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        for number in range(2):
+            (folder / str(number)).touch()
+        with pytest.raises(atomic.DiskFullError, match="it is a quota, or the number of files, that is used up"):
+            write_file({"weight": torch.rand(100)}, str(folder / "a.ckpt"))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_folder_in_place_of_a_file_stays_with_all_that_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "report.json").mkdir()
+    (tmp_path / "report.json" / "mine").touch()
+    with pytest.raises(OSError, match="directory"):
+        atomic.replace_file(tmp_path / "report.json", lambda file: file.write(b"{}"))
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert (tmp_path / "report.json" / "mine").is_file()
+
+
 def test_a_file_of_any_kind_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     atomic.replace_file(path, lambda file: file.write(b"first"))
