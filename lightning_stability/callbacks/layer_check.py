@@ -16,6 +16,7 @@ from lightning_stability.events import EventLog
 from lightning_stability.health.layer_scales import LayerScale, LayerScales, Scale, scale_of
 from lightning_stability.health.scale_findings import HOLDS_MASKS, ScaleFinding, UnitScale
 from lightning_stability.health.values import named_tensors
+from lightning_stability.internals import has_own_dispatch
 
 FILE_NAME = "input_scales.csv"
 MOST_WARNINGS = 5
@@ -149,9 +150,10 @@ class LayerCheck:
 
 
 def _has_scale(tensor: torch.Tensor) -> bool:
-    return bool(
-        tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested and tensor.numel()
-    )
+    if has_own_dispatch(tensor) and not hasattr(tensor, "to_local"):
+        return False
+    is_plain = tensor.layout == torch.strided and not tensor.is_nested
+    return bool(tensor.is_floating_point() and is_plain and tensor.numel())
 
 
 def _does(cause: LayerScale) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_stability.internals import has_own_dispatch
+
 
 class HostSnapshot:
     """Copies nested state to host memory, from a GPU to pinned memory and without waiting for it.
@@ -44,8 +46,8 @@ class HostSnapshot:
 
         def copy_tensor(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()
-            if tensor.layout != torch.strided or tensor.is_quantized or hasattr(tensor, "to_local"):
-                return tensor.cpu().clone()
+            if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or has_own_dispatch(tensor):
+                return _apart(tensor)
             place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
             key = (*place, tensor.dtype, tensor.device)
             if tensor.numel() and key in copies:
@@ -75,6 +77,14 @@ class HostSnapshot:
                 event.synchronize()
 
         return taken, wait
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """A copy of a tensor whose memory is not a plain one; the tensor itself where its class cannot be copied."""
+    try:
+        return tensor.cpu().clone()
+    except NotImplementedError:
+        return tensor
 
 
 def _copy_tree(value: Any, copy_tensor: Callable[[Tensor], Tensor]) -> Any:

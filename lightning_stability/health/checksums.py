@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_stability.health.values import named_tensors
-from lightning_stability.internals import strided_values
+from lightning_stability.internals import has_own_dispatch, strided_values
 
 _FACTOR = 2654435761
 _KEPT = 64
@@ -113,6 +113,10 @@ def _local(tensor: Tensor) -> Tensor | None:
             return None
         if hasattr(tensor, "to_local"):
             tensor = tensor.to_local()
+        if tensor.is_nested:
+            tensor = torch.cat([part.reshape(-1) for part in tensor.unbind()])
+        if has_own_dispatch(tensor):
+            return None
         values = strided_values(tensor.detach())
         return values if values.numel() else None
     except (RuntimeError, AttributeError, NotImplementedError):  # a kind that nobody foresaw

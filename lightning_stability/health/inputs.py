@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_stability.health import input_scan
 from lightning_stability.health.input_rules import REMEMBERED, WIDTH, Limits, TensorState
 from lightning_stability.health.values import named_tensors
+from lightning_stability.internals import has_own_dispatch
 
 
 @dataclass(slots=True, eq=False)
@@ -165,7 +166,8 @@ def _copied(tensor: Tensor | None) -> Tensor | None:
 
 def _is_measured(tensor: Tensor) -> bool:
     return (
-        tensor.is_floating_point()
+        (hasattr(tensor, "to_local") or not has_own_dispatch(tensor))
+        and tensor.is_floating_point()
         and tensor.layout == torch.strided
         and not tensor.is_nested
         and not tensor.is_quantized

@@ -358,6 +358,12 @@ def _set_options(optimizer: Any, options: list[dict[str, Any]]) -> None:
 def _write(target: Tensor, kept: Tensor) -> bool:
     """Write a copy into a tensor's own memory; False if it cannot be."""
     memory = _local(target)
+    if internals.has_own_dispatch(memory):
+        if memory is not kept:  # else its class cannot be copied
+            memory.copy_(kept)
+        return True
+    if memory.is_nested or kept.is_nested:
+        return False
     strided = memory.layout == kept.layout == torch.strided and not memory.is_quantized
     if not strided or memory.shape != kept.shape or not is_writable(memory):
         return False
