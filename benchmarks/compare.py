@@ -1,11 +1,12 @@
 """One table against everyone: what each way costs, what becomes of each fault, and who names the right place.
 
-Each way runs in a process of its own, in turn: its step time on two workloads between blocks of a bare Trainer, the
-faults of `rivals/faults.py`, and the programs of tests/zoo if it names places. Nothing is installed here:
+Step times are those of blocks between blocks of a bare Trainer, all ways in one process. Then each way has a process of
+its own for the faults of `rivals/faults.py` and, if it names places, for the open programs of tests/zoo. Last come the
+faults of checkpoints. Nothing is installed here:
 `make bench-compare` makes an environment with the packages of requirements-compare.txt and calls this there; a package
 that is not there is named.
 
-usage: python benchmarks/compare.py [--quick] [--rounds N] [--device cpu|gpu] [--ways a,b] [--parts cost,faults,zoo]
+usage: python benchmarks/compare.py [--quick] [--rounds N] [--device cpu|gpu] [--ways a,b] [--parts a,b]
                                     [--json FILE] [--page FILE]
 
 With --json, ways that are measured again replace those of the file. With --page, the tables of that page are rewritten
@@ -31,9 +32,9 @@ os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"  # a bare Trainer shall be 
 
 import torch  # noqa: E402
 from common import machine, quiet, save  # noqa: E402
-from rivals import cost, faults, naming, rows, table  # noqa: E402
+from rivals import cost, faults, naming, rows, saves, table  # noqa: E402
 
-PARTS = ("cost", "faults", "zoo")
+PARTS = ("cost", "faults", "zoo", "saves")
 QUICK = ("bare", "SpikeDetection", "NaNEarlyStop")
 
 
@@ -41,18 +42,38 @@ def main() -> None:
     options = arguments()
     quiet()
     torch.set_num_threads(1)
+    if options.one in ("saves", "cost"):
+        options.json.write_text(json.dumps(saves.measure(options.quick) if options.one == "saves" else costs(options)))
+        return
     if options.one:
         [row] = [row for row in rows.ROWS if row.name == options.one]
         options.json.write_text(json.dumps(measured(row, options)))
         return
     report = started(options)
-    for row in rows.rows(options.ways):
+    bare = report["rows"].get(rows.BARE, {})
+    has_bare = options.ways and all(part in bare or part in ("zoo", "saves") for part in options.parts)
+    for row in rows.rows(options.ways) if {"faults", "zoo"} & {*options.parts} else []:
+        if row.name == rows.BARE and has_bare:
+            continue
         began = time.monotonic()
         known = report["rows"].get(row.name, {})
-        report["rows"][row.name] = {**known, **in_a_process(row, options)}
+        missing = row.missing()
+        known.pop("missing", None)
+        report["rows"][row.name] = {"missing": missing} if missing else {**known, **in_a_process(row.name, options)}
         judge(report["rows"])
         save(report, options.json)
         told(row.name, report["rows"][row.name], time.monotonic() - began)
+    if "cost" in options.parts:
+        for workload, found in in_a_process("cost", options).items():
+            for way, figures in found.items():
+                report["rows"].setdefault(way, {}).setdefault("cost", {})[workload] = figures
+                print(f"{way}, {workload}: {figures}", flush=True)
+        save(report, options.json)
+    if "saves" in options.parts:
+        report["saves"] = in_a_process("saves", options)
+        save(report, options.json)
+        for way, found in report["saves"].items():
+            print(f"\n{way}", *(f"\n  {saves.FAULTS[kind]}: {seen['outcome']}" for kind, seen in found.items()))
     if options.page:
         table.write(report, options.page)
 
@@ -63,20 +84,24 @@ def started(options: argparse.Namespace) -> dict[str, Any]:
     if options.json and options.json.exists():
         known = json.loads(options.json.read_text())
     device = torch.device(options.device)
-    ordered = {row.name: known["rows"][row.name] for row in rows.ROWS if row.name in known["rows"]}
+    ordered = {row.name: known["rows"].get(row.name) for row in rows.ROWS}
+    measured = {name: row for name, row in ordered.items() if row}
     today = datetime.date.today().isoformat()
-    return {"machine": machine(device), "date": today, "absent": rows.ABSENT, "rows": ordered}
+    return {**known, "machine": machine(device), "date": today, "absent": rows.ABSENT, "rows": measured}
 
 
-def in_a_process(row: rows.Row, options: argparse.Namespace) -> dict[str, Any]:
+def in_a_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of a way. What a rival leaves behind in its process disturbs no other."""
-    missing = row.missing()
-    if missing:
-        return {"missing": missing}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
-        words = ["--one", row.name, "--json", str(path), "--device", options.device, "--rounds", str(options.rounds)]
-        words += ["--parts", ",".join(options.parts), *(["--quick"] if options.quick else [])]
+        words = ["--one", name, "--json", str(path), "--device", options.device, "--rounds", str(options.rounds)]
+        words += [
+            "--parts",
+            ",".join(options.parts),
+            "--ways",
+            ",".join(options.ways or []),
+            *(["--quick"] if options.quick else []),
+        ]
         command = [sys.executable, str(Path(__file__).resolve()), *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "INF_CHECK": "1"}
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
@@ -89,13 +114,6 @@ def in_a_process(row: rows.Row, options: argparse.Namespace) -> dict[str, Any]:
 def measured(row: rows.Row, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of a way, in this process."""
     found: dict[str, Any] = {"version": row.version()}
-    if "cost" in options.parts:
-        found["cost"] = {}
-        for name in cost.workloads(torch.device(options.device)):
-            try:
-                found["cost"][name] = cost.measure(row.make, name, torch.device(options.device), options.rounds)
-            except Exception as error:
-                found["cost"][name] = {"error": f"{type(error).__name__}: {error}"[:200]}
     if "faults" in options.parts:
         keys = list(faults.FAULTS)[:2] if options.quick else list(faults.FAULTS)
         healthy = faults.run(row.make(False), "none")
@@ -112,9 +130,17 @@ def measured(row: rows.Row, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def costs(options: argparse.Namespace) -> dict[str, Any]:
+    """What the ways cost that are here, on each workload."""
+    device = torch.device(options.device)
+    ways = {row.name: row.make for row in rows.rows(options.ways) if not row.missing()}
+    return {name: cost.measure(ways, name, device, options.rounds) for name in cost.workloads(device)}
+
+
 def programs(options: argparse.Namespace) -> list[str]:
-    """Those of the zoo that go wrong."""
-    return naming.catalogue.FAILURES[:2] if options.quick else naming.catalogue.FAILURES
+    """Those of the zoo that go wrong, and that are not held out."""
+    found = [name for name in naming.catalogue.FAILURES if not naming.catalogue.held_out(name)]
+    return found[:2] if options.quick else found
 
 
 def shortened(seen: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import json
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def workloads(device: torch.device) -> dict[str, tuple[Callable[[], nn.Module], 
             "batch norms": (batch_norms, torch.randn(8, 16, 8, 8).to(device), 60),
         }
     return {
-        "transformer": (lambda: Transformer(192, 3, 4, 1_000, 64), torch.randint(0, 1_000, (4, 64)), 8),
+        "transformer": (lambda: Transformer(192, 3, 4, 1_000, 64), torch.randint(0, 1_000, (4, 64)), 5),
         "batch norms": (batch_norms, torch.randn(8, 16, 8, 8), 8),
     }
 
@@ -89,10 +90,9 @@ class Bench:
     """One workload, trained in blocks."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.module: Timed | None
+        self.module: Timed | None = None
         self.make, self.batch, self.steps = workloads(device)[name]
         self.device, self.folder = device, tempfile.mkdtemp()
-        self.renew()
 
     def renew(self) -> None:
         """A module that was never trained: nothing is left of the blocks before."""
@@ -101,7 +101,8 @@ class Bench:
         self.module = Timed(self.make())
 
     def block(self, attached: Attached, extra: tuple[Any, ...] = (), steps: int | None = None) -> float:
-        """Seconds of a step."""
+        """Seconds of a step; the module is a new one, without what another way has left on it."""
+        self.renew()
         clock = CpuClock(self.device, steps or self.steps)
         callbacks = [*attached.callbacks, *extra]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -117,7 +118,6 @@ class Bench:
 
     def peak(self, attached: Attached) -> float:
         """The most bytes of tensors that a short fit holds, besides what was there before."""
-        self.renew()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.block(attached, steps=4)
@@ -133,19 +133,28 @@ class Bench:
         return float(max(args["Total Allocated"] for args in memory) - before)
 
 
-def measure(make: Callable[[bool], Attached], name: str, device: torch.device, rounds: int) -> dict[str, Any]:
-    """One way on one workload: blocks of it between bare blocks, in one process."""
-    bench = Bench(name, device)
+def measure(
+    ways: dict[str, Callable[[bool], Attached]], name: str, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    """All ways on one workload: blocks of each between bare blocks, in one process. A way that fails is named."""
+    bench, failed, found = Bench(name, device), dict[str, str](), dict[str, Any]()
     bench.block(Attached())  # warms everything up
-    bare = [bench.block(Attached())]
-    ratios = []
-    for _ in range(rounds):
-        seconds = bench.block(make(False))
-        bare.append(bench.block(Attached()))
-        ratios.append(2 * seconds / (bare[-2] + bare[-1]))
-    return {
-        "bare_ms": spread([1e3 * seconds for seconds in bare]),
-        "ratio": spread(ratios),
-        "added_waits": round(bench.waits(make(False)) - bench.waits(Attached()), 2),
-        "added_mb": round((bench.peak(make(False)) - bench.peak(Attached())) / 1e6, 2),
-    }
+    bare = {"waits": bench.waits(Attached()), "peak": bench.peak(Attached())}
+    for way, make in ways.items():
+        try:
+            waits, peak = bench.waits(make(False)) - bare["waits"], bench.peak(make(False)) - bare["peak"]
+            found[way] = {"added_waits": round(waits, 2), "added_mb": round(peak / 1e6, 2)}
+        except Exception as error:
+            failed[way] = f"{type(error).__name__}: {error}"[:200]
+    blocks: dict[str, list[float]] = {way: [] for way in found}
+    around = [bench.block(Attached())]
+    for number in range(rounds):
+        order = list(found)
+        random.Random(number).shuffle(order)
+        for way in order:
+            seconds = bench.block(ways[way](False))
+            around.append(bench.block(Attached()))
+            blocks[way].append(2 * seconds / (around[-2] + around[-1]))
+    bare_ms = spread([1e3 * seconds for seconds in around])
+    figures = {way: {"bare_ms": bare_ms, "ratio": spread(blocks[way]), **found[way]} for way in found}
+    return {**figures, **{way: {"error": said} for way, said in failed.items()}}

@@ -103,7 +103,7 @@ class StabilityGuard(pl.Callback):
         return self.said.getvalue()
 
     def places(self) -> list[str]:
-        return re.findall(r"(?:[Ll]ayer|[Mm]odule|[Pp]arameter|Source)[^:\n]*:\s*([\w.]+)", self.findings())
+        return re.findall(r"Trigger layer[ \t]*:\x1b\[\w+[ \t]*([\w.]+)", self.findings())
 
 
 def Arc(closely: bool) -> Any:
@@ -290,7 +290,7 @@ def nansense(closely: bool) -> Any:
             return "" if self.error is None else f"numerical issue: {self.error}"
 
         def places(self) -> list[str]:
-            return [] if self.error is None else [report.layer for report in self.error.reports]
+            return [] if self.error is None else [report.layer for report in self.error.layers]
 
     return Callback(open_browser=False)
 

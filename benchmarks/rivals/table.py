@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
+from rivals import saves
 from rivals.faults import FAULTS, OF_ARC
 from rivals.rows import ALL_OURS, BARE, NAN_EARLY_STOP
 
@@ -35,6 +35,8 @@ def render(report: Report) -> str:
         "The faults that arc-training publishes to recover from, made again (NaN loss and NaN gradient are above):",
         faults(rows, OF_ARC),
     ]
+    if "saves" in report:
+        parts += ["What becomes of checkpoints, with a save every ten steps:", checkpoints(report["saves"])]
     absent = [f"- {name}: {why}" for name, why in {**report["absent"], **_missing(report)}.items()]
     return "\n\n".join([*parts, "Not in the table:", "\n".join(absent)])
 
@@ -49,9 +51,10 @@ def _programs(rows: Report) -> int:
 
 def cost(rows: Report) -> str:
     """What each way costs, what it does to a healthy run, and two sums."""
-    workloads = list(next(iter(rows.values())).get("cost", {}))
+    workloads = list(dict.fromkeys(workload for row in rows.values() for workload in row.get("cost", {})))
     titles = [f"step, {name}" for name in workloads]
-    heads = ["", *titles, "added waits", "added MB", "healthy run", "harm kept out", "place named"]
+    added = {"added_waits": "added waits", "added_mb": "added MB"} if workloads else {}
+    heads = ["", *titles, *added.values(), "healthy run", "harm kept out", "place named"]
     lines = [_line(heads), _line(["---"] * len(heads))]
     ours = rows.get(NAN_EARLY_STOP, {})
     for name, row in rows.items():
@@ -59,7 +62,7 @@ def cost(rows: Report) -> str:
         cells = [name + version]
         for workload in workloads:
             cells.append(_ratio(row, ours, workload, name))
-        for key in ("added_waits", "added_mb"):
+        for key in added:
             cells.append(_added(row, ours, key, name, workloads))
         cells += [_healthy(row), _kept_out(name, row, rows), _named(name, row, rows)]
         lines.append(_line(cells))
@@ -115,7 +118,7 @@ def kept_out(row: Report) -> int | None:
 
 def _named(name: str, row: Report, rows: Report) -> str:
     zoo = row.get("zoo")
-    if zoo is None:
+    if zoo is None or zoo["silent"] == zoo["of"]:
         return "none"
     best = max((rows[ours]["zoo"]["right"] for ours in OURS if "zoo" in rows.get(ours, {})), default=10**9)
     return _bold(f"{zoo['right']} right, {zoo['wrong']} wrong", name not in OURS and zoo["right"] > best)
@@ -143,6 +146,19 @@ def _outcome(name: str, row: Report, rows: Report, key: str) -> str:
     return _bold(text, name not in OURS and _score(found) > best) + mark
 
 
+def checkpoints(found: Report) -> str:
+    """What each way of saving makes of each fault of a save."""
+    lines = [_line(["", *saves.FAULTS.values()]), _line(["---"] * (len(saves.FAULTS) + 1))]
+    for name, of_way in found.items():
+        cells = []
+        for kind in saves.FAULTS:
+            best = max(saves.step_of(found[ours][kind]) for ours in found if ours.startswith("**ours"))
+            better = not name.startswith("**ours") and saves.step_of(of_way[kind]) > best
+            cells.append(_bold(of_way[kind]["outcome"], better))
+        lines.append(_line([name, *cells]))
+    return "\n".join(lines)
+
+
 def _score(found: Report) -> float:
     """By outcome, and among those that go back by how far."""
     rank = RANK[found["outcome"]]
@@ -168,8 +184,3 @@ def write(report: Report, page: Path) -> None:
 def written(page: Path) -> str:
     """The tables that a page has."""
     return page.read_text().partition(BEGIN)[2].partition(END)[0].strip("\n")
-
-
-def median_ratio(row: Report) -> float:
-    """Of all workloads."""
-    return statistics.median(found["ratio"]["median"] for found in row["cost"].values())
