@@ -77,6 +77,7 @@ class Origin:
         names: The name of each input that is a parameter, a buffer or an entry of the batch.
         written: Whether it is a parameter that the step itself wrote it into, outside of the optimizer, as a hook does.
         makers: The name of the operation that made each input; `"count"` for whole numbers.
+        constants: The numbers from Python that it was given and that are not finite, such as `"nan"`.
 
     Example:
         >>> import torch
@@ -112,6 +113,7 @@ class Origin:
     names: list[str | None] = field(default_factory=list)
     written: bool = False
     makers: list[str | None] = field(default_factory=list)
+    constants: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -294,6 +296,7 @@ def _describe(trace: Trace, birth: _Birth, failed: str, target: str | None) -> O
         discarded=discarded and phase == "backward",
         names=[entry.name for entry in operation.inputs],
         makers=[trace.maker_of(entry) for entry in operation.inputs],
+        constants=[str(number) for number in operation.scalars],
     )
 
 

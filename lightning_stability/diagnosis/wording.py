@@ -150,6 +150,8 @@ def _fp16_overflow(cause: Cause, case: Case) -> str:
 
 
 def _undefined_operation(cause: Cause, case: Case) -> str:
+    if case.origin is not None and case.origin.constants:
+        return f"`{cause.op}`{_where(cause)} is given the number {' and '.join(case.origin.constants)} by the code"
     return f"`{cause.op}`{_where(cause)} is not defined for what it gets{_for_samples(cause)}: {_reach(case.origin)}"
 
 

@@ -441,3 +441,11 @@ def test_absurd_weights_after_the_first_step_have_diverged_if_nothing_else_is_kn
     first, late = (step_of(module, torch.randn(5, 4), trainer={"global_step": n}) for n in (0, 7))
     assert investigate(first).causes[0].cause == "extreme_weights"
     assert investigate(late).causes[0].cause == "divergence"
+
+
+def test_a_number_of_the_code_that_is_not_finite_is_named():
+    batch = torch.ones(4, 4)
+    step = step_of(Net(lambda out, batch: out.square().mean() * float("nan")), batch)
+    [first, *_] = report_of(step)["causes"]
+    assert first["cause"] == "undefined_operation"
+    assert first["summary"].endswith("is given the number nan by the code")
