@@ -356,9 +356,6 @@ class Thermoclaw(OfLoss):
 
         return str(diagnose(self.observer))
 
-    def places(self) -> list[str]:
-        return re.findall(r"[\w]+(?:\.[\w]+)+", self.findings())
-
 
 class TrainPulse(OfLoss):
     """`Monitor` with the loss, the gradient norm and the rate of each step."""
