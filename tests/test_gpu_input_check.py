@@ -48,9 +48,10 @@ def test_torchs_pass_does_not_synchronise_either(monkeypatch: pytest.MonkeyPatch
 
 def test_skip_adds_none_where_the_device_decides_and_raise_adds_one() -> None:
     settings = {"fused": True}
-    assert count(settings, [InputCheck(action="skip")])[2:-1] == count(settings, [])[2:-1]
+    # (the guard looks at all that the module holds once, at the third batch)
+    assert count(settings, [InputCheck(action="skip")])[3:-1] == count(settings, [])[3:-1]
     more = zip(count({}, [InputCheck(action="raise")]), count({}, []), strict=True)
-    assert [a - b for a, b in more][2:-1] == [1] * 9
+    assert [a - b for a, b in more][3:-1] == [1] * 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
