@@ -124,7 +124,8 @@ def judged(make: Any, names: list[str]) -> dict[str, Any]:
         except Exception as raised:
             places, error = [], f"{type(raised).__name__}: {raised}"[:160]
         right = is_right(places, program.expected)
-        programs[name] = {**right, "silent": not places, "places": places[:4], **({"error": error} if error else {})}
+        shown = [Path(place).name if is_line(place) else place for place in places[:4]]
+        programs[name] = {**right, "silent": not places, "places": shown, **({"error": error} if error else {})}
     return counted(programs)
 
 
