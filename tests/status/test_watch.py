@@ -29,7 +29,10 @@ from tests.status.test_runs import WORDS, start
 OFTEN = "import sys; sys.argv[0] = 'lightning-stability'; from lightning_stability.status import command"
 OFTEN += "; command._SECONDS = 0.1; from lightning_stability.__main__ import main; sys.exit(main())"
 STATUS = (sys.executable, "-c", OFTEN, "status")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+# (a worker of pytest-xdist sets COLUMNS, which rich believes more than the terminal)
+SIZES = ("COLUMNS", "LINES")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in SIZES}
+ENVIRONMENT |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 CLEAR = "\033[H\033[2J"
 HANGS = 300.0
 """Seconds after which a process is given up."""
