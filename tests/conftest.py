@@ -50,6 +50,19 @@ def seeded(request: pytest.FixtureRequest) -> None:
         random.seed(0)
 
 
+@pytest.fixture
+def no_group_left() -> Iterator[None]:
+    """A process group of the test is gone behind it, and what refers to the group.
+
+    Else the collector of a process that is forked later, such as a loader's worker, may end it by what it frees:
+    threads of the group that this process alone has.
+    """
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    gc.collect()
+
+
 @pytest.fixture(params=runs.NAMESPACES)
 def pl(request: pytest.FixtureRequest) -> Any:
     """Lightning, in each of its namespaces."""

@@ -98,14 +98,12 @@ def test_foreach_norms_refuses_what_it_cannot_take(bad):
 
 @pytest.mark.parametrize("original", [True, False])
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_group_left")
 def test_fsdp1_marks_what_it_has_flattened(tmp_path, original):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        net = FullyShardedDataParallel(torch.nn.Linear(2, 2), use_orig_params=original, device_id=torch.device("cpu"))
-        assert [is_flattened(parameter) for parameter in net.parameters()] == [True] * (2 if original else 1)
-        assert not is_flattened(torch.nn.Parameter(torch.zeros(1)))
-    finally:
-        torch.distributed.destroy_process_group()
+    net = FullyShardedDataParallel(torch.nn.Linear(2, 2), use_orig_params=original, device_id=torch.device("cpu"))
+    assert [is_flattened(parameter) for parameter in net.parameters()] == [True] * (2 if original else 1)
+    assert not is_flattened(torch.nn.Parameter(torch.zeros(1)))
 
 
 # --- Loggers ---
@@ -264,6 +262,7 @@ def test_progress_and_results_are_found(pl: Any, tmp_path: Path) -> None:
 
 
 @NEEDS_FSDP2
+@pytest.mark.usefixtures("no_group_left")
 def test_a_strategy_with_shards_says_so_and_dumps_them_where_they_are(pl: Any, tmp_path: Path) -> None:
     class Shards(pl.LightningModule):
         def configure_model(self) -> None:

@@ -162,16 +162,14 @@ def test_a_non_finite_update_is_found_in_every_implementation(options):
     assert origin.code.startswith("return torch.optim.AdamW(")
 
 
+@pytest.mark.usefixtures("no_group_left")
 def test_sharded_parameters_are_refused():
     module = nn.Linear(2, 2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(0)]))
-        with pytest.raises(DiagnosisError, match="sharded over several ranks"):
-            find_origin(RecordedStep(module, [], []))
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(0)]))
+    with pytest.raises(DiagnosisError, match="sharded over several ranks"):
+        find_origin(RecordedStep(module, [], []))
 
 
 def test_modules_of_the_other_namespace_are_diagnosed_too():
