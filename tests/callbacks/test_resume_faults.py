@@ -404,6 +404,7 @@ class Thing:
     """An object of the user's own."""
 
 
+@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch 2.5 brought it")
 @pytest.mark.parametrize("thing", [Thing, lambda: Path("there"), lambda: torch.nn.ReLU, lambda: 3])
 def test_a_file_with_the_modules_own_objects_is_resumed_as_printed(tmp_path: Path, thing: Any) -> None:
     def module(pl: Any) -> Any:
