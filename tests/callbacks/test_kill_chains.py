@@ -14,6 +14,8 @@ from tests import checkpoint_fit as fits
 from tests.callbacks.test_fractional_checkpoint import assert_same, log, result
 
 KILLS = int(os.environ.get("KILLS", "300"))
+PARTS = 12
+"""Tests that share them, so that they run side by side."""
 SEED = int(os.environ.get("KILL_SEED", "0"))
 PLAIN = ("plain", "plain", "plain weighted")
 HOOKS = ("on_train_end", "on_fit_end", "teardown", "on_train_epoch_end", "on_validation_end", "on_save_checkpoint")
@@ -93,9 +95,10 @@ def chain(folder: Path, processes: fits.Fits, rng: random.Random) -> int:
 
 
 @pytest.mark.slow
-def test_chains_of_kills_end_as_runs_that_were_not_killed(tmp_path: Path, processes: fits.Fits) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_chains_of_kills_end_as_runs_that_were_not_killed(tmp_path: Path, processes: fits.Fits, part: int) -> None:
     kills = chains = 0
-    while kills < KILLS:
-        kills += chain(tmp_path / str(chains), processes, random.Random(f"{SEED}-{chains}"))
+    while kills < KILLS / PARTS:
+        kills += chain(tmp_path / str(chains), processes, random.Random(f"{SEED}-{part}-{chains}"))
         chains += 1
     print(f"{kills} kills in {chains} chains")
