@@ -31,8 +31,9 @@ RECENT_STEPS = 16
 """Steps of which it counts how many were out of their range."""
 HIGH, HIGH_IN_A_ROW = 1 / 3, 3
 """A loss is high that has gone so far from its level to its limit; so many in a row make the state suspicious."""
-RATE_JUMP = 1.5
-"""A learning rate that grows by more from one update to the next begins another range."""
+RATE_JUMP, RATE_UNHEARD_OF = 1.5, 10.0
+"""A learning rate that grows by more than the first from one update to the next begins another range: a schedule that
+starts again. Not so one that is so many times the largest ever used: what it does is judged by the usual range."""
 FIRST_SNAPSHOT, FEWEST_STEPS, MOST_STEPS, SHARE = 25, CONFIRMED_BY, 2000, 0.01
 """Steps before the first snapshot, at least and at most between two of them; what share of the run they may cost."""
 NAMED_SAMPLES = 10_000
@@ -49,6 +50,7 @@ class StepRange:
     """Of the newest steps: whether the loss was out of its range, whether it was high, and whether the step was
     skipped."""
     rate: float = 0.0
+    largest_rate: float = 0.0
     on_device: tuple[float, float] = (math.inf, math.inf)
 
     @property
@@ -85,9 +87,9 @@ class StepRange:
     def learn(self, record: StepRecord, loss_is_up: bool) -> None:
         """Take in the numbers of a step that was applied."""
         rate = max(record.learning_rates, default=0.0)
-        if self.rate and rate > RATE_JUMP * self.rate:
+        if self.rate and RATE_JUMP * self.rate < rate <= RATE_UNHEARD_OF * self.largest_rate:
             self.forget()
-        self.rate = rate
+        self.rate, self.largest_rate = rate, max(rate, self.largest_rate)
         if record.loss is not None and not loss_is_up:
             self.loss.add(record.loss)
         self.norm.add(record.total_norm)
@@ -99,14 +101,15 @@ class StepRange:
         self.recent.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"recent": [list(flags) for flags in self.recent], "rate": self.rate}
+        rates = {"rate": self.rate, "largest_rate": self.largest_rate}
+        own = {"recent": [list(flags) for flags in self.recent], **rates}
         return {"loss": self.loss.state_dict(), "norm": self.norm.state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loss.load_state_dict(state["loss"])
         self.norm.load_state_dict(state["norm"])
         self.recent.extend((up, high, skipped) for up, high, skipped in state["recent"])
-        self.rate = state["rate"]
+        self.rate, self.largest_rate = state["rate"], state["largest_rate"]
 
 
 @dataclass

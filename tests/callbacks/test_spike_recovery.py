@@ -370,6 +370,43 @@ def test_a_loss_that_stays_up_makes_the_run_go_back(one: Any, tmp_path: Path) ->
     assert float(module.net.b.weight.abs().max()) < 2.0
 
 
+def rate_at(batch: int, rate: float) -> Any:
+    """A hook that gives one update another learning rate."""
+
+    def on_before_optimizer_step(self: Any, optimizer: Any) -> None:
+        [group] = optimizer.param_groups
+        self.usual = getattr(self, "usual", group["lr"])
+        group["lr"] = rate if self.trainer.fit_loop.epoch_loop.total_batch_idx == batch else self.usual
+
+    return on_before_optimizer_step
+
+
+@pytest.mark.parametrize("rate", [1e6, 10.0])
+def test_one_update_with_an_absurd_learning_rate_is_gone_back_behind(one: Any, tmp_path: Path, rate: float) -> None:
+    def run(folder: Path, **overrides: Any) -> float:
+        module = make_module(one, lambda m: torch.optim.SGD(m.parameters(), lr=1e-2), norm=False, **overrides)
+        fit(one, module, make_data(140), [SpikeRecovery(every_n_steps=20)], folder)
+        return sum(float(p.detach().norm()) for p in module.parameters())
+
+    usual = run(tmp_path / "usual")
+    size = run(tmp_path / "absurd", on_before_optimizer_step=rate_at(80, rate))
+    [rewound] = events(tmp_path / "absurd", "rewound")
+    assert rewound["to_step"] <= 80 < rewound["from_step"]
+    assert size == pytest.approx(usual, rel=0.2)
+
+
+def test_a_schedule_that_starts_again_is_no_spike(one: Any, tmp_path: Path) -> None:
+    def configure_optimizers(self: Any) -> Any:
+        opt = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(opt, 60, eta_min=1e-6)
+        return [opt], [{"scheduler": schedule, "interval": "step"}]
+
+    module = make_module(one, configure_optimizers=configure_optimizers)
+    saver = SpikeRecovery(every_n_steps=20)
+    fit(one, module, make_data(200), [saver], tmp_path)
+    assert (saver.spikes, saver.rewinds) == (0, 0)
+
+
 def test_another_level_is_learned_where_nothing_is_rewound(one: Any, tmp_path: Path) -> None:
     recovery = SpikeRecovery(action="skip")
     data = make_data(120, dict.fromkeys(range(60, 120), 10.0))
