@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.plugin.environments import Environment, build, environment_variables
@@ -55,8 +56,12 @@ def main() -> int:
         (work / "wheel").mkdir()
         installed = Environment(work / "installed", build(work / "wheel")[1])
         bare = Environment(work / "bare")
-        ours = outcomes(installed, folder, paths, work / "installed.xml")
-        without = outcomes(bare, folder, paths, work / "bare.xml")
+        with ThreadPoolExecutor() as side_by_side:
+            ours, without = side_by_side.map(
+                lambda environment, report: outcomes(environment, folder, paths, work / report),
+                (installed, bare),
+                ("installed.xml", "bare.xml"),
+            )
     different = {name for name in {*ours, *without} if ours.get(name) != without.get(name)}
     unexpected = 0
     for name in sorted(different):
