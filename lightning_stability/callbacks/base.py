@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
+from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from lightning_stability._compat import Callback, MisconfigurationException, is_instance_by_name
@@ -14,6 +17,15 @@ from lightning_stability.notices import warn as warn
 from lightning_stability.notices import warn_always as warn_always
 from lightning_stability.runtime import Order, Outcome, Session, session_of
 from lightning_stability.runtime.containment import HOOKS
+
+
+def is_number(value: Any) -> bool:
+    """Whether an option is a number, one of numpy included, and no flag.
+
+    Args:
+        value: What was given.
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def warn_of_forgotten_precision(callback: Any, trainer: Any, checkpoint: dict[str, Any]) -> None:
@@ -109,6 +121,29 @@ class SessionMember:
                 raise MisconfigurationException(
                     f"{type(self).__name__}({name}={value!r}): expected a {kind} number of at least {least:g}."
                 )
+
+    def _require_flag(self, **options: Any) -> None:
+        """Refuse options that are neither True nor False: the text "no" would count as True."""
+        for name, value in options.items():
+            if value not in (True, False):
+                raise MisconfigurationException(f"{type(self).__name__}({name}={value!r}): expected True or False.")
+
+    def _require_path(self, **options: Any) -> None:
+        """Refuse options that are no path, and not None either."""
+        for name, value in options.items():
+            if value is not None and not isinstance(value, (str, os.PathLike)):
+                raise MisconfigurationException(f"{type(self).__name__}({name}={value!r}): expected a path, or None.")
+
+    def _names(self, **option: Any) -> list[str]:
+        """The names that an option holds: one, or several, or None for none. Anything else is refused."""
+        ((name, value),) = option.items()
+        given = [value] if isinstance(value, str) else value
+        names = list(given or ()) if given is None or isinstance(given, Iterable) else [given]
+        if not all(isinstance(each, str) for each in names):
+            raise MisconfigurationException(
+                f"{type(self).__name__}({name}={value!r}): expected a name, or a list of names."
+            )
+        return names
 
     def _require_one_of(self, *choices: str, **options: Any) -> None:
         """Refuse options that are none of the choices."""

@@ -45,3 +45,16 @@ def why_refused(bad: list[str]) -> str:
         f"{some} became non-finite. If that is by design, say so:"
         f" FractionalCheckpoint(allow_nonfinite={names!r}). Otherwise resume from an earlier checkpoint."
     )
+
+
+def warn_of_failure(path: str, failure: str, left: int) -> None:
+    """Warn of a save that failed; the one that ends the run raises instead.
+
+    Args:
+        path: Where it was to be written.
+        failure: Why it was not.
+        left: How many more in a row end the run; none if it has already ended.
+    """
+    kept = f"{path} could not be written ({failure}). The checkpoints before it are as they were"
+    more = f"; training continues, and ends at {'the next failure' if left == 1 else f'{left} more failures'} in a row"
+    warn(f"FractionalCheckpoint: {kept}{more if left > 0 else ''}.")

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_stability import internals
 from lightning_stability._compat import MisconfigurationException
 from lightning_stability.callbacks.base import SessionMember, warn, warn_always, warn_of_forgotten_precision
-from lightning_stability.callbacks.checkpoint_messages import warn_of_inexact_data, why_refused
+from lightning_stability.callbacks.checkpoint_messages import warn_of_failure, warn_of_inexact_data, why_refused
 from lightning_stability.callbacks.ranked_checkpoint import RankedCheckpoint, refuse_other_triggers
 from lightning_stability.callbacks.resume_proof import ProvesResume
 from lightning_stability.checkpointing import writing
@@ -98,6 +98,8 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
         **other_trigger: Any,
     ) -> None:
         refuse_other_triggers(other_trigger)
+        self._require_path(dirpath=dirpath)
+        self._require_flag(async_save=async_save, skip_by_loading=skip_by_loading)
         if filename == self.CHECKPOINT_NAME_LAST and save_last:
             raise MisconfigurationException(
                 f"FractionalCheckpoint(filename={filename!r}): it is save_last's name. Choose another, or leave it out."
@@ -120,7 +122,7 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
         if steps_per_epoch is not None:
             _above_zero("steps_per_epoch", steps_per_epoch)
         self.async_save, self.skip_by_loading = async_save, skip_by_loading
-        self.allow_nonfinite = [allow_nonfinite] if isinstance(allow_nonfinite, str) else list(allow_nonfinite)
+        self.allow_nonfinite = self._names(allow_nonfinite=allow_nonfinite)
         self._begin_fit()
 
     def _begin_fit(self) -> None:
@@ -303,6 +305,7 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
                     f"FractionalCheckpoint: {self._failures} saves in a row failed, the last one to"
                     f" {pending.job.path}: {pending.failure}"
                 ) from pending.error
+            warn_of_failure(pending.job.path, pending.failure, self.max_failures - self._failures)
             return
         self._failures = 0
         if pending.job.trouble is not None:
@@ -326,11 +329,6 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
         if trainer.is_global_zero:
             details = {"path": pending.job.path, "error": pending.failure, "in_a_row": self._failures}
             self._events.write("checkpoint_failed", pending.step, pending.epoch, **details)
-        warn(
-            f"FractionalCheckpoint: {pending.job.path} could not be written ({pending.failure}). Training"
-            f" continues; the checkpoints before it are as they were. {self.max_failures - self._failures} more"
-            " failures in a row end it."
-        )
 
     def _refuse(self, trainer: Any, bad: list[str]) -> None:
         if trainer.is_global_zero:

@@ -61,6 +61,7 @@ class GradNormMonitor(StabilityCallback):
         super().__init__()
         self.group_depth = _at_least_one("group_depth", group_depth)
         self.every_n_steps = None if every_n_steps is None else _at_least_one("every_n_steps", every_n_steps)
+        self._require_flag(log_update_ratio=log_update_ratio)
         self.log_update_ratio = log_update_ratio
         self._log_interval = 0
         self._statistics: dict[int, _Statistics] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_stability._compat import MisconfigurationException
-from lightning_stability.callbacks.base import StabilityCallback, warn_always
+from lightning_stability.callbacks.base import StabilityCallback, is_number, warn_always
 from lightning_stability.checkpointing.loaders import training_iterator
 from lightning_stability.checkpointing.sample_indices import SampleIndices
 from lightning_stability.health import StepRecord
@@ -63,10 +63,12 @@ class IncidentReport(StabilityCallback):
             raise MisconfigurationException(
                 f"IncidentReport(max_incidents={max_incidents!r}): expected a whole number of at least 1."
             )
-        if not budget_seconds >= 0:
+        if not (is_number(budget_seconds) and budget_seconds >= 0):
             raise MisconfigurationException(
                 f"IncidentReport(budget_seconds={budget_seconds!r}): expected a number of at least 0."
             )
+        self._require_path(dirpath=dirpath)
+        self._require_flag(save_state=save_state)
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.max_incidents = max_incidents
         self.save_state = save_state

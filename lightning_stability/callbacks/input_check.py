@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_stability._compat import MisconfigurationException, is_instance_by_name
-from lightning_stability.callbacks.base import StabilityCallback, warn_always
+from lightning_stability.callbacks.base import StabilityCallback, is_number, warn_always
 from lightning_stability.callbacks.input_findings import Finding, why_nothing_is_checked
 from lightning_stability.callbacks.input_report import InputReport, Seen
 from lightning_stability.callbacks.layer_check import LayerCheck
@@ -133,9 +133,9 @@ class InputCheck(StabilityCallback):
         every_n_steps: int = 1,
     ) -> None:
         super().__init__()
-        if max_abs is not None and not max_abs > 0:
+        if max_abs is not None and not (is_number(max_abs) and max_abs > 0):
             raise MisconfigurationException(f"InputCheck(max_abs={max_abs!r}): expected a number above 0, or None.")
-        if not (1 < max_scale_ratio < math.inf):
+        if not (is_number(max_scale_ratio) and 1 < max_scale_ratio < math.inf):
             raise MisconfigurationException(
                 f"InputCheck(max_scale_ratio={max_scale_ratio!r}): expected a finite number above 1."
             )

@@ -96,7 +96,7 @@ class NaNEarlyStop(StabilityCallback):
         self._require_one_of("stop", "raise", action=action)
         self.patience = patience
         self.action = action
-        self.monitor = [monitor] if isinstance(monitor, str) else list(monitor or ())
+        self.monitor = self._names(monitor=monitor)
         self._counts = Counts()
         self._watches_loss_alone = False
         self._updates_at_save = 0

@@ -61,9 +61,12 @@ def _written(folder: Path, report: dict[str, Any]) -> str:
 
 
 def _seconds(word: str) -> float:
-    seconds = float(word)
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = -1.0
     if not 0 <= seconds < math.inf:
-        raise ValueError(word)
+        raise argparse.ArgumentTypeError(f"{word!r}: expected a number of seconds, 0 or more")
     return seconds
 
 

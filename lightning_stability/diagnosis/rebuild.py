@@ -151,7 +151,9 @@ def _import(path: str, file: Path | None) -> Any:
 
 def _load_script(file: Path | None) -> Any:
     """Load a script under another name than `__main__`, so that it trains nothing."""
-    if file is None or not file.is_file():
+    if file is None:
+        raise DiagnosisError(f"The module's class was typed into a notebook or a console, so it is in no file. {_HINT}")
+    if not file.is_file():
         raise DiagnosisError(f"The module's class is one of the script {file}, which is not there. {_HINT}")
     if _SCRIPT in sys.modules and getattr(sys.modules[_SCRIPT], "__file__", None) == str(file):
         return sys.modules[_SCRIPT]

@@ -86,8 +86,13 @@ def test_a_disk_that_is_full_for_a_while_costs_only_the_saves_of_that_time(small
 
 def test_a_full_disk_that_stays_full_ends_the_run_and_leaves_what_was_there(small_disk: Path) -> None:
     checkpoint = {"every_n_epochs": 1 / 7, "save_top_k": -1, "dirpath": small_disk}
-    with pytest.raises(RuntimeError, match="3 saves in a row failed"):
-        fit(small_disk.parent / "run", max_epochs=2, checkpoint=checkpoint)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(RuntimeError, match="3 saves in a row failed"):
+            fits.fit(small_disk.parent, max_epochs=2, checkpoint=checkpoint)
+    failures = [str(each.message) for each in caught if "could not be written" in str(each.message)]
+    ends = [message.rpartition("; ")[2] for message in failures]
+    assert ends == [f"training continues, and ends at {n} in a row." for n in ("2 more failures", "the next failure")]
     infos = list_checkpoints(small_disk, verify=True)
     assert len(infos) >= 2
     assert all(info.is_good for info in infos)

@@ -164,6 +164,24 @@ def test_a_class_of_a_script_is_loaded_from_its_file(save, tmp_path, command):
     sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
 
 
+def test_a_class_that_was_typed_into_a_console_is_said_to_be_in_no_file(tmp_path, command):
+    typed = "import sys; sys.argv = ['', 'incident']\n" + SCRIPT.format(save="self.save_hyperparameters()")
+    done = command("-c", typed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = command("diagnose", str(tmp_path / "incident"), cwd=tmp_path)
+    assert done.returncode == 2
+    told = "typed into a notebook or a console, so it is in no file. Give a function that makes it: --module"
+    assert told in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("budget", ["-1", "soon", "nan"])
+def test_a_budget_that_is_none_is_refused_in_a_sentence(budget, tmp_path, command):
+    done = command("diagnose", str(tmp_path), f"--budget={budget}", cwd=tmp_path)
+    assert done.returncode == 2
+    told = f"argument --budget: '{budget}': expected a number of seconds, 0 or more"
+    assert told in " ".join(done.stderr.split())
+
+
 def test_a_module_that_cannot_be_made_says_what_to_do(tmp_path, command):
     class Local(augmented.Augmented):
         pass
