@@ -94,10 +94,6 @@ def is_overridden(method: str, module: Any) -> bool:
     """Whether a LightningModule of either namespace brings its own version of one of Lightning's methods.
 
     Lightning's own `is_overridden` refuses a module of the other namespace.
-
-    Args:
-        method: The method's name.
-        module: The LightningModule.
     """
     if method in vars(module):
         return True
@@ -109,9 +105,5 @@ def is_instance_by_name(instance: object, *names: str) -> bool:
     """Whether any class that the instance derives from has one of these names, in either namespace.
 
     For classes whose import is slow or needs an extra (DeepSpeed, XLA).
-
-    Args:
-        instance: The object to look at.
-        names: Class names without their modules.
     """
     return any(cls.__name__ in names for cls in type(instance).__mro__)

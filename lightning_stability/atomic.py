@@ -52,7 +52,6 @@ def replace_file(
     """Write a whole file of this machine, in place of the one that is there. Its folder is made if it is missing.
 
     Args:
-        path: The file.
         write: Writes to an open file. On a full disk it is called again to count the bytes that it needs.
         check: Looks at the file before it gets its name; raises if something is wrong.
 
@@ -97,7 +96,6 @@ def put_in_place(
     """Make a file, a folder or a link beside its place, flush it, check it, and move it there.
 
     Args:
-        path: Its place.
         make: Makes it under the name that it is given, on the same file system.
         check: Looks at it before it is moved; raises if something is wrong.
         replaces_folder: Whether a folder that is there, with something in it, is replaced; else it is an OSError.

@@ -163,12 +163,7 @@ def _is_field(value: Any, kind: Any) -> bool:
 
 
 def warn_once_of(path: Path, error: Exception) -> None:
-    """Say that a record of the run cannot be written; once for each file.
-
-    Args:
-        path: The file.
-        error: Why.
-    """
+    """Say that a record of the run cannot be written; once for each file."""
     if path in _warned:
         return
     _warned.add(path)

@@ -66,7 +66,6 @@ class AutomaticCallbacks:
 
         Args:
             trainer: A Trainer of either namespace, in `setup`.
-            module: The LightningModule.
             host: The Trainer's callback that brings them.
         """
         # (automatic ones are here already if the list is that of another Trainer which is fitting)
@@ -104,7 +103,6 @@ class AutomaticCallbacks:
         """The Trainer's callbacks are the user's again.
 
         Args:
-            trainer: The Trainer.
             module: The LightningModule if the callbacks are to be told that the fit is over; else Lightning does.
         """
         if module is not None:

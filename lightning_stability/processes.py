@@ -14,7 +14,6 @@ def is_alive(pid: int, started_before: float) -> bool:
     """Whether a process of this machine runs; another one that was given the same number later does not count.
 
     Args:
-        pid: Its number.
         started_before: A time at which it was running, in seconds since 1970.
 
     Example:

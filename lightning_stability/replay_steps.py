@@ -110,7 +110,6 @@ def replay(folder: Path, steps: int, factory: str | None) -> int:
 
     Args:
         folder: A checkpoint, or where the newest good one is looked for.
-        steps: How many.
         factory: `package.module:function`, which gives a module, its data and, if wanted, options of the Trainer.
 
     Raises:

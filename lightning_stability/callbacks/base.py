@@ -34,8 +34,6 @@ def warn_of_forgotten_precision(callback: Any, trainer: Any, checkpoint: dict[st
     The first of our callbacks in the Trainer says it. Lightning says only that a callback is missing.
 
     Args:
-        callback: One of ours.
-        trainer: The Trainer.
         checkpoint: What is being loaded.
     """
     state = (checkpoint.get("callbacks") or {}).get("PrecisionFallback")
@@ -254,13 +252,7 @@ class StabilityCallback(SessionMember, Callback):
 
 
 def take_out(callback: Any, trainer: Any, reason: object) -> None:
-    """Take an automatic callback out of a Trainer, with one line that says why.
-
-    Args:
-        callback: The callback.
-        trainer: The Trainer.
-        reason: Why it cannot serve this run.
-    """
+    """Take an automatic callback out of a Trainer, with one line that says why."""
     # Another list: Lightning may be on its way through this one.
     trainer.callbacks = [other for other in trainer.callbacks if other is not callback]
     warn_always(f"lightning-stability: {type(callback).__name__} disables itself in this run: {reason}")

@@ -104,9 +104,6 @@ def metric_incident(trainer: Any, names: Sequence[str]) -> Incident | None:
 def listed(names: list[str]) -> str:
     """The first few names, and how many more there are.
 
-    Args:
-        names: Of tensors.
-
     Example:
         >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e"])
         ('`a`, `b`', '`a`, `b`, `c` and 2 more')

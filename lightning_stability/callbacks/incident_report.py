@@ -215,12 +215,7 @@ def _is_finite(record: StepRecord) -> bool:
 
 
 def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
-    """Where the first non-finite value of a step was made, in a sentence, for the message of a stop.
-
-    Args:
-        bad: The step, whole.
-        budget_seconds: How long the search may take.
-    """
+    """Where the first non-finite value of a step was made, in a sentence, for the message of a stop."""
     from lightning_stability.callbacks import incident_writing  # (it loads what few runs need)
 
     return incident_writing.explain(bad, budget_seconds)

@@ -61,20 +61,13 @@ class IncidentWriter:
 
         Args:
             bad: The step, whole, with the state from before it.
-            records: Of the steps before.
             dataset_indices: Of the samples of each batch; None where they are not known.
         """
         with _said(f"the step at {_place(bad.record)}"):
             self._write(bad, records, dataset_indices)
 
     def write_validation(self, trainer: Any, bad: ValidationBatch, records: list[StepRecord]) -> None:
-        """The same of a batch of the validation.
-
-        Args:
-            trainer: The Trainer.
-            bad: The batch.
-            records: Of the steps before.
-        """
+        """The same of a batch of the validation."""
         loader = f" of loader {bad.loader}" if bad.loader else ""
         epoch, global_step = trainer.current_epoch, trainer.global_step
         what = f"validation batch {bad.batch_idx}{loader} at epoch {epoch}, global step {global_step}"
@@ -208,12 +201,7 @@ def _said(what: str) -> Iterator[None]:
 
 
 def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
-    """Where the first non-finite value of a step was made, in a sentence, for the message of a stop.
-
-    Args:
-        bad: The step, whole.
-        budget_seconds: How long the search may take.
-    """
+    """Where the first non-finite value of a step was made, in a sentence, for the message of a stop."""
     ranks, several = bad.record.bad_loss_ranks, bad.trainer.world_size > 1
     if ranks and several and bad.trainer.global_rank not in ranks:
         return f"It came from rank {ranks[0]}."
@@ -236,11 +224,7 @@ def explain(bad: BadStep, budget_seconds: float = 10.0) -> str:
 
 
 def to_recorded_step(bad: BadStep) -> RecordedStep:
-    """What the session hands over, as the diagnosis takes it.
-
-    Args:
-        bad: The step, whole.
-    """
+    """What the session hands over, as the diagnosis takes it."""
     trainer, record, window = bad.trainer, bad.record, bad.window
     if window is None or not window.batches:
         why = "its window of accumulated batches is too long" if window else "they are of an earlier batch"
@@ -329,11 +313,7 @@ def _extra_state(trainer: Any, record: StepRecord) -> dict[str, Any]:
 
 
 def history_row(record: StepRecord) -> dict[str, Any]:
-    """One step as history.jsonl has it; a number that is not finite is a word, because JSON has none.
-
-    Args:
-        record: The step's.
-    """
+    """One step as history.jsonl has it; a number that is not finite is a word, because JSON has none."""
     groups = ParameterGroups(record.parameter_names, group_depth=2)
     row = {
         "step": record.step,

@@ -59,11 +59,8 @@ def notify_loggers(trainer: Any, title: str, text: str, key: str, step: int) -> 
     key replaces the earlier one, except in TensorBoard.
 
     Args:
-        trainer: The Trainer.
         title: Names the event, for example "Training stopped". W&B sends alerts of one title at most once a minute.
-        text: Says what happened.
         key: Where it is filed: letters, digits, `_`, `.` and `/`.
-        step: The step that it belongs to.
     """
     if trainer.is_global_zero:
         for logger in trainer.loggers:

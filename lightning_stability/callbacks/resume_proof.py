@@ -84,7 +84,6 @@ class ResumeProof:
 
         Args:
             trainer: The Trainer, between two steps.
-            save: The save.
             earlier: The same steps as an earlier run took them.
             steps: How many of them to compare, the same on all ranks; 0 for none.
         """
@@ -106,7 +105,6 @@ class ResumeProof:
         """The run is where it was when it was saved; compare what follows with what has followed before.
 
         Args:
-            trainer: The Trainer.
             save: The save that it was resumed from.
             folder: Of that checkpoint.
         """

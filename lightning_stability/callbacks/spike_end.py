@@ -96,7 +96,6 @@ class SpikeEnd:
         """The run is to end as soon as the hooks of the batch are through.
 
         Args:
-            trouble: What came again.
             where: Epoch, batch and step.
             to_step: The step whose state has been restored.
             rewinds: How often the run has gone back.

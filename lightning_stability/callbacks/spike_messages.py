@@ -54,7 +54,6 @@ def odd_numbers_message(restored: list[OddNumber], step: int, where: str) -> str
     """Single numbers were restored.
 
     Args:
-        restored: They.
         step: The global step of the snapshot that they come from.
         where: Epoch, batch and step.
     """
@@ -82,13 +81,10 @@ def end_message(
     """Why the run was ended, what is left, and what to type next.
 
     Args:
-        why: What happened once more.
-        where: And where.
         attempts: Rewinds before it.
         to_step: The step whose state has been restored now.
         rates: Learning rates of the step; empty if it is not known.
         lost: What is non-finite even now; empty if nothing is.
-        counts: What became of the updates.
         checkpoint: The last good one.
     """
     again = f"after {attempts} rewind{'s' if attempts > 1 else ''} it came again"

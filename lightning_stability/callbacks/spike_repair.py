@@ -17,8 +17,6 @@ def repair_numbers(session: Session, snapshots: Snapshots, where: str) -> int:
     """Restore single numbers that left all others far behind, and say which. Returns how many.
 
     Args:
-        session: The fit's.
-        snapshots: Where they are restored from.
         where: Epoch, batch and step.
     """
     restored = snapshots.restore_odd_numbers()
@@ -52,9 +50,6 @@ def announce_rewind(
     """Say that the run has gone back.
 
     Args:
-        session: The fit's.
-        trouble: Why.
-        kept: What was restored.
         left_out: The batches since.
         attempts: Which rewind at this place it is, and of how many at most.
         where: Epoch, batch and step.

@@ -14,9 +14,7 @@ def stop_message(
     """What became non-finite, where, what is left, and what to type next.
 
     Args:
-        incident: That ended the run.
         origin: Where its first non-finite value was made, in sentences; None if that was not looked for.
-        counts: What became of the updates.
         checkpoint: The last good one, which was read just now.
         patience: How many bad updates in a row are skipped.
         automatic: Whether the callback came with the environment.

@@ -29,11 +29,7 @@ class ValidationBatch:
 
 
 class ValidationWatch:
-    """Looks at each batch of a validation; on a device the host reads the verdict when the next batch is through.
-
-    Args:
-        trainer: The Trainer.
-    """
+    """Looks at each batch of a validation; on a device the host reads the verdict when the next batch is through."""
 
     def __init__(self, trainer: Any) -> None:
         self._metrics = MetricUndo(trainer.lightning_module, lambda: active_results(trainer))

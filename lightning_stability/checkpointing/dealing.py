@@ -54,10 +54,7 @@ def share(order: Sequence[Any], sizes: list[int], ranks: int, rank: int, skip: i
     """The batches of one rank.
 
     Args:
-        order: The samples.
         sizes: What `batch_sizes` returned for so many.
-        ranks: How many there are.
-        rank: Whose batches are wanted.
         skip: How many of them are left out.
     """
     ends = list(itertools.accumulate(sizes, initial=0))

@@ -17,8 +17,6 @@ def state_of_rank(ranks: list[dict[str, Any]], rank: int, world_size: int, modul
 
     Args:
         ranks: The states of those that wrote it.
-        rank: This one.
-        world_size: How many there are now.
         module: It has the metrics.
     """
     like = ranks[rank % len(ranks)]
@@ -55,8 +53,6 @@ def dealt_anew(position: Position, loader: Any, rank: int, world_size: int) -> t
     Args:
         position: Of the loader that took the others, on whichever rank.
         loader: Who takes these.
-        rank: This process's.
-        world_size: How many take from them.
 
     Returns:
         Where the loader begins, and how many batches each rank gets.

@@ -54,7 +54,6 @@ class StepFile:
 
     Args:
         folder: Of the checkpoints.
-        rank: This process's.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -143,9 +142,7 @@ class Comparison:
     """Compares steps, as they come, with those of an earlier window.
 
     Args:
-        earlier: The window.
         header: Of the run that is compared with it.
-        steps: How many steps are compared.
 
     Example:
         >>> earlier = Window("a", 1, {"environment": {}}, {1: {"data": "00", "loss": 2.0}, 2: {"loss": 1.0}})

@@ -145,11 +145,7 @@ def checkpoint_folders(root: str | os.PathLike[str]) -> list[Path]:
 
 
 def table(infos: list[CheckpointInfo]) -> str:
-    """Lay the list out for people.
-
-    Args:
-        infos: What `list_checkpoints` returned.
-    """
+    """Lay the list out for people."""
     rows = [("checkpoint", "step", "epoch", "size", "saved", "complete", "finite", "metrics")]
     for info in infos:
         metrics = "  ".join(f"{shown(name)}={value:.4g}" for name, value in info.metrics.items())

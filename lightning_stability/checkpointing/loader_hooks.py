@@ -39,8 +39,6 @@ class LoaderListener:
         """The sampler is about to be iterated over.
 
         Args:
-            iterator: The loader's.
-            loader: Whose it is.
             is_made: Whether the iterator is being made. One with workers begins a second time then.
         """
 

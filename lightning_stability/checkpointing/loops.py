@@ -37,11 +37,7 @@ from lightning_stability.recovery.random_state import RandomState
 
 
 class SavePoints:
-    """Tells listeners of one Trainer the points where a save is right, and puts a resumed run there.
-
-    Args:
-        trainer: A Trainer of either namespace.
-    """
+    """Tells listeners of one Trainer the points where a save is right, and puts a resumed run there."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = weakref.ref(trainer)
@@ -108,7 +104,6 @@ class SavePoints:
         """Begin to tell a listener; from `on_train_start` on.
 
         Args:
-            listener: Who is told.
             saves: Whether it saves at these points: then each epoch's order has to be known.
         """
         self.begin()
@@ -209,8 +204,6 @@ class SavePoints:
 
         Args:
             checkpoint: It has a `SECTION`. Its loops are changed: Lightning would load the first rank's data position.
-            rank: This process's.
-            world_size: How many there are.
         """
         self._resume = Resume.of(checkpoint, checkpoint[SECTION], self.trainer, rank, world_size)
         if self._resume is not None:

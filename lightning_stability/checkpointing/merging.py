@@ -19,8 +19,6 @@ def merged_metrics(states: list[State], rank: int, world_size: int, module: Any)
 
     Args:
         states: What `capture_metrics` returned on each of the old ranks.
-        rank: The new rank.
-        world_size: How many there are now.
         module: It says how the states of its metrics are reduced over ranks.
     """
     like = states[rank % len(states)]

@@ -25,11 +25,7 @@ _META = (
 
 
 def capture_metrics(trainer: Any) -> dict[str, Any]:
-    """Return the state of all metrics of this rank, between two batches of training.
-
-    Args:
-        trainer: A Trainer of either namespace.
-    """
+    """Return the state of all metrics of this rank, between two batches of training."""
     connector = internals.logger_connector(trainer)
     return {
         "connector": {name: _plain(getattr(connector, name)) for name in internals.METRIC_STATE},

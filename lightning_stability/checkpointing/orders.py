@@ -26,11 +26,7 @@ class NotDealtOut(ValueError):
 
 
 class DrawState:
-    """The states that one pass over a loader's samples is drawn from: the generators', and the sampler's own.
-
-    Args:
-        loader: A torch DataLoader.
-    """
+    """The states that one pass over a loader's samples is drawn from: the generators', and the sampler's own."""
 
     def __init__(self, loader: Any) -> None:
         self._owners = [_core(loader), getattr(loader, "generator", None)]
@@ -120,7 +116,6 @@ def whole_order(source: Source, loader: Any) -> list[Any]:
     """All samples of the epoch in the order in which the ranks took them, drawn again.
 
     Args:
-        source: What was saved.
         loader: The loader of now, for samplers that cannot be made again without it.
 
     Raises:

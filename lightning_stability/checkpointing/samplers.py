@@ -93,11 +93,7 @@ def unknown_orders(loader: Any) -> list[str]:
 
 
 class FixedOrder:
-    """A sampler that yields the same order however often it is asked in one epoch.
-
-    Args:
-        sampler: Draws the order.
-    """
+    """A sampler that yields the same order however often it is asked in one epoch."""
 
     def __init__(self, sampler: Any) -> None:
         self.inner = sampler

@@ -79,7 +79,6 @@ class Saver:
         """Wait for the save under way; return it, or None if there is none.
 
         Args:
-            trainer: The Trainer.
             together: Whether all ranks are here, so that all learn how it went. Otherwise only the first one knows.
         """
         pending, self._pending = self._pending, None

@@ -63,8 +63,6 @@ class EpochCount(float):
         """Cut off, not rounded: "001.00" is a whole epoch.
 
         Args:
-            epochs: The number.
-            digits: Decimal places.
             max_epochs: The largest there may be, so that names of the same length sort by time.
         """
         count = cls(math.floor(epochs * 10**digits) / 10**digits)

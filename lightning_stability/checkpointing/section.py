@@ -21,8 +21,6 @@ def make_section(trainer: Any, point: SavePoint, epochs: float, stop_is_due: boo
     """Return what goes into a checkpoint under `SECTION`. All ranks have to ask.
 
     Args:
-        trainer: A Trainer of either namespace.
-        point: Where the run is.
         epochs: Epochs trained, for the listing.
         stop_is_due: Whether the run stops as soon as `min_epochs` and `min_steps` let it.
     """
@@ -140,7 +138,6 @@ def nonfinite_on_any_rank(trainer: Any, checkpoint: dict[str, Any], section: dic
     """The names of what became non-finite, on whichever rank holds it; the same verdict on all.
 
     Args:
-        trainer: A Trainer of either namespace.
         checkpoint: This rank's.
         section: Is told what is not finite by design.
     """

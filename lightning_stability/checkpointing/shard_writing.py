@@ -37,7 +37,6 @@ class ShardWriter:
         """Begin to write. All ranks call it.
 
         Args:
-            trainer: The Trainer.
             checkpoint: As it was dumped; on the first rank all of it, on the others what is theirs.
             path: On a file system that all ranks see.
 

@@ -92,7 +92,6 @@ def load_sharded(path: Path, verify: bool) -> tuple[dict[str, Any], list[str]]:
     """Read a folder without its tensors, or all of it.
 
     Args:
-        path: The folder.
         verify: Whether to read every tensor, one at a time: check sums, and whether it is finite.
 
     Returns:

@@ -65,7 +65,6 @@ def write_file(state: Any, path: str) -> None:
     """`torch.save`, in one piece or not at all, and without a copy in memory.
 
     Args:
-        state: What to save.
         path: Local, or any that fsspec knows. The folder is made if it is missing.
 
     Raises:
@@ -122,7 +121,6 @@ class Writer:
         """Start a job; the one before it must have been waited for.
 
         Args:
-            job: What to do.
             ready: Waits until what is to be written is complete.
         """
         assert self._running is None, "one checkpoint at a time"

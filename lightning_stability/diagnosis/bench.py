@@ -42,7 +42,6 @@ class Bench:
         """Search for the smallest part of a set whose change is still a cure, and show the trial that had it.
 
         Args:
-            items: The set.
             make: The change of a part.
             whole: The trial of all of it, which was a cure.
 

@@ -104,7 +104,6 @@ class CallRecorder(TorchFunctionMode):
     """Records the calls of a replay; a second one of the same step also keeps the arguments of some.
 
     Args:
-        module: The module that is replayed.
         keep: The calls whose arguments, and whose results' gradients, are kept.
     """
 
@@ -165,9 +164,6 @@ class CallRecorder(TorchFunctionMode):
         """Run a call and record it.
 
         Args:
-            func: The function.
-            args: Of the call.
-            kwargs: Of the call.
             cls: The `torch.autograd.Function` that is applied, if it is one.
         """
         if self._is_paused:
@@ -253,11 +249,7 @@ class CallRecorder(TorchFunctionMode):
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and dicts.
-
-    Args:
-        value: Any.
-    """
+    """The tensors in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

@@ -106,11 +106,7 @@ Rule = Callable[[Case], Cause | None]
 
 
 def find_causes(case: Case) -> list[Cause]:
-    """The causes, likeliest first; `unknown` alone if none is likely enough.
-
-    Args:
-        case: What was found.
-    """
+    """The causes, likeliest first; `unknown` alone if none is likely enough."""
     found = [cause for rule in _RULES if (cause := rule(case)) is not None]
     found = sorted((c for c in found if c.confidence >= FLOOR), key=lambda cause: -cause.confidence)
     return _one_of_each(found) or [_cause(case, "unknown", 0.0)]

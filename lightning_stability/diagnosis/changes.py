@@ -77,20 +77,12 @@ def in_precision(precision: str) -> Change:
 
 
 def with_loss_scale(scale: float) -> Change:
-    """Another loss scale.
-
-    Args:
-        scale: The new one.
-    """
+    """Another loss scale."""
     return Change("loss scale", f"a loss scale of {scale:g}", lambda step: replace(step, loss_scale=scale))
 
 
 def with_module_in_fp32(paths: list[str]) -> Change:
-    """Some modules run without autocast, on float32.
-
-    Args:
-        paths: Their paths.
-    """
+    """Some modules run without autocast, on float32."""
 
     @contextlib.contextmanager
     def around(replay: Replay) -> Iterator[None]:
@@ -121,11 +113,8 @@ def with_entry(name: str, entry: str, change: Callable[[Tensor], Tensor], words:
     """An entry of every batch is another tensor.
 
     Args:
-        name: Of the change.
         entry: Such as `batch[0]`.
         change: Returns what takes its place.
-        words: How it is changed.
-        facts: Of the trial.
     """
 
     def step(step: RecordedStep) -> RecordedStep:
@@ -139,7 +128,6 @@ def with_other_samples(samples: list[int], size: int, number: int) -> Change:
 
     Args:
         samples: Positions in the batch.
-        size: Of the batch.
         number: Which of the window's batches.
     """
     shown = ", ".join(map(str, samples[:8])) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
@@ -155,10 +143,8 @@ def with_other_columns(entry: str, columns: list[int], samples: list[int], size:
     """Columns or channels of another sample take the place of some of theirs.
 
     Args:
-        entry: Of the batch.
         columns: Positions in its second dimension.
         samples: Positions in the batch.
-        size: Of the batch.
         number: Which of the window's batches.
     """
 
@@ -170,11 +156,7 @@ def with_other_columns(entry: str, columns: list[int], samples: list[int], size:
 
 
 def with_finite_tensors(names: list[str]) -> Change:
-    """Parameters or buffers are set to finite values.
-
-    Args:
-        names: Their names.
-    """
+    """Parameters or buffers are set to finite values."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return Change(
         "weights",
@@ -185,11 +167,7 @@ def with_finite_tensors(names: list[str]) -> Change:
 
 
 def with_tamed_weights(gains: dict[str, float]) -> Change:
-    """Some parameters are scaled down to a gain of 1.
-
-    Args:
-        gains: Of each, by name.
-    """
+    """Some parameters are scaled down to a gain of 1."""
     names = list(gains)
     shown = ", ".join(f"`{name}`" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     around = _each_tensor(lambda name, t: t / gains[name] if name in gains and gains[name] < math.inf else t)
@@ -218,8 +196,6 @@ def with_weights(weights: dict[str, Tensor], words: str, **facts: Any) -> Change
 
     Args:
         weights: By name, as in `state_dict`.
-        words: Which they are.
-        facts: Of the trial.
     """
     around = _each_tensor(lambda name, t: weights[name].to(t) if name in weights else t)
     return Change("weights", words, around=around, facts=facts)
@@ -229,7 +205,6 @@ def update_alone(name: str, by_mean: bool = False) -> Change:
     """One more update of finite weights: whether the optimizer's own arithmetic is finite.
 
     Args:
-        name: The parameter that it is about.
         by_mean: Whether the gradients are the optimizer's own running mean of them; else they are 0.
     """
 
@@ -254,9 +229,7 @@ def with_option(name: str, value: Any, words: str) -> Change:
     """Another option of the optimizer, in all groups.
 
     Args:
-        name: Of the option.
         value: The new one; a function of the old one.
-        words: How it is changed.
     """
 
     @contextlib.contextmanager
@@ -281,8 +254,6 @@ def with_scaled_output(path: str, factor: float, overflows: bool = False) -> Cha
     """What a module returns is divided.
 
     Args:
-        path: Of the module.
-        factor: By this.
         overflows: Whether the format cannot hold what it returns: then it returns what goes in.
     """
 
@@ -304,12 +275,7 @@ def with_scaled_output(path: str, factor: float, overflows: bool = False) -> Cha
 
 
 def with_line(mend: Mend, functions: list[FunctionType]) -> Change:
-    """A line of the user's code is mended.
-
-    Args:
-        mend: How.
-        functions: Those that have the line.
-    """
+    """A line of the user's code is mended."""
     return Change(
         "operation",
         f"the line as `{mend.code}`",
@@ -319,12 +285,7 @@ def with_line(mend: Mend, functions: list[FunctionType]) -> Change:
 
 
 def with_eps(path: str, eps: float) -> Change:
-    """Another epsilon of a layer that normalises.
-
-    Args:
-        path: Of the module.
-        eps: The new one.
-    """
+    """Another epsilon of a layer that normalises."""
 
     @contextlib.contextmanager
     def around(replay: Replay) -> Iterator[None]:
@@ -353,11 +314,7 @@ def without_label_smoothing() -> Change:
 
 
 def has_label_smoothing(module: nn.Module) -> bool:
-    """Whether there is any.
-
-    Args:
-        module: The LightningModule.
-    """
+    """Whether there is any."""
     return bool(getattr(module, "hparams", {}).get("label_smoothing")) or any(
         bool(getattr(part, "label_smoothing", 0.0)) for part in module.modules()
     )

@@ -43,9 +43,6 @@ Pass = Callable[[Bench], None]
 def run_trials(bench: Bench) -> list[str]:
     """Run the passes that are worth it, until the time is up.
 
-    Args:
-        bench: What they work with.
-
     Returns:
         What there was no time for, in words; the first of it may have been tried in part.
     """
@@ -60,12 +57,7 @@ def run_trials(bench: Bench) -> list[str]:
 
 
 def plan(origin: Origin | None, signs: Signs) -> list[Pass]:
-    """The passes that are worth trying, the cheapest and likeliest first.
-
-    Args:
-        origin: Where the first non-finite value was made.
-        signs: What the numbers say.
-    """
+    """The passes that are worth trying, the cheapest and likeliest first."""
     if origin is None:
         return [compiled_code] if signs.compiled else [same_again]
     if origin.phase == "input":

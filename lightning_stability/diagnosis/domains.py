@@ -64,9 +64,7 @@ def within_domain(family: str, x: str, operand: Operand) -> list[str]:
     """What may stand in an operand's place, the likeliest first; none where the family has no domain.
 
     Args:
-        family: Of the operation.
         x: The operand's text, in brackets where it needs them.
-        operand: What is known of it.
 
     Example:
         >>> within_domain("logarithm", "p", Operand("log"))

@@ -20,7 +20,6 @@ def with_entries(step: RecordedStep, change: Change, number: int | None = None) 
     """The step with other tensors in its batches.
 
     Args:
-        step: The step.
         change: Given an entry's name, such as `batch[0]`, and the tensor; returns the tensor that takes its place.
         number: Of the window's batch; all by default.
     """
@@ -47,7 +46,6 @@ def replaced_samples(samples: list[int], size: int, names: set[str] | None = Non
 
     Args:
         samples: Those to replace; not all of the batch.
-        size: Of the batch.
         names: The entries in which that is done; all by default.
     """
     others = [index for index in range(size) if index not in set(samples)]
@@ -67,10 +65,8 @@ def replaced_columns(entry: str, columns: list[int], samples: list[int], size: i
     """Put those of another sample in the place of some columns or channels of some samples.
 
     Args:
-        entry: Its name.
         columns: Positions in the second dimension.
         samples: Positions in the batch; not all of it.
-        size: Of the batch.
     """
     good = replaced_samples(samples, size, {entry})
 

@@ -19,9 +19,6 @@ _MACHINE = ("device", "processor", "threads", "torch", "python", "numpy", "light
 def capture_environment(device: torch.device) -> Environment:
     """What the results of a step depend on besides its state.
 
-    Args:
-        device: Where the module is.
-
     Example:
         >>> capture_environment(torch.device("cpu"))["device"]
         'cpu'
@@ -46,12 +43,7 @@ def capture_environment(device: torch.device) -> Environment:
 
 
 def differences(recorded: Environment, here: Environment) -> list[str]:
-    """What is not as it was recorded, in words.
-
-    Args:
-        recorded: Where the step was recorded.
-        here: Where it is run again.
-    """
+    """What is not as it was recorded, in words."""
     names = [name for name in _MACHINE if recorded.get(name) != here.get(name)]
     return [f"{name}: {recorded.get(name)} recorded, {here.get(name)} here" for name in names]
 

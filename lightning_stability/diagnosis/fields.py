@@ -46,7 +46,6 @@ def check_fields(about: dict[str, Any], path: str) -> None:
     """Check that every field of `incident.json` is there and of its kind.
 
     Args:
-        about: Its content.
         path: Its name in the error.
 
     Raises:

@@ -25,7 +25,6 @@ def write_page(folder: Path, report: dict[str, Any]) -> str | None:
     """Write `report.html` into an incident's folder; whatever fails in it, the diagnosis goes before it.
 
     Args:
-        folder: The incident's.
         report: The content of `report.json`.
 
     Returns:
@@ -46,7 +45,6 @@ def page_of(incident: Incident, report: dict[str, Any]) -> str:
     """The page of an incident.
 
     Args:
-        incident: What was recorded.
         report: The content of `report.json`.
     """
     from lightning_stability.pages.page import render  # (matplotlib and jinja2 are no dependencies of the package)

@@ -22,7 +22,6 @@ def sample_section(incident: Incident, report: dict[str, Any]) -> dict[str, Any]
     """What the page shows of the bad samples; None where they are not known or not kept.
 
     Args:
-        incident: What was recorded.
         report: The content of `report.json`.
     """
     samples = _bad_samples(report)

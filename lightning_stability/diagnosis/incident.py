@@ -165,9 +165,7 @@ def to_step(incident: Incident, module: Any, optimizers: list[Any]) -> RecordedS
     """The recorded step, with a module that was made anew.
 
     Args:
-        incident: What was read.
         module: Of the recorded class.
-        optimizers: The module's.
 
     Raises:
         DiagnosisError: If there is too little to run it again.

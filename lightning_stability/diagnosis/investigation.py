@@ -81,7 +81,6 @@ def investigate(
     The module, its gradients, metrics and optimizers and the process's random state are left as they are.
 
     Args:
-        step: The recorded step.
         history: Rows of the steps before, as history.jsonl has them.
         budget_seconds: For everything; trials that would not end within it are left out.
         dataset_indices: Of the samples of each batch of the window, where known.
@@ -89,7 +88,6 @@ def investigate(
         earlier: Weights of checkpoints from before the step, the newest first.
         may_differ: Whether a replay may be another step than the recorded one, as on another machine.
         progress: Told what is tried next.
-        clock: Gives seconds.
 
     Raises:
         DiagnosisError: If the step cannot be run again, or its origin not be found in time.

@@ -62,9 +62,6 @@ class _Layer:
 def measure_layers(step: RecordedStep) -> list[dict[str, Any]]:
     """Run a step once more and measure what each module gives, in the order in which they first did.
 
-    Args:
-        step: The recorded step.
-
     Returns:
         One row for each module that gives a tensor: `module`, `kind` (its class), `dtype`, `shape`, `calls`, `output`
         and `gradient`, each of these with `smallest` (that is not 0), `largest` and `mean` of the sizes of the finite
@@ -80,11 +77,7 @@ def measure_layers(step: RecordedStep) -> list[dict[str, Any]]:
 
 
 class _Layers:
-    """Looks at what the modules of a replay give.
-
-    Args:
-        root: The module that is replayed.
-    """
+    """Looks at what the modules of a replay give."""
 
     def __init__(self, root: nn.Module) -> None:
         self.found: dict[str, _Layer] = {}

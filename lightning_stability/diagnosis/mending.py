@@ -49,7 +49,6 @@ def mended(mend: Mend, functions: list[types.FunctionType]) -> Iterator[None]:
     """Let functions that hold the line run the mended source.
 
     Args:
-        mend: What is changed.
         functions: What `functions_with` found.
 
     Raises:
@@ -74,10 +73,6 @@ def mended(mend: Mend, functions: list[types.FunctionType]) -> Iterator[None]:
 
 def expressions_at(source: bytes, line: int) -> tuple[list[ast.expr], set[str]]:
     """The expressions of the statement at a line, those that stand on the line first; and the names of its imports.
-
-    Args:
-        source: Of the file.
-        line: Within the statement.
 
     Raises:
         SyntaxError: If it is no Python.
@@ -118,7 +113,6 @@ def functions_with(file: str, line: int) -> list[types.FunctionType]:
 
     Args:
         file: As their code names it.
-        line: The line.
     """
     return [
         thing

@@ -17,11 +17,7 @@ _OTHER = "other"
 
 
 def mends_of(origin: Origin) -> list[Mend]:
-    """Changes of the origin's line, the likeliest first; none where the line is not known or its operation has none.
-
-    Args:
-        origin: The origin.
-    """
+    """Changes of the origin's line, the likeliest first; none where the line is not known or its operation has none."""
     family = family_of(origin) or _OTHER
     if origin.file is None or origin.line is None:
         return []

@@ -38,11 +38,7 @@ _SUMS = {
 
 
 def family_of(origin: Origin) -> str | None:
-    """What kind of operation made the first non-finite value; None if it is one that is defined everywhere.
-
-    Args:
-        origin: The origin.
-    """
+    """What kind of operation made the first non-finite value; None if it is one that is defined everywhere."""
     named = _family(origin.op or "")
     if named is None and origin.phase == "backward":  # a derivative of the user's own: what it does itself
         return _family(short_name(origin.aten or ""))
@@ -85,30 +81,18 @@ def is_outside(origin: Origin) -> bool:
 
 
 def is_too_large(origin: Origin) -> bool:
-    """Whether squares or sums of what went in leave the number format.
-
-    Args:
-        origin: The origin.
-    """
+    """Whether squares or sums of what went in leave the number format."""
     largest = math.sqrt(_LARGEST.get(origin.dtype or "", _LARGEST["float32"]))
     return any(size_of(r) >= largest for r in origin.inputs)
 
 
 def size_of(values: Range) -> float:
-    """The largest finite value without its sign; 0 if there is none.
-
-    Args:
-        values: A range.
-    """
+    """The largest finite value without its sign; 0 if there is none."""
     return max((abs(v) for v in (values.min, values.max) if math.isfinite(v)), default=0.0)
 
 
 def is_over_nothing(origin: Origin) -> bool:
-    """Whether it is a mean, or a loss that is one, of no values.
-
-    Args:
-        origin: The origin.
-    """
+    """Whether it is a mean, or a loss that is one, of no values."""
     first = origin.inputs[0] if origin.inputs else None
     if first is not None and math.isnan(first.min) and not first.nonfinite:  # it has no values
         return origin.output.nan > 0

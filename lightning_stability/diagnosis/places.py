@@ -59,11 +59,7 @@ class Place:
 
 
 class PlaceFinder:
-    """Says where an operation comes from that is being dispatched.
-
-    Args:
-        module: The root module.
-    """
+    """Says where an operation comes from that is being dispatched."""
 
     def __init__(self, module: nn.Module) -> None:
         self._paths = {id(m): plain_path(path) for path, m in module.named_modules()}

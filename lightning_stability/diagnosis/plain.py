@@ -67,9 +67,6 @@ def to_plain(value: Any, name: str = "batch") -> Any:
 def from_plain(value: Any) -> Any:
     """The value that `to_plain` was given; a mapping is a dict.
 
-    Args:
-        value: What `to_plain` returned.
-
     Raises:
         ValueError: If a class is not there any more, or is neither a named tuple nor a dataclass.
     """

@@ -69,12 +69,7 @@ def nonfinite_rows(tensor: Tensor) -> tuple[tuple[int, ...], int]:
 
 
 def rows_born(result: Tensor, inputs: list[Tensor]) -> tuple[tuple[int, ...], int]:
-    """The rows in which a result is not finite; not those where it is no other infinity than what went in there.
-
-    Args:
-        result: Of an operation.
-        inputs: What went into it.
-    """
+    """The rows in which a result is not finite; not those where it is no other infinity than what went in there."""
     values = dense_values(result)
     if not values.dim() or len(values) > _MOST_ROWS:
         return (), 0
@@ -88,12 +83,7 @@ def rows_born(result: Tensor, inputs: list[Tensor]) -> tuple[tuple[int, ...], in
 
 
 def rows_of(whole: Tensor, view: Tensor) -> tuple[tuple[int, ...], int]:
-    """The rows of a tensor in which a view of it is not finite: a view may have another first dimension.
-
-    Args:
-        whole: The tensor.
-        view: A view of it.
-    """
+    """The rows of a tensor in which a view of it is not finite: a view may have another first dimension."""
     stride = whole.stride(0) if whole.dim() and whole.layout == torch.strided else 0
     if not stride or stride * len(whole) < whole.numel() or view.dtype != whole.dtype or len(whole) > _MOST_ROWS:
         return nonfinite_rows(view)
@@ -104,11 +94,7 @@ def rows_of(whole: Tensor, view: Tensor) -> tuple[tuple[int, ...], int]:
 
 
 def has_floats(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers that may be non-finite.
-
-    Args:
-        tensor: Any.
-    """
+    """Whether a tensor holds numbers that may be non-finite."""
     return (tensor.is_floating_point() or tensor.is_complex()) and tensor.device.type != "meta"
 
 

@@ -23,11 +23,7 @@ _HINT = "Give a function that makes it: --module package.module:factory"
 
 
 def describe(module: nn.Module) -> Description:
-    """How a module can be made anew, as JSON holds it.
-
-    Args:
-        module: The LightningModule.
-    """
+    """How a module can be made anew, as JSON holds it."""
     cls = type(module)
     path = cls.__module__
     run_by_name = getattr(sys.modules.get("__main__"), "__spec__", None)
@@ -86,9 +82,6 @@ def rebuild(description: Description, incident: Path) -> nn.Module:
 def from_factory(module: str | nn.Module | Callable[[], nn.Module]) -> nn.Module:
     """A module that the user gave: itself, a function that makes it, or `package.module:function`.
 
-    Args:
-        module: What was given.
-
     Raises:
         DiagnosisError: If no module comes of it.
     """
@@ -108,11 +101,7 @@ def from_factory(module: str | nn.Module | Callable[[], nn.Module]) -> nn.Module
 
 
 def make_optimizers(module: Any) -> list[Optimizer]:
-    """The module's optimizers, as its `configure_optimizers` makes them.
-
-    Args:
-        module: The LightningModule.
-    """
+    """The module's optimizers, as its `configure_optimizers` makes them."""
     made = module.configure_optimizers()
     if isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, list) for part in made):
         made = made[0]  # optimizers and schedulers

@@ -15,12 +15,7 @@ _SAME = 0.01
 
 
 def remedy_for(cause: Cause, case: Case) -> str:
-    """Lines of code or of a configuration; empty where there is nothing to paste.
-
-    Args:
-        cause: The cause.
-        case: What it was concluded from.
-    """
+    """Lines of code or of a configuration; empty where there is nothing to paste."""
     make = _REMEDIES.get(cause.cause)
     return make(cause, case) if make is not None else ""
 

@@ -72,9 +72,6 @@ class Watching(Protocol):
 class Replay:
     """A copy of a recorded module, in the state before the step.
 
-    Args:
-        step: The step.
-
     Raises:
         DiagnosisError: If the module cannot be copied or its precision not be set up.
     """
@@ -182,9 +179,6 @@ class Replay:
 
         Args:
             loss: Divided, not yet scaled.
-            run: Runs the pass.
-            args: Passed on.
-            kwargs: Passed on.
         """
         scale = self.step.loss_scale
         if not self._left_out:
@@ -198,8 +192,6 @@ class Replay:
 
         Args:
             loss: Not scaled.
-            args: Passed on.
-            kwargs: Passed on.
         """
         if self._has_stepped:
             self._has_stepped = False
@@ -213,11 +205,7 @@ class Replay:
         self.backward(loss, cast(Any, self.module).backward, *args, **kwargs)
 
     def update(self, optimizer: Optimizer | None) -> None:
-        """What Lightning does between the backward pass and the next batch.
-
-        Args:
-            optimizer: The module's; None if there is none.
-        """
+        """What Lightning does between the backward pass and the next batch."""
         step, module = self.step, cast(Any, self.module)
         if optimizer is None:
             return
@@ -261,9 +249,6 @@ class Replay:
 def refuse(step: RecordedStep) -> None:
     """Refuse what a replay in one process cannot do.
 
-    Args:
-        step: The recorded one.
-
     Raises:
         DiagnosisError: If its parameters are sharded, or it synchronises batch norms over ranks.
     """
@@ -281,7 +266,6 @@ def make_precision(precision: str, device: str) -> Precision:
 
     Args:
         precision: Lightning's word.
-        device: Such as `"cpu"`.
 
     Raises:
         DiagnosisError: If it is none of torch's own number formats.
@@ -302,7 +286,6 @@ def same_losses(recorded: list[float], replayed: list[float]) -> bool:
     """Whether two lists of losses are the same bits, up to the first that is not finite.
 
     Args:
-        recorded: Those of the run.
         replayed: Those of a replay, which ends at its first failure.
     """
     for a, b in zip(recorded, replayed, strict=False):

@@ -33,8 +33,6 @@ class ReplayedTrainer:
 
     Args:
         recorded: What was recorded of the Trainer, by name.
-        module: The module.
-        optimizers: The module's.
     """
 
     def __init__(self, recorded: dict[str, Any], module: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -54,9 +52,7 @@ def give_trainer(module: nn.Module, recorded: dict[str, Any], optimizers: list[O
     """Let a module find a Trainer that logs nothing.
 
     Args:
-        module: The LightningModule.
         recorded: What was recorded of the Trainer, by name.
-        optimizers: The module's.
     """
     trainer = ReplayedTrainer(recorded, module, optimizers)
     for part in module.modules():
@@ -69,9 +65,6 @@ def give_trainer(module: nn.Module, recorded: dict[str, Any], optimizers: list[O
 
 def note_logged(module: Any) -> list[tuple[str, Tensor]]:
     """From now on note what a LightningModule logs.
-
-    Args:
-        module: The copied module.
 
     Returns:
         The names and values, added as they come.
@@ -92,12 +85,7 @@ def note_logged(module: Any) -> list[tuple[str, Tensor]]:
 
 
 class ReplayedOptimizer:
-    """An optimizer that manual optimization steps.
-
-    Args:
-        optimizer: The copy.
-        replay: The replay.
-    """
+    """An optimizer that manual optimization steps."""
 
     def __init__(self, optimizer: Optimizer, replay: Replaying) -> None:
         self.optimizer = optimizer
@@ -141,11 +129,7 @@ class _NoScheduler:
 
 
 def attach(replay: Replaying) -> None:
-    """Give the copied module what it finds in a fit.
-
-    Args:
-        replay: The replay.
-    """
+    """Give the copied module what it finds in a fit."""
     wrapped = [ReplayedOptimizer(optimizer, replay) for optimizer in replay.optimizers]
     known = [index for index in replay.step.schedulers if index < len(replay.optimizers)]
     schedulers = [_NoScheduler(replay.optimizers[index]) for index in known]

@@ -39,7 +39,6 @@ def make_report(
 
     Args:
         reproduced: Whether the failure came again; None if the step could not be run.
-        origin: Where it came from.
         failed: What was non-finite in the recording.
         notes: What limits the answer.
         exact: Whether the losses were the same bits; None if they cannot be compared.
@@ -60,11 +59,7 @@ def make_report(
 
 
 def origin_as_json(origin: Origin) -> dict[str, Any]:
-    """The origin as the report has it.
-
-    Args:
-        origin: Where the first non-finite value was made.
-    """
+    """The origin as the report has it."""
     inputs = [{"name": name, **as_json(r)} for name, r in zip(origin.names, origin.inputs, strict=True)]
     fields = (
         "phase",
@@ -133,9 +128,6 @@ def _cause_lines(report: dict[str, Any]) -> list[str]:
 def one_sentence(origin: Origin) -> str:
     """Where the first non-finite value was made, in one sentence without a full stop.
 
-    Args:
-        origin: The origin.
-
     Example:
         >>> from lightning_stability.diagnosis.ranges import Range
         >>> origin = Origin("forward", "head", "log", "net.py", 7, "", None, [2], [], Range(0, 0), None, None)
@@ -161,7 +153,6 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write `report.json` and `report.txt`, each whole or not at all.
 
     Args:
-        folder: The incident's folder.
         report: What `make_report` returned.
 
     Raises:

@@ -30,11 +30,6 @@ _SECONDS = 120.0
 def write_repro(folder: Path, step: RecordedStep, origin: Origin | None) -> dict[str, Any]:
     """Write the script, the mended one and their data, each checked by running it in a process of its own.
 
-    Args:
-        folder: The incident's.
-        step: The recorded step.
-        origin: What the trace found.
-
     Returns:
         What `report.json` says of it: `path`, `lines`, `message`, `mended`, `remedy`, or `why_not`.
     """

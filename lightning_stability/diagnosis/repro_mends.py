@@ -20,11 +20,7 @@ _FILLS = {"masked_fill", "masked_fill_"}
 
 
 def mends(plan: Plan) -> Iterator[Mend]:
-    """What may mend the script of a plan, the smallest change first.
-
-    Args:
-        plan: What it calls.
-    """
+    """What may mend the script of a plan, the smallest change first."""
     yield from _valid_inputs(plan)
     for call in sorted(plan.calls, key=lambda c: (c.index != plan.birth, -c.index)):
         short = call.name.rpartition(".")[2]

@@ -35,9 +35,7 @@ class _Watcher:
     """Told by a replay when the optimizer's step begins.
 
     Args:
-        replay: The replay.
         name: The parameter that the update made bad.
-        optimizer: Which optimizer.
     """
 
     def __init__(self, replay: Replay, name: str, optimizer: int) -> None:
@@ -78,10 +76,6 @@ class _Watcher:
 
 def optimizer_scripts(step: RecordedStep, origin: Origin) -> tuple[Any, ...]:
     """The script of the update, and pairs of a change and the script with it.
-
-    Args:
-        step: The recorded step.
-        origin: What the trace found.
 
     Raises:
         CannotReproduceError: If the optimizer is not one of torch's.

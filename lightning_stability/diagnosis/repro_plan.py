@@ -77,10 +77,6 @@ class Plan:
 def choose(recorder: CallRecorder, origin: Origin) -> Iterator[Slice]:
     """Slices of the replay that may fail in the same way, the most telling first.
 
-    Args:
-        recorder: Of a replay.
-        origin: What the trace found.
-
     Raises:
         CannotReproduceError: If no call of the replay explains it.
     """
@@ -111,7 +107,6 @@ def make_plan(recorder: CallRecorder, chosen: Slice) -> Plan:
 
     Args:
         recorder: Of a replay that kept the slice's arguments.
-        chosen: The slice.
     """
     calls = [recorder.calls[index] for index in chosen.indices]
     made = {number for call in calls for number in _written(call)}

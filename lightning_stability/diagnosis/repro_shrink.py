@@ -18,11 +18,7 @@ _DIMENSIONS = 4
 
 
 def fails_alike(plan: Plan) -> bool:
-    """Whether the script of a plan fails as the step did: each value of the kind that it was, finite or not.
-
-    Args:
-        plan: What the script calls.
-    """
+    """Whether the script of a plan fails as the step did: each value of the kind that it was, finite or not."""
     script = Writer(plan).write()
     values = run(script)
     if values is None:
@@ -37,12 +33,7 @@ def fails_alike(plan: Plan) -> bool:
 
 
 def is_mended(plan: Plan, mend: Mend) -> bool:
-    """Whether all is finite with a change.
-
-    Args:
-        plan: What the script calls.
-        mend: The change.
-    """
+    """Whether all is finite with a change."""
     script = Writer(plan, mend).write()
     values = run(script)
     if values is None:
@@ -53,11 +44,7 @@ def is_mended(plan: Plan, mend: Mend) -> bool:
 
 
 def run(script: Script) -> dict[str, Any] | None:
-    """The values of a script's variables after it has run, but for its last check; None if it raises an error.
-
-    Args:
-        script: The script.
-    """
+    """The values of a script's variables after it has run, but for its last check; None if it raises an error."""
     lines = [*script.imports, *script.body, *(line for line in script.check if not line.startswith("assert"))]
     values: dict[str, Any] = {"torch": torch, "saved": script.saved}
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
@@ -73,7 +60,6 @@ def shrink(plan: Plan, first: list[int], seconds: float = 10.0) -> Plan:
     """The same with as few rows and columns as fail in the same way.
 
     Args:
-        plan: What the script calls.
         first: Rows that are tried first, such as the bad samples.
         seconds: When to stop.
     """

@@ -73,12 +73,7 @@ class Script:
 
 
 class Writer:
-    """Writes the script of a plan.
-
-    Args:
-        plan: What it calls.
-        mend: What is changed.
-    """
+    """Writes the script of a plan."""
 
     def __init__(self, plan: Plan, mend: Mend | None = None) -> None:
         self._plan = plan
@@ -273,8 +268,6 @@ def literal(name: str, tensor: Tensor, saved: dict[str, Tensor]) -> str:
     """The text of a tensor.
 
     Args:
-        name: What it is called.
-        tensor: The tensor.
         saved: Gets it where it is too large for a text.
     """
     dtype = "" if tensor.dtype in (torch.float32, torch.int64, torch.bool) else f", dtype={tensor.dtype}"
@@ -293,11 +286,7 @@ def literal(name: str, tensor: Tensor, saved: dict[str, Tensor]) -> str:
 
 
 def plain_line(text: str) -> str:
-    """One line of text that ends no comment.
-
-    Args:
-        text: Of a file, or of a path.
-    """
+    """One line of text that ends no comment."""
     return "".join(c if c.isprintable() else " " for c in text)[:150]
 
 

@@ -97,9 +97,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every operation that is dispatched while it is active.
 
     Args:
-        module: The module that is replayed.
         deadline: In the clock's seconds.
-        clock: Gives seconds.
 
     Raises:
         OutOfTimeError: From within an operation, when the deadline has passed.
@@ -134,11 +132,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.batch_size = next((len(tensor) for _, tensor in entries if tensor.dim()), 0)
 
     def writer_of(self, tensor: Tensor) -> int | None:
-        """The newest operation that wrote something non-finite into a tensor's memory; None if none did.
-
-        Args:
-            tensor: Such as the loss.
-        """
+        """The newest operation that wrote something non-finite into a tensor's memory; None if none did."""
         memory = self._memories.get(storage_key(tensor))
         return None if memory is None else _newest_nonfinite(memory)
 
@@ -148,11 +142,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return [(name, i) for name, i in writers if i is not None and not self.operations[i].in_optimizer]
 
     def name_of(self, tensor: Tensor) -> str | None:
-        """The name of a parameter, buffer or entry of the batch.
-
-        Args:
-            tensor: Any.
-        """
+        """The name of a parameter, buffer or entry of the batch."""
         candidates = self._names.get(storage_key(tensor), [])
         if len(candidates) < 2:
             return candidates[0][0] if candidates else None
@@ -173,11 +163,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return "count" if entry.is_whole else None
 
     def reader_of_number(self, number: float) -> int | None:
-        """The newest operation that read a non-finite number into Python, as `Tensor.item` does.
-
-        Args:
-            number: The number.
-        """
+        """The newest operation that read a non-finite number into Python, as `Tensor.item` does."""
         return self._read_numbers.get(str(number))
 
     def __enter__(self) -> Trace:

@@ -69,12 +69,10 @@ class Laboratory:
     """Runs trials of one step within a budget.
 
     Args:
-        step: The recorded step.
         failed: What became non-finite in its replay.
         budget_seconds: For all trials together.
         first_seconds: How long the replay before them took: a trial is expected to take as long, until one has run.
         progress: Told of each trial before it runs.
-        clock: Gives seconds.
     """
 
     def __init__(
@@ -100,7 +98,6 @@ class Laboratory:
 
         Args:
             number: Of the one that begins, from 0.
-            of: How many there are.
         """
         self._bar = f"[{'#' * number}{'-' * (of - number)}]"
 
@@ -108,7 +105,6 @@ class Laboratory:
         """Run the step with a change.
 
         Args:
-            change: The change.
             keep: Whether the trial is one of those that are shown; those of a search are not.
 
         Raises:
@@ -162,11 +158,7 @@ class Laboratory:
 
 
 def describe(outcome: Outcome) -> str:
-    """What a replay came to, in words.
-
-    Args:
-        outcome: Of the replay.
-    """
+    """What a replay came to, in words."""
     if outcome.failure is not None:
         return f"the {outcome.failure.what} is not finite"
     return f"finite, loss {outcome.losses[-1]:.4g}" if outcome.losses else "finite"

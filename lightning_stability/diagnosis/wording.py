@@ -15,22 +15,12 @@ _FORMAT_ALONE = "the numbers are as they were: another format hides the cause"
 
 
 def summary_of(cause: Cause, case: Case) -> str:
-    """One sentence, without a full stop.
-
-    Args:
-        cause: The cause.
-        case: What it was concluded from.
-    """
+    """One sentence, without a full stop."""
     return _SUMMARIES[cause.cause](cause, case)
 
 
 def evidence_for(cause: Cause, case: Case) -> list[str]:
-    """What was seen and tried that speaks for a cause.
-
-    Args:
-        cause: The cause.
-        case: What it was concluded from.
-    """
+    """What was seen and tried that speaks for a cause."""
     names = _EVIDENCE.get(cause.cause, ())
     cures = [trial for name in names for trial in case.cures(name)]
     return [*_seen(cause, case), *(_sentence(trial) for trial in cures[:4])]
@@ -40,7 +30,6 @@ def excluded_by(case: Case, cause: Cause) -> list[dict[str, Any]]:
     """What was tried and is no cure, and what is one only because another number format hides the cause.
 
     Args:
-        case: What was found.
         cause: The first one.
     """
     rows = []
@@ -87,11 +76,7 @@ def short_path(file: str) -> str:
 
 
 def listed_samples(samples: list[int]) -> str:
-    """Positions in the batch, in words.
-
-    Args:
-        samples: The positions.
-    """
+    """Positions in the batch, in words."""
     return _listed("sample", samples)
 
 

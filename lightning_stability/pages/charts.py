@@ -92,11 +92,7 @@ def curves(
 
     Args:
         title: What it shows, for those who cannot see it.
-        series: The curves.
-        marks: What happened.
         log: Whether the values are on a log scale.
-        span: The first and the last step that is shown.
-        height: In pixels.
     """
 
     def draw(axes: Axes, size: Size) -> None:
@@ -131,8 +127,6 @@ def ranges(title: str, spans: Sequence[Span], limits: Sequence[Limit], axis: str
     Args:
         title: What it shows, for those who cannot see it.
         spans: From the top down.
-        limits: Where number formats end.
-        axis: What is measured.
     """
     low, high = _decades(spans, limits)
 
@@ -168,8 +162,6 @@ def signals(title: str, channels: Sequence[Sequence[float]], names: Sequence[str
 
     Args:
         title: What it shows, for those who cannot see it.
-        channels: Their values.
-        names: Theirs.
         height: In pixels; 0 for one that fits.
     """
 
@@ -195,7 +187,6 @@ def bars(title: str, values: Sequence[float], names: Sequence[str]) -> Markup:
 
     Args:
         title: What it shows, for those who cannot see it.
-        values: The row.
         names: Of its columns; none of them are shown where there are too many.
     """
 

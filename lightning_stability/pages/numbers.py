@@ -9,9 +9,6 @@ from typing import Any
 def as_number(value: Any) -> float:
     """A number of a JSON file; nan for anything else.
 
-    Args:
-        value: What stands there.
-
     Example:
         >>> as_number("inf"), as_number(None)
         (inf, nan)

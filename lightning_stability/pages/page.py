@@ -18,7 +18,6 @@ def render(template: str, **values: Any) -> str:
 
     Args:
         template: Such as `"incident.html"`.
-        values: What it shows.
     """
     return _environment().get_template(template).render(**values)
 
@@ -40,10 +39,6 @@ def _environment() -> Environment:
 
 def prose(text: Any, most: int = 400) -> Markup:
     """A text, escaped, in which what stands in backticks is code.
-
-    Args:
-        text: The text.
-        most: How many characters may stay.
 
     Example:
         >>> prose("`a` < b")
@@ -72,11 +67,6 @@ def number(value: Any) -> str:
 
 
 def short(text: Any, most: int = 400) -> str:
-    """A text that is cut where it is too long.
-
-    Args:
-        text: The text.
-        most: How many characters may stay.
-    """
+    """A text that is cut where it is too long."""
     text = str(text)
     return text if len(text) <= most else f"{text[:most]} ..."

@@ -63,8 +63,6 @@ def draw_both(
 
     Args:
         title: What it shows, for those who cannot see it.
-        draw: Draws it.
-        height: In pixels.
         margin: To the left of the axes; 0 for what its labels need.
     """
     shown = []

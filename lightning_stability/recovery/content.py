@@ -31,7 +31,6 @@ class Contents:
     value so far starts from inf. A tensor of zeros and -inf alone is taken for a mask whenever it comes.
 
     Args:
-        module: The LightningModule.
         optimizers: Returns the optimizers: what they train is looked at but never copied.
 
     Example:

@@ -31,7 +31,6 @@ class FlatCopies:
     Args:
         tensors: As the module holds them.
         memory: The same, as `tensors.dense` gives them.
-        names: Of the tensors.
     """
 
     def __init__(self, tensors: list[Tensor], memory: list[Tensor], names: list[str]) -> None:

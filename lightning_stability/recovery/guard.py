@@ -27,7 +27,6 @@ class Guard:
     it, and what its forward pass wrote is restored. Such a step is neither bad nor good: the count passes over it.
 
     Args:
-        module: The LightningModule.
         results: Returns what `self.log` accumulates.
         distributed: Whether several processes train together. Then only what all of them see counts, the
             gradients: a bad loss on one rank is made to show in them.
@@ -98,7 +97,6 @@ class Guard:
         """A forward pass has ended in this loss; its backward pass is about to run.
 
         Args:
-            loss: What is differentiated.
             counted: The same number, as `judge` will be given it if it is its step's only one.
         """
         self._counted = self._counted_good = None

@@ -48,7 +48,6 @@ def restore_odd_numbers(trained: dict[str, Any], kept: dict[str, Any], names: Ma
     Args:
         trained: What optimizers write, as it is now (`RunState.trained`).
         kept: A copy of it from some steps ago.
-        names: Of the parameters.
 
     Returns:
         The numbers that were odd, of each kind of which there were no more than `MOST`.

@@ -14,12 +14,7 @@ _PLAIN = ("step", "epoch", "batch", "position")
 
 
 def pack(snapshot: Snapshot, names: Mapping[Any, str]) -> dict[str, Any]:
-    """What a checkpoint keeps of a snapshot: all but the metrics of its epoch.
-
-    Args:
-        snapshot: It, complete.
-        names: Of the parameters.
-    """
+    """What a checkpoint keeps of a snapshot: all but the metrics of its epoch."""
     snapshot.wait()
     states = [{names[p]: values for p, values in state.items() if p in names} for state in snapshot.trained["states"]]
     packed = {

@@ -18,12 +18,7 @@ BITS = {"16-mixed": 16, "16-true": 16, "bf16-mixed": 16, "bf16-true": 16, "32-tr
 
 
 def make_plugin(trainer: Any, precision: Higher) -> Any:
-    """A precision plugin of the Trainer's own namespace.
-
-    Args:
-        trainer: A Trainer of either namespace.
-        precision: What it shall train in.
-    """
+    """A precision plugin of the Trainer's own namespace."""
     plugins = importlib.import_module(f"{namespace_of(trainer)}.plugins.precision")
     if precision == "32-true":
         return plugins.Precision()
@@ -40,7 +35,6 @@ def go_on_in(fallen_from: str, trainer: Any, checkpoint: dict[str, Any]) -> None
     Args:
         fallen_from: What it had started in.
         trainer: The Trainer, before its strategy sets the module up.
-        checkpoint: The checkpoint.
     """
     module = trainer.lightning_module
     if fallen_from == "16-true":
@@ -54,11 +48,7 @@ def go_on_in(fallen_from: str, trainer: Any, checkpoint: dict[str, Any]) -> None
 
 
 def namespace_of(trainer: Any) -> str:
-    """The package that a Trainer comes from, `pytorch_lightning` or `lightning.pytorch`.
-
-    Args:
-        trainer: A Trainer of either namespace.
-    """
+    """The package that a Trainer comes from, `pytorch_lightning` or `lightning.pytorch`."""
     module: str = next(c.__module__ for c in type(trainer).__mro__ if c.__name__ == "Trainer")
     return module.split(".trainer")[0]
 
@@ -67,9 +57,6 @@ class WiderWeights:
     """fp16 weights, and whatever stands beside them, made fp32; and back, as long as nothing was trained.
 
     Parameters stay the same objects, so that optimizers, schedulers and hooks keep them.
-
-    Args:
-        trainer: The Trainer.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -139,7 +126,6 @@ def extra_memory(trainer: Any, to: Higher) -> float:
 
     Args:
         trainer: A Trainer on a CUDA device, after its second step, in whose forward pass all of these were held.
-        to: The higher precision.
     """
     device = trainer.strategy.root_device
     held = list(trainer.lightning_module.parameters())
@@ -151,10 +137,6 @@ def extra_memory(trainer: Any, to: Higher) -> float:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes of a CUDA device that were free when torch held most of it.
-
-    Args:
-        device: The device.
-    """
+    """Bytes of a CUDA device that were free when torch held most of it."""
     free, _ = torch.cuda.mem_get_info(device)
     return float(free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device))

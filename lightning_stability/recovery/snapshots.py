@@ -186,7 +186,6 @@ class Snapshots:
     `before_update` makes the next update wait for it.
 
     Args:
-        state: Where the state is.
         device: Where it is trained.
         new_copies: Makes what copies to the host.
         agree: Whether a flag is true on all ranks; each holds its own part of sharded tensors.
@@ -276,9 +275,6 @@ class Snapshots:
 
     def restore(self, epoch: int) -> Snapshot:
         """Restore the newest trusted one. Metrics of an epoch that is over are not: those of this one begin anew.
-
-        Args:
-            epoch: The current one.
 
         Raises:
             RuntimeError: If none has been taken.

@@ -28,9 +28,6 @@ class BufferUndo:
     where a read is free, a good batch costs two copies.
 
     No method needs `no_grad`, whose decorator takes longer than some of them: `tensors.dense` gives detached memory.
-
-    Args:
-        module: The LightningModule.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -56,7 +56,6 @@ class Contained:
     """Stands for an object; errors in its methods are contained.
 
     Args:
-        target: The object.
         on_error: As in `contained`.
     """
 

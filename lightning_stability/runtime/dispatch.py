@@ -21,12 +21,7 @@ _PROGRESS_SECONDS = 5.0
 
 
 class Dispatch:
-    """The policies of one session.
-
-    Args:
-        trainer: Returns the Trainer.
-        events: Where events are written.
-    """
+    """The policies of one session."""
 
     def __init__(self, trainer: Callable[[], Any], events: EventLog) -> None:
         self._trainer = trainer

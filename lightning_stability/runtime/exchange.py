@@ -27,8 +27,6 @@ def exchange_flags(key: str, flag: bool, trainer: Any) -> list[bool]:
 
     Args:
         key: The event, the same on all ranks.
-        flag: This rank's.
-        trainer: The Trainer.
 
     Raises:
         RanksDisagreeError: If another rank has not seen the event.

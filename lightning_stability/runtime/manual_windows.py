@@ -20,9 +20,7 @@ class ManualWindow(Window):
     follow that needs the buffers as they are. What they were before is `buffers_before`.
 
     Args:
-        module: The LightningModule.
         results: Returns what `self.log` accumulates.
-        device: Where the module is trained.
         copies: Whether buffers are copied before its first batch.
     """
 
@@ -59,9 +57,7 @@ class ManualWindows:
     """The newest windows of a run with manual optimization.
 
     Args:
-        module: The LightningModule.
         results: Returns what `self.log` accumulates.
-        device: Where the module is trained.
         lag: By how many steps a verdict may be late.
         copies: Whether buffers are copied before each window.
         most: Batches of a window above which none of them is kept.
@@ -89,7 +85,6 @@ class ManualWindows:
 
         Args:
             number: Of the batch, counted over the whole run.
-            args: Those of `training_step`.
             begins: Whether no gradients of earlier batches wait for an update.
         """
         if begins or not self._windows[-1].numbers:

@@ -23,7 +23,6 @@ class UnknownOptimizers:
     closure, which has made no gradients yet.) A module may make a new one for each step: the newest few are known.
 
     Args:
-        module: The LightningModule.
         watch: Called with each that is found; returns whether it was not watched before.
         forget: Called with each that is let go of.
         gate: What a step asks.

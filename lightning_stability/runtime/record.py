@@ -62,9 +62,7 @@ class SpikeLimits:
         """1.0 if a step is above one of them. What is NaN is not: that is bad, and no spike.
 
         Args:
-            norm: Of the step's gradients.
             scale: What they are still multiplied with.
-            loss: The step's.
         """
         limit = self.norm if scale is None else self.norm * scale.to(self.norm.device)
         above = norm > limit.to(norm.device)
@@ -85,7 +83,6 @@ def classify(record: StepRecord, skips_before: int, limits: Limits) -> Outcome:
     """What became of a step.
 
     Args:
-        record: Of the step.
         skips_before: Ordinary skips of its optimizer in a row right before it.
         limits: Beyond them a skip is not ordinary.
     """

@@ -44,9 +44,7 @@ class Retries:
     held the update that followed: the bad step's batches are trained again first, then those of the held step.
 
     Args:
-        trainer: The Trainer.
         retrier: Decides; None if nothing is ever trained again.
-        guard: Judges the steps.
         windows: Keeps the batches; None in manual optimization.
         manual: Keeps them there.
         metrics: To keep and restore what a try has left in metrics.

@@ -106,7 +106,6 @@ class Session(Callback):
         """Have a listener shown every bad step whole, before any policy hears of it. In `setup`, once.
 
         Args:
-            listener: Called with each.
             most_batches: Batches of an accumulation window above which they need not be kept.
             copies: Whether it needs the state from before the window. Buffers and metric states are then copied
                 before each. It is shown a step as it failed first, also one that training it again has cured, and
@@ -121,7 +120,6 @@ class Session(Callback):
         It runs at the end of the batch, before any other callback's hook, and not inside an accumulation window.
 
         Args:
-            action: Called without arguments.
             restores: Whether it restores an earlier state. What the session knows of the steps before is dropped then:
                 gradients, losses, copies of buffers and metrics. Until it has run, `restores_next` is true.
         """

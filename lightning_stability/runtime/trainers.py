@@ -105,7 +105,6 @@ def read_lag(trainer: Any, retries: bool) -> int:
     """How many steps the host may be behind: where the device decides alone, it need not wait for it.
 
     Args:
-        trainer: The Trainer.
         retries: Whether bad steps are trained again.
     """
     if trainer.strategy.root_device.type == "cpu":

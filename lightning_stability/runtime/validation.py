@@ -30,7 +30,6 @@ class ValidationRetries:
     """Watches `validation_step` of one strategy until `remove`. In one process: others would have to do the same.
 
     Args:
-        trainer: The Trainer.
         retrier: Decides.
         uncast: Returns the batch as it was before a 16-true precision cast it; None if it was not cast.
     """

@@ -32,8 +32,6 @@ class Watch:
     """Measures and guards the steps of one Trainer while its own callbacks train it (`hooks.StepListener`).
 
     Args:
-        trainer: Returns the Trainer.
-        dispatch: Shows records to the policies.
         limits: What separates an ordinary skip from a bad step.
         is_ours: Whether the run is training; the learning-rate and batch-size finders do it with other callbacks.
     """

@@ -181,9 +181,7 @@ class Windows:
     the buffers and metric states from before each window.
 
     Args:
-        module: The LightningModule.
         results: Returns what `self.log` accumulates.
-        device: Where the module is trained.
         lag: How many closed windows are kept until their verdict is known.
         copies: Whether they may be trained again: then buffers and metric states are copied before each.
         most: Batches of a window above which none of them is kept.

@@ -26,11 +26,7 @@ class Event(dict[str, Any]):
 
 
 def read_run(folder: Path) -> tuple[list[Event], int]:
-    """A run's events, oldest first, and how many lines are no events.
-
-    Args:
-        folder: The run's log folder.
-    """
+    """A run's events, oldest first, and how many lines are no events."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of lines that cannot be read: they are counted
         events = read_events(folder)
@@ -69,11 +65,7 @@ def moment(seconds: float, form: str) -> str:
 
 
 def counted(value: Any) -> str:
-    """A number with commas; what is no number stays as it is.
-
-    Args:
-        value: Of a field.
-    """
+    """A number with commas; what is no number stays as it is."""
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -83,11 +83,7 @@ def show_report(words: list[str]) -> int:
 
 
 def leave_page(folder: str | None) -> str:
-    """Write a run's page into its folder; return what to say of it.
-
-    Args:
-        folder: Its log folder.
-    """
+    """Write a run's page into its folder; return what to say of it."""
     if folder is None or not event_files(Path(folder)):
         return "There is no page about the run, for it has no events.jsonl."
     missing = what_is_missing()
@@ -107,7 +103,6 @@ def page_of(folders: list[Path], beside: Path) -> str:
     """The page of some runs.
 
     Args:
-        folders: Their log folders.
         beside: The folder that the page will be in: links start there.
     """
     from lightning_stability.pages.page import render  # (matplotlib and jinja2 are no dependencies of the package)

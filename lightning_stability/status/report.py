@@ -48,7 +48,6 @@ def look(run: Run, now: float | None = None) -> Report:
     """Say how a run is doing.
 
     Args:
-        run: The run.
         now: Seconds since 1970; the clock's by default.
     """
     now = time.time() if now is None else now
@@ -100,9 +99,6 @@ def printable(text: str) -> str:
 
 def duration(seconds: float) -> str:
     """A time span as people say it.
-
-    Args:
-        seconds: Its length.
 
     Example:
         >>> duration(4.2), duration(125), duration(7500), duration(200_000)
@@ -324,11 +320,7 @@ def _incident(event: Event) -> str:
 
 
 def what_happened(event: Event) -> str:
-    """An event that changes a run, in words.
-
-    Args:
-        event: The event.
-    """
+    """An event that changes a run, in words."""
     name = event["event"]
     said = {
         "update_skipped": "update skipped by {by}: {why}",

@@ -37,11 +37,7 @@ class Saved(NamedTuple):
 
 
 class Run:
-    """What the events of a run say.
-
-    Args:
-        folder: The run's log folder.
-    """
+    """What the events of a run say."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -150,9 +146,6 @@ def _is_end_of(ended: Event, started: Event) -> bool:
 def find_run(path: Path) -> Path:
     """Return the run's folder: this one, or the one below it whose events were written last.
 
-    Args:
-        path: A run's log folder or one above it.
-
     Raises:
         NoRunError: If there is none.
     """
@@ -170,11 +163,7 @@ def find_run(path: Path) -> Path:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """The files by which a run's folder is known.
-
-    Args:
-        folder: The folder.
-    """
+    """The files by which a run's folder is known."""
     return [path for path in (folder / FILE_NAME, folder / PREVIOUS_FILE_NAME) if path.exists()]
 
 

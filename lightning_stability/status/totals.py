@@ -154,11 +154,7 @@ class Curve:
 
 
 def marks(events: list[Event]) -> list[tuple[str, str, list[int]]]:
-    """What happened and at which steps, by kind: its words, its colour, the steps.
-
-    Args:
-        events: Of the run.
-    """
+    """What happened and at which steps, by kind: its words, its colour, the steps."""
     starts = 0
     found: dict[str, list[int]] = {}
     for event in events:
@@ -170,20 +166,12 @@ def marks(events: list[Event]) -> list[tuple[str, str, list[int]]]:
 
 
 def told(events: list[Event]) -> list[Event]:
-    """The events that a reader of the run looks for; neither progress nor checkpoints.
-
-    Args:
-        events: Of the run.
-    """
+    """The events that a reader of the run looks for; neither progress nor checkpoints."""
     return [event for event in events if event["event"] not in _QUIET and not event.get("ordinary")]
 
 
 def words_of(event: Event) -> str:
-    """An event in words.
-
-    Args:
-        event: The event.
-    """
+    """An event in words."""
     name = event["event"]
     if name == "incident_recorded":
         return f"step recorded: {event.get('cause') or event.get('origin') or event.get('what')}"

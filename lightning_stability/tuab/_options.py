@@ -12,7 +12,6 @@ def require(name: str, value: float, *, at_least: float = -math.inf, below: floa
 
     Args:
         name: As the user wrote it.
-        value: What the user gave.
         at_least: The smallest value that is allowed.
         below: The value that it must not reach.
 

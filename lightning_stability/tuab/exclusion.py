@@ -24,7 +24,6 @@ def describe_window(path: str, start: int) -> str:
     """Name a window for people, in a form that `parse_window` reads.
 
     Args:
-        path: The recording's.
         start: The window's first sample in it.
 
     Example::
@@ -90,12 +89,7 @@ def read_flagged(file: str | Path) -> list[tuple[str, int]]:
 
 
 class RemainingWindows(WindowDataset):
-    """A dataset's windows without some of them, otherwise the same and in the same order.
-
-    Args:
-        whole: The dataset.
-        excluded: Numbers of windows in it.
-    """
+    """A dataset's windows without some of them, otherwise the same and in the same order."""
 
     def __init__(self, whole: WindowDataset, excluded: Sequence[int]) -> None:
         self._whole = whole
@@ -126,8 +120,6 @@ def leave_out(
     """Leave the windows that a ``flagged_inputs.csv`` names out of the training set.
 
     Args:
-        file: The file.
-        train: The training set.
         known: The index of each of the corpus' recordings, by path.
 
     Returns:

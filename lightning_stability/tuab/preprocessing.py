@@ -83,8 +83,6 @@ def preprocess_all(
     """Preprocess ``recordings``, each as soon as a process is free; yield them in the order in which they are finished.
 
     Args:
-        root: The corpus' root.
-        recordings: What to read.
         processes: How many work at once. One is this process itself.
 
     Raises:
