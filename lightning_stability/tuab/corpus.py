@@ -128,6 +128,7 @@ def split_by_subject(recordings: Sequence[Recording], val_fraction: float, seed:
     with a warning. Subjects with an abnormal recording and those without are divided in the same proportion.
 
     Args:
+        recordings: All recordings of the corpus.
         val_fraction: Part of the train set's subjects that goes to validation, above 0 and below 1.
         seed: Of the division; it does not depend on the order of ``recordings``.
 
@@ -166,6 +167,9 @@ def read_recording(path: str | Path) -> npt.NDArray[np.float32]:
 
     The 19 channels in the order of :data:`~lightning_stability.tuab.channels.CHANNELS`, band-pass filtered to 0.5-50 Hz
     (mne's zero-phase FIR), resampled to 256 Hz, then z-scored by :func:`robust_z_score`.
+
+    Args:
+        path: The EDF file.
 
     Returns:
         Array of shape (channels, samples), without a unit.
