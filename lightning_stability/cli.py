@@ -147,7 +147,9 @@ def _plain(message: str) -> str:
             text = f"unknown class {unknown[1]}: give a path such as my_module.{unknown[1]}"
         if text and not text.startswith(_PARSER_TALK) and text not in kept:
             kept.append(text)
-    return "\n  ".join(kept)
+    headings = [line.startswith("Problem with given class_path") for line in kept]
+    pairs = zip(kept, headings, [*headings[1:], True], strict=True)
+    return "\n  ".join(line for line, heads, next_heads in pairs if not (heads and next_heads))  # not one of nothing
 
 
 class StabilityCLI(LightningCLI):

@@ -59,6 +59,10 @@ def _small_encoder():
         ("fit --model.nonsense=3", "Option 'nonsense' is not accepted"),
         ("fit --nonsense 3", "unrecognized arguments: --nonsense 3"),
         ("fit --trainer.callbacks+=Nonsense", "unknown class Nonsense"),
+        (
+            "fit --trainer.callbacks+=NaNEarlyStop --trainer.callbacks.patienc=1",
+            "Option 'patienc' is not accepted\nSee `lightning-stability fit",
+        ),
         ("fit --model.scheduler=step", "Expected a typing.Literal['cosine', 'onecycle']"),
         ("fit --config nonsense", "no file nonsense. Configurations known by name: demo, tuab_crash, tuab_stable"),
         ("fit --data.root=nowhere", "There is no folder nowhere"),
