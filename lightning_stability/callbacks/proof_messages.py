@@ -38,6 +38,16 @@ def sentence(difference: Difference | None, equal: int, compared: int, saved_at:
     return said
 
 
+def not_compared(what: str) -> str:
+    """Why nothing is said of the steps after a resume.
+
+    Example:
+        >>> not_compared("the batch size was 4 and is 7").rpartition(", ")[2]
+        'which took other batches: the batch size was 4 and is 7'
+    """
+    return f"the steps after this resume are not compared with those of before, which took other batches: {what}"
+
+
 def as_event(
     difference: Difference | None, equal: int, compared: int, said: str, rank: int | None
 ) -> tuple[str, dict[str, Any]]:

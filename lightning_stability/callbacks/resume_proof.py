@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_stability import internals
-from lightning_stability.callbacks.proof_messages import as_event, sentence
+from lightning_stability.callbacks.proof_messages import as_event, not_compared, sentence
+from lightning_stability.checkpointing import orders
 from lightning_stability.checkpointing.fingerprints import (
     STEPS,
     Comparison,
@@ -24,6 +26,7 @@ from lightning_stability.checkpointing.fingerprints import (
     StepFile,
     Window,
     fingerprint_file,
+    other_batches,
     read_window,
     save_name,
 )
@@ -109,8 +112,19 @@ class ResumeProof:
             folder: Of that checkpoint.
         """
         earlier = read_window(fingerprint_file(folder, trainer.global_rank), save)
-        steps = min(_from_all_ranks(trainer, 0 if earlier is None else earlier.steps))
-        self.begin(trainer, save, earlier, steps)
+        dealing = batch_dealing(trainer)
+        why = None if earlier is None else other_batches(earlier.header, dealing)
+        answers = _from_all_ranks(trainer, (0 if earlier is None else earlier.steps, why))
+        why = next((why for _, why in answers if why is not None), None)
+        if why is None:
+            self.begin(trainer, save, earlier, min(steps for steps, _ in answers))
+            return
+        self.begin(trainer, save)
+        if why.keeps_state:  # of which another number of ranks holds other parts
+            self._comparison = Comparison(earlier or Window(save, 0, {}), header(trainer), 0)
+            self._report(trainer)
+        if self.outcome is None:
+            rank_zero_info(f"FractionalCheckpoint: {not_compared(why.what)}.")
 
     def on_batch_start(self, trainer: Any, batch: Any) -> None:
         """A batch is about to enter `training_step`."""
@@ -248,6 +262,7 @@ def header(trainer: Any) -> dict[str, Any]:
     return {
         "weights": f"{checksum_of_all([*module.parameters(), *buffers]):016x}",
         "optimizer": f"{checksum_of_all(_optimizer_tensors(trainer)):016x}",
+        "dealing": batch_dealing(trainer),
         "environment": {
             **capture_environment(device),
             "cuda": torch.version.cuda,
@@ -266,6 +281,13 @@ def header(trainer: Any) -> dict[str, Any]:
             "limit_train_batches": trainer.limit_train_batches,
         },
     }
+
+
+def batch_dealing(trainer: Any) -> dict[str, Any]:
+    """What says which samples one batch of a rank takes."""
+    loaders = SavePoints.of(trainer).data.loaders
+    sizes = [orders.batch_size(loader) if isinstance(loader, DataLoader) else None for loader in loaders]
+    return {"batch_size": sizes, "processes": trainer.world_size}
 
 
 def _optimizer_tensors(trainer: Any) -> Iterator[Tensor]:

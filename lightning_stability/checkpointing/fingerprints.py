@@ -208,6 +208,47 @@ class Comparison:
         return Difference(kind, n, name, was, now, (ratios[0], ratios[-1]) if ratios else None, self._changed)
 
 
+@dataclass(frozen=True)
+class OtherBatches:
+    """Why the steps of two runs cannot be compared: their batches are dealt out in other ways.
+
+    Attributes:
+        what: What changed.
+        keeps_state: Whether each rank holds what it held.
+    """
+
+    what: str
+    keeps_state: bool
+
+
+def other_batches(header: dict[str, Any], dealing: dict[str, Any]) -> OtherBatches | None:
+    """Whether the batches of a run are others by intention; None if they are not.
+
+    Args:
+        header: Of the earlier window.
+        dealing: `batch_size` of each loader and the number of `processes` now.
+
+    Example:
+        >>> header = {"dealing": {"batch_size": [4], "processes": 1}}
+        >>> other_batches(header, {"batch_size": [7], "processes": 1}).what
+        'the batch size was 4 and is 7'
+        >>> other_batches(header, {"batch_size": [4], "processes": 1}) is None
+        True
+    """
+    before = header.get("dealing")
+    if not isinstance(before, dict):
+        return None
+    if before.get("processes") != dealing["processes"]:
+        return OtherBatches(
+            f"the number of processes was {before.get('processes')} and is {dealing['processes']}", False
+        )
+    was, now = before.get("batch_size"), dealing["batch_size"]
+    if not isinstance(was, list) or was == now:
+        return None
+    said = [", ".join("unknown" if size is None else str(size) for size in sizes) for sizes in (was, now)]
+    return OtherBatches(f"the batch size was {said[0]} and is {said[1]}", True)
+
+
 def changed(was: Any, now: Any) -> tuple[str, ...]:
     """What is not the same in two environments, each a dict of plain values or of such dicts.
 

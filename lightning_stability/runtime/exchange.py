@@ -43,7 +43,8 @@ def exchange_flags(key: str, flag: bool, trainer: Any) -> list[bool]:
         raise RanksDisagreeError(
             f"{key}: the gradients were not finite on rank {trainer.global_rank}, but rank"
             f" {', '.join(map(str, silent))} did not report the same within {TIMEOUT.total_seconds():g} s. Gradients"
-            " are the same on all ranks unless they are not reduced, or are changed after the reduction. This update"
-            " was skipped on this rank alone, so the run ends: resume from the last checkpoint."
+            " are the same on all ranks unless they are not reduced, are changed after the reduction, or an optimizer"
+            " does not step at the same batches on each rank. Whether all ranks have skipped this update is not known,"
+            " so the run ends: resume from the last checkpoint."
         ) from error
     return [store.get(name) == b"1" for name in keys]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_stability.checkpointing import last_good_checkpoint
 from tests import checkpoint_fit as fits
@@ -86,3 +87,30 @@ def test_data_that_cannot_be_dealt_out_anew_begins_again_with_the_reason(tmp_pat
     with pytest.warns(UserWarning, match="the data had 71 samples and has 28"):
         fits.fit(tmp_path, data="plain", batch_size=7, ckpt_path=path, **OPTIONS)
     assert sorted(seen(tmp_path, 1)) == list(range(28))
+
+
+@pytest.mark.parametrize("place", [3, 7])
+def test_steps_after_a_change_of_batch_size_are_not_called_other_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: int
+) -> None:
+    """Inside the epoch and at its end: the earlier run went on, and its batches were others."""
+    two = {**OPTIONS, "max_epochs": 2}
+    fits.fit(tmp_path, data="plain", checkpoint={"every_n_epochs": place / 7}, **two)
+    path = min(
+        (tmp_path / "checkpoints").glob("*.ckpt"), key=lambda file: torch.load(file, weights_only=False)["global_step"]
+    )
+    with warnings.catch_warnings(record=True) as caught, caplog.at_level("INFO"):
+        warnings.simplefilter("always")
+        fits.fit(tmp_path, data="plain", batch_size=7, ckpt_path=str(path), **two)
+    assert "which took other batches: the batch size was 4 and is 7" in caplog.text
+    assert not any("the resume is not exact" in str(warning.message) for warning in caught)
+
+
+def test_a_change_of_batch_size_hides_no_other_weights(tmp_path: Path) -> None:
+    fits.fit(tmp_path, data="plain", checkpoint={"every_n_epochs": 3 / 7}, **OPTIONS)
+    path = min((tmp_path / "checkpoints").glob("*.ckpt"))
+    content = torch.load(path, weights_only=False)
+    next(iter(content["state_dict"].values())).add_(1e-3)
+    torch.save(content, path)
+    with pytest.warns(UserWarning, match="the resume is not exact: other weights"):
+        fits.fit(tmp_path, data="plain", batch_size=7, ckpt_path=str(path), **OPTIONS)
