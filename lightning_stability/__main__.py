@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 
+from lightning_stability import __version__
+
 
 def main() -> int:
     """Run the command and return its exit status.
 
     `status` and `report` are called on login nodes too: they do without torch and Lightning, which take seconds.
     """
+    if sys.argv[1:] == ["--version"]:
+        print(f"lightning-stability {__version__}")
+        return 0
     if sys.argv[1:2] == ["report"]:
         from lightning_stability.status import show_report
 

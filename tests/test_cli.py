@@ -1,6 +1,7 @@
 """The command line, run as a process in an empty folder."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_stability import __version__
 from tests.command import run
 from tests.tuab.test_encoder import published_form
 
@@ -259,6 +261,12 @@ def test_help_names_every_command_and_configuration(command, folder):
     assert done.returncode == 0
     for word in ("fit", "validate", "test", "predict", "demo", "synthetic", "tuab_crash", "tuab_stable"):
         assert word in done.stdout
+
+
+def test_the_command_says_its_version(tmp_path):
+    words = [sys.executable, "-m", "lightning_stability", "--version"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == f"lightning-stability {__version__}\n"
 
 
 def test_both_commands_are_installed_with_the_package():

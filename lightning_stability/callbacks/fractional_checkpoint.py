@@ -120,7 +120,7 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
         self._schedule = EpochSchedule(every_n_epochs)
         self.steps_per_epoch = steps_per_epoch
         if steps_per_epoch is not None:
-            _above_zero("steps_per_epoch", steps_per_epoch)
+            self._require_number(1, steps_per_epoch=steps_per_epoch)
         self.async_save, self.skip_by_loading = async_save, skip_by_loading
         self.allow_nonfinite = self._names(allow_nonfinite=allow_nonfinite)
         self._begin_fit()
@@ -387,8 +387,7 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
 def _above_zero(option: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise MisconfigurationException(
-            f"FractionalCheckpoint({option}={value!r}): expected a number above 0, such as"
-            f" {0.25 if option == 'every_n_epochs' else 1000}."
+            f"FractionalCheckpoint({option}={value!r}): expected a number above 0, such as 0.25."
         )
     return value
 

@@ -152,6 +152,8 @@ def find_run(path: Path) -> Path:
     if path.is_file() and path in event_files(path.parent):
         return path.parent
     if not path.is_dir():
+        if path.exists():
+            raise NoRunError(f"{path} is a file and no events.jsonl; expected the folder of a run.")
         raise NoRunError(f"There is no folder {path}.")
     folders = [path] if event_files(path) else list(_runs_below(path))
     if not folders:

@@ -482,6 +482,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_one_clear_message(command: Launcher, tmp_path: Path) -> None:
     for words, message in (
         (["nowhere"], "There is no folder nowhere"),
+        ([__file__], "is a file and no events.jsonl; expected the folder of a run"),
         (["."], "There is no events.jsonl in . or below it"),
     ):
         done = command("status", *words, cwd=tmp_path)
