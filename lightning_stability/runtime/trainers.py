@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -29,14 +30,20 @@ def log_folder(trainer: Any) -> str | None:
     """
     folder = None
     for logger in trainer.loggers:
-        folder = getattr(logger, "log_dir", None)
-        if folder is None and logger.save_dir is not None and logger.version is not None:
-            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-            folder = "/".join((str(logger.save_dir), str(logger.name), version))
+        with contextlib.suppress(Exception):  # one whose server is gone may raise: the next is asked, on all ranks
+            folder = _folder_of(logger)
         if folder is not None:
             break
     answer: str | None = trainer.strategy.broadcast(folder)
     return answer
+
+
+def _folder_of(logger: Any) -> Any:
+    folder = getattr(logger, "log_dir", None)
+    if folder is None and logger.save_dir is not None and logger.version is not None:
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = "/".join((str(logger.save_dir), str(logger.name), version))
+    return folder
 
 
 def why_gradients_are_hidden(trainer: Any) -> str | None:

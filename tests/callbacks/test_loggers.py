@@ -110,6 +110,23 @@ def test_a_logger_that_raises_is_called_once_and_warned_of_once(pl: Any, automat
     assert "raised ConnectionError: the server is gone" in message
 
 
+@pytest.mark.parametrize("name", ["log_dir", "name", "version"])
+def test_a_logger_that_cannot_say_its_folder_fails_no_run(pl: Any, tmp_path: Path, name: str) -> None:
+    """The events go to the folder of the next logger."""
+
+    def gone(self: Any) -> Any:
+        raise ConnectionError("the server is gone")
+
+    class Unreachable(type(runs.memory_logger(pl))):  # type: ignore[misc]
+        save_dir = str(tmp_path / "unreachable")
+
+    setattr(Unreachable, name, property(gone))
+    table = pl.loggers.CSVLogger(tmp_path)
+    trainer, _ = fit(pl, [Unreachable(), table], automatic=False)
+    assert trainer.global_step == 4
+    assert (Path(table.log_dir) / "events.jsonl").exists()
+
+
 def test_a_notice_is_a_text_in_tensorboard(pl: Any, tmp_path: Path) -> None:
     board = pl.loggers.TensorBoardLogger(tmp_path, prefix="run")
     trainer, _ = fit(pl, [board, runs.memory_logger(pl)], automatic=True)
