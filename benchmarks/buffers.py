@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"
 
 from common import machine, quiet, save, spread  # noqa: E402
+from common.nets import batch_norm_net  # noqa: E402
 
 from lightning_stability import GradNormMonitor, NaNEarlyStop  # noqa: E402
 from lightning_stability.internals import copy_each  # noqa: E402
@@ -189,14 +190,6 @@ WAYS: dict[str, Callable[[], Any]] = {
 
 
 # One step
-
-
-def batch_norm_net() -> nn.Module:
-    """53 batch norms, as many as a ResNet-50 has: 106 floating buffers and 53 counters."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, stride=2)]
-    for _ in range(53):
-        layers += [nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 1)]
-    return nn.Sequential(*layers)
 
 
 @torch.no_grad()

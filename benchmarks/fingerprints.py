@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from common import machine, quiet, save, spread  # noqa: E402
 from common.blocks import SameBatch  # noqa: E402
-from grad_norm import Transformer  # noqa: E402
+from common.nets import Transformer  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from lightning_stability.callbacks.resume_proof import ResumeProof, header  # noqa: E402

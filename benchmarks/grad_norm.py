@@ -44,6 +44,7 @@ os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"  # a bare Trainer shall be 
 
 from common import machine, quiet, save, spread  # noqa: E402
 from common.blocks import KeepNothing, SameBatch, synchronise  # noqa: E402
+from common.nets import Transformer  # noqa: E402
 
 from lightning_stability import GradNormMonitor  # noqa: E402
 from lightning_stability.runtime import session_of  # noqa: E402
@@ -98,21 +99,6 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-5)
-
-
-class Transformer(nn.Module):
-    """A decoder as GPT-2 has it; its small form is for CPUs."""
-
-    def __init__(self, width: int, layers: int, heads: int, vocabulary: int, length: int) -> None:
-        super().__init__()
-        self.token = nn.Embedding(vocabulary, width)
-        self.position = nn.Parameter(torch.zeros(length, width))
-        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.blocks(self.token(tokens) + self.position))
 
 
 class ManyTensors(nn.Module):

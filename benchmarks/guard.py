@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import grad_norm  # noqa: E402
 from common import quiet, save, spread  # noqa: E402
+from common.nets import batch_norm_net  # noqa: E402
 from common.rivals import spike_detection  # noqa: E402
 
 from lightning_stability import GradNormMonitor, InputCheck, NaNEarlyStop  # noqa: E402
@@ -218,14 +219,6 @@ def make_workload(name: str, device: torch.device, quick: bool, fused: bool) -> 
 
     module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
     return workload
-
-
-def batch_norm_net() -> torch.nn.Module:
-    """53 batch norms, as many as a ResNet-50 has: 106 floating buffers and 53 counters."""
-    layers: list[torch.nn.Module] = [torch.nn.Conv2d(3, 32, 3, stride=2)]
-    for _ in range(53):
-        layers += [torch.nn.BatchNorm2d(32), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 1)]
-    return torch.nn.Sequential(*layers)
 
 
 def step_ratios(workload: grad_norm.Workload, device: torch.device, rounds: int) -> dict[str, Any]:

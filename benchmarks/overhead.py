@@ -27,8 +27,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"  # a bare Trainer shall be bare where the package is installed
 
 from common import machine, quiet, save  # noqa: E402
-from common.blocks import Clock, Ways, interleaved, parser, train_block  # noqa: E402
-from grad_norm import Module, Transformer  # noqa: E402
+from common.blocks import Clock, Ways, interleaved, parser, train_block, within  # noqa: E402
+from common.nets import Transformer, batch_norms  # noqa: E402
+from grad_norm import Module  # noqa: E402
 
 from lightning_stability import (  # noqa: E402
     FractionalCheckpoint,
@@ -91,12 +92,6 @@ class Net(Module):
         return torch.optim.AdamW(self.parameters(), lr=1e-6, fused=self.fused, foreach=None if self.fused else True)
 
 
-def batch_norms() -> nn.Module:
-    """53 of them, as a ResNet-50 has, each behind a small convolution."""
-    parts = [part for _ in range(53) for part in (nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU())]
-    return nn.Sequential(*parts)
-
-
 def make_workload(name: str, device: torch.device, quick: bool) -> tuple[Net, Tensor, str, int]:
     """The module, its batch, its precision and the steps of a block."""
     torch.manual_seed(0)
@@ -138,11 +133,8 @@ def measure(name: str, ways: Ways, device: torch.device, quick: bool, rounds: in
     def train(callbacks: list[Any]) -> Clock:
         return train_block(module, batch, Clock(device, steps), callbacks, FOLDER.name, precision=precision)
 
-    def fits(done: int) -> bool:
-        return not done or time.monotonic() < deadline
-
     train([])  # warms everything up
-    return {"precision": precision, **interleaved(train, ways, lambda done: done < rounds and fits(done))}
+    return {"precision": precision, **interleaved(train, ways, within(rounds, deadline))}
 
 
 def print_workload(name: str, figures: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"  # a bare Trainer shall be bare where the package is installed
 
 from common import machine, quiet, save  # noqa: E402
-from common.blocks import Clock, Ways, interleaved, parser, train_block  # noqa: E402
+from common.blocks import WAITS, Clock, Ways, interleaved, parser, train_block  # noqa: E402
 from overhead import BARE, RARELY, BetweenSaves, Net, make_workload  # noqa: E402
 
 from lightning_stability import (  # noqa: E402
@@ -236,14 +236,13 @@ class Profile(pl.Callback):
                 counted["nccl_kernels" if name.startswith("nccl") else "kernels"] += 1
             elif kind in ("gpu_memcpy", "gpu_memset"):
                 counted["copies"] += 1
-            elif kind == "cuda_runtime" and name in _WAITS:
+            elif kind == "cuda_runtime" and name in WAITS:
                 counted["waits"] += 1
                 kinds[name] += 1
         result: dict[str, Any] = {name: counted[name] / PROFILED for name in _COUNTED}
         return {**result, "of": {name: count / PROFILED for name, count in sorted(kinds.items())}}
 
 
-_WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 _COUNTED = ("collectives", "bytes", "kernels", "nccl_kernels", "copies", "waits")
 _SIZES = {"float": 4, "double": 8, "long int": 8, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "bool": 1}
 

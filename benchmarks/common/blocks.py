@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -20,6 +20,9 @@ from lightning_stability import FractionalCheckpoint
 
 Ways = dict[str, Callable[[], list[Any]]]
 """For each way, how its callbacks are made."""
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
+"""Where the host waits for a GPU."""
+Attached = TypeVar("Attached")
 
 
 class SameBatch(Dataset[Any]):
@@ -117,21 +120,33 @@ def train_block(
     return clock
 
 
+def within(rounds: int, deadline: float) -> Callable[[int], bool]:
+    """Whether another round is trained: as many as there shall be, no more than fit, one in any case.
+
+    Args:
+        rounds: At most.
+        deadline: By `time.monotonic`.
+    """
+    return lambda done: done < rounds and (not done or time.monotonic() < deadline)
+
+
 def interleaved(
-    train: Callable[[list[Any]], Clock],
-    ways: Ways,
+    train: Callable[[Attached], Clock],
+    ways: dict[str, Callable[[], Attached]],
     go_on: Callable[[int], bool],
     after_round: Callable[[dict[str, Any]], None] = lambda figures: None,
+    nothing: Callable[[], Any] = list,
 ) -> dict[str, Any]:
     """The ratio of each way's blocks to the bare blocks before and after, of mean and of median steps.
 
     Args:
-        train: Trains a block with some callbacks.
+        train: Trains a block with what a way attaches; some callbacks, say.
         ways: What is compared, in an order that is drawn for each round.
         go_on: Whether another round is trained after this many.
         after_round: Gets the figures so far.
+        nothing: What a bare block has attached.
     """
-    order, bare, rounds = list(ways), [train([])], 0
+    order, bare, rounds = list(ways), [train(nothing())], 0
     ratios: dict[str, list[float]] = {way: [] for way in ways}
     of_medians: dict[str, list[float]] = {way: [] for way in ways}
     milliseconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -140,7 +155,7 @@ def interleaved(
         random.Random(rounds).shuffle(order)
         for way in order:
             clock = train(ways[way]())
-            bare.append(train([]))
+            bare.append(train(nothing()))
             ratios[way].append(2 * clock.mean / (bare[-2].mean + bare[-1].mean))
             of_medians[way].append(2 * clock.median / (bare[-2].median + bare[-1].median))
             milliseconds[way].append(1e3 * clock.mean)

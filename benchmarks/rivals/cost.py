@@ -1,29 +1,28 @@
-"""What each way costs on a run where nothing goes wrong: step time, synchronisations, memory; beside a bare Trainer."""
+"""What each way costs on a run where nothing goes wrong: step time, waits, memory; beside a bare Trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import io
-import json
-import random
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from common import spread
-from common.blocks import Clock, train_block
+from common.blocks import WAITS, Clock, interleaved, train_block, within
+from common.children import in_a_child
+from common.nets import Transformer, batch_norms
 from torch import Tensor, nn
 
 from rivals.rows import Attached
 
+Make = Callable[[bool], Attached]
 COUNTED = 8
-"""Steps of which the synchronisations are counted; as many as share one reading of ours."""
-WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
+"""Steps of which the waits are counted; as many as share one reading of ours."""
 
 
 class Timed(pl.LightningModule):
@@ -44,9 +43,6 @@ class Timed(pl.LightningModule):
 
 def workloads(device: torch.device) -> dict[str, tuple[Callable[[], nn.Module], Tensor, int]]:
     """For each name: how the network is made, its batch, and the steps of a block."""
-    from grad_norm import Transformer
-    from overhead import batch_norms
-
     if device.type == "cuda":
         tokens = torch.randint(0, 1_000, (16, 1024))
         return {
@@ -83,7 +79,13 @@ class Counter(pl.Callback):
             self.profiler.stop()
 
     def per_step(self) -> float:
-        return sum(event.count for event in self.profiler.key_averages() if event.key in self.names) / COUNTED
+        return sum(event.name() in self.names for event in raw_events(self.profiler)) / COUNTED
+
+
+def raw_events(profiler: Any) -> list[Any]:
+    """What was recorded; the profiler's own tables of it take longer to make than the steps."""
+    events: list[Any] = profiler.profiler.kineto_results.events()
+    return events
 
 
 class Bench:
@@ -100,15 +102,19 @@ class Bench:
         gc.collect()
         self.module = Timed(self.make())
 
-    def block(self, attached: Attached, extra: tuple[Any, ...] = (), steps: int | None = None) -> float:
-        """Seconds of a step; the module is a new one, without what another way has left on it."""
+    def block(self, attached: Attached, extra: tuple[Any, ...] = (), steps: int | None = None) -> Clock:
+        """Timed steps of a new module, without what another way has left on it."""
         self.renew()
+        return self.train(attached, extra, steps)
+
+    def train(self, attached: Attached, extra: tuple[Any, ...] = (), steps: int | None = None) -> Clock:
+        """The same of the module that is there."""
         clock = CpuClock(self.device, steps or self.steps)
         callbacks = [*attached.callbacks, *extra]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             options = {"max_epochs": 1, **attached.options}
             train_block(self.module, self.batch, clock, callbacks, self.folder, **options)
-        return clock.mean
+        return clock
 
     def waits(self, attached: Attached) -> float:
         """Of a step."""
@@ -118,43 +124,83 @@ class Bench:
 
     def peak(self, attached: Attached) -> float:
         """The most bytes of tensors that a short fit holds, besides what was there before."""
+        self.renew()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self.block(attached, steps=4)
-            return float(torch.cuda.max_memory_allocated())
+            before = torch.cuda.memory_allocated()
+            self.train(attached, steps=4)
+            return float(torch.cuda.max_memory_allocated() - before)
         with torch.profiler.profile(profile_memory=True) as profiler:
-            self.block(attached, steps=4)
-        path = Path(self.folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-        path.unlink()
-        memory = [event["args"] for event in events if event.get("name") == "[memory]"]
-        before = memory[0]["Total Allocated"] - memory[0]["Bytes"]  # the profiler counts on from its last time
-        return float(max(args["Total Allocated"] for args in memory) - before)
+            self.train(attached, steps=4)
+        changes = [(event.start_ns(), event.nbytes()) for event in raw_events(profiler) if event.name() == "[memory]"]
+        held = most = 0
+        for _, change in sorted(changes):
+            held += change
+            most = max(most, held)
+        return float(most)
 
 
 def measure(
-    ways: dict[str, Callable[[bool], Attached]], name: str, device: torch.device, rounds: int
+    ways: dict[str, Make],
+    device: torch.device,
+    rounds: int,
+    deadline: float,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, dict[str, Any]]:
+    """All ways on all workloads, each with its share of the time that is left, for one round in any case.
+
+    On a CPU each way has a process of its own, so that what it leaves behind delays no other.
+
+    Args:
+        ways: How each is made.
+        device: Where it is trained.
+        rounds: At most.
+        deadline: By `time.monotonic`.
+        keep: Gets the figures so far.
+    """
+    found: dict[str, dict[str, Any]] = {way: {} for way in ways}
+    places = [(way, name) for name in workloads(device) for way in ways]
+    bare: dict[str, dict[str, Any]] = {}
+    for done, (way, name) in enumerate(places):
+        if name not in bare:
+            bare[name] = _apart(partial(_counted, Bare, name, device), device)
+        until = time.monotonic() + (deadline - time.monotonic()) / (len(places) - done)
+        found[way][name] = _apart(partial(_measured, ways[way], name, device, rounds, until, bare[name]), device)
+        keep(found)
+    return found
+
+
+def Bare(closely: bool) -> Attached:
+    """Nothing."""
+    return Attached()
+
+
+def _apart(run: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """What it returns, in a process of its own where there can be one; or its `error`."""
+    if device.type == "cpu":
+        found = in_a_child(run)
+        died = f"its process ended with {found['killed']}" if "killed" in found else None
+        error = found.get("raised") or died
+        return {"error": error} if error else found
+    try:
+        return run()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:160]}
+
+
+def _counted(make: Make, name: str, device: torch.device) -> dict[str, Any]:
+    bench = Bench(name, device)
+    bench.block(Attached(), steps=1)  # warms everything up
+    return {"waits": bench.waits(make(False)), "peak": bench.peak(make(False))}
+
+
+def _measured(
+    make: Make, name: str, device: torch.device, rounds: int, deadline: float, bare: dict[str, Any]
 ) -> dict[str, Any]:
-    """All ways on one workload: blocks of each between bare blocks, in one process. A way that fails is named."""
-    bench, failed, found = Bench(name, device), dict[str, str](), dict[str, Any]()
-    bench.block(Attached())  # warms everything up
-    bare = {"waits": bench.waits(Attached()), "peak": bench.peak(Attached())}
-    for way, make in ways.items():
-        try:
-            waits, peak = bench.waits(make(False)) - bare["waits"], bench.peak(make(False)) - bare["peak"]
-            found[way] = {"added_waits": round(waits, 2), "added_mb": round(peak / 1e6, 2)}
-        except Exception as error:
-            failed[way] = f"{type(error).__name__}: {error}"[:200]
-    blocks: dict[str, list[float]] = {way: [] for way in found}
-    around = [bench.block(Attached())]
-    for number in range(rounds):
-        order = list(found)
-        random.Random(number).shuffle(order)
-        for way in order:
-            seconds = bench.block(ways[way](False))
-            around.append(bench.block(Attached()))
-            blocks[way].append(2 * seconds / (around[-2] + around[-1]))
-    bare_ms = spread([1e3 * seconds for seconds in around])
-    figures = {way: {"bare_ms": bare_ms, "ratio": spread(blocks[way]), **found[way]} for way in found}
-    return {**figures, **{way: {"error": said} for way, said in failed.items()}}
+    """What a way adds to a bare step's counts, and blocks of it between bare blocks."""
+    counts, bench = _counted(make, name, device), Bench(name, device)
+    ways = {"way": lambda: make(False)}
+    figures = interleaved(bench.block, ways, within(rounds, deadline), nothing=Attached)
+    added = {key: counts[key] - bare[key] for key in counts}
+    kept = {"bare_ms": figures["bare_ms"], "ratio": figures["ratios"]["way"], "rounds": figures["rounds"]}
+    return {**kept, "added_waits": round(added["waits"], 2), "added_mb": round(added["peak"] / 1e6, 2)}

@@ -305,7 +305,7 @@ def said_to(log: io.StringIO) -> Any:
             logger.setLevel(level)
 
 
-_VALUE = re.compile(r"[\w/ .]+\s*[=:]\s*([-+]?(nan|inf)\b|0\b)|\b(0|no)( [a-z]+){1,2}|^#+ .*", re.IGNORECASE)
+_VALUE = re.compile(r"[\w/ .()]+\s*[=:]\s*([-+]?(nan|inf)\b|0\b)|\b(0|no)( [a-z]+){1,2}|^#+ .*", re.IGNORECASE)
 """A number, a count of none, or a heading."""
 _ALARM = re.compile(
     r"\b(nan|inf|infinit\w*|non-?finite|not finite|spik\w*|anomal\w*|explo\w*|diverg\w*|skipp\w*|roll(ed)? ?back\w*"

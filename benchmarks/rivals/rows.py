@@ -27,7 +27,7 @@ from lightning_stability import (
     PrecisionFallback,
     SpikeRecovery,
 )
-from rivals import packages, tracers
+from rivals import packages, tracers, watchers
 
 Places = list[str]
 """Names of modules or parameters, and `file:line`, in the order in which they are said."""
@@ -157,10 +157,10 @@ ROWS = [
     Row("torchmortem", _of_package(packages.TorchMortem), "torchmortem", "torchmortem"),
     Row("nansense", _of_package(packages.nansense), "nansense", "nansense"),
     Row("sherlorch", _of_package(packages.Sherlorch), "sherlorch", "sherlorch"),
-    Row("thermoclaw", _of_package(packages.Thermoclaw), "thermoclaw", "thermoclaw"),
-    Row("trainpulse", _of_package(packages.TrainPulse), "trainpulse", "trainpulse"),
-    Row("training-doctor", _of_package(packages.TrainingDoctor), "training-doctor", "training_doctor"),
-    Row("trainwatch", _of_package(packages.TrainWatch), "trainwatch", "trainwatch"),
+    Row("thermoclaw", _of_package(watchers.Thermoclaw), "thermoclaw", "thermoclaw"),
+    Row("trainpulse", _of_package(watchers.TrainPulse), "trainpulse", "trainpulse"),
+    Row("training-doctor", _of_package(watchers.TrainingDoctor), "training-doctor", "training_doctor"),
+    Row("trainwatch", _of_package(watchers.TrainWatch), "trainwatch", "trainwatch"),
     Row(NAN_EARLY_STOP, _ours_early_stop),
     Row(ALL_OURS, _all_ours),
 ]

@@ -1,27 +1,26 @@
-"""What becomes of checkpoints: killed in a save, cut short, a full disk, NaN weights. Each way resumes as it can.
+"""What becomes of checkpoints: killed in a save, cut short, a full disk, NaN weights, fewer processes.
 
-Every run is a process of its own, forked off this one. A run has 40 steps and saves every ten.
+Every run is a process of its own, forked off this one. A run has 40 steps and saves every ten. Each way resumes as it
+can. (`chaos.py` kills a run at each place in a save, `ranks.py` has the run of two processes.)
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import json
 import os
 import resource
 import signal
 import subprocess
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from common.children import in_a_child
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from torch import Tensor, nn
@@ -37,6 +36,8 @@ FAULTS = {
     "cut_short": "the file to resume from is cut in half",
     "full_disk": "the disk is full from the second save on",
     "nonfinite": "the weights become NaN between two saves",
+    "fewer_ranks": "saved in two processes, resumed in one",
+    "chaos": "what ckpt-chaos tries in the second save",
 }
 
 
@@ -44,7 +45,8 @@ FAULTS = {
 class Way:
     """How checkpoints are written, and how a run finds the one to resume from."""
 
-    attach: Callable[[Path], dict[str, Any]]
+    attach: Callable[[Path, float], dict[str, Any]]
+    """Gets the folder, and the part of an epoch after which to save."""
     resume: Callable[[Path], str | None]
 
 
@@ -60,7 +62,7 @@ class ArcSaves(ArcWithLoss):
             pl_module.resumed = self.controller.load_checkpoint(self.path)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % EVERY == 0:
+        if (batch_idx + 1) % EVERY == 0 and trainer.is_global_zero:
             self.controller.save_checkpoint(self.path)
 
 
@@ -78,23 +80,20 @@ def _last_good(folder: Path) -> str | None:
     return None if found is None else str(found)
 
 
+def _fractional(folder: Path, fraction: float, **options: Any) -> dict[str, Any]:
+    return {"callbacks": [FractionalCheckpoint(fraction, dirpath=folder, save_top_k=-1, **options)]}
+
+
 WAYS = {
-    "ModelCheckpoint": Way(lambda folder: {"callbacks": [_model_checkpoint(folder)]}, _last),
+    "ModelCheckpoint": Way(lambda folder, _: {"callbacks": [_model_checkpoint(folder)]}, _last),
     "ModelCheckpoint, AsyncCheckpointIO": Way(
-        lambda folder: {"callbacks": [_model_checkpoint(folder)], "plugins": [AsyncCheckpointIO()]}, _last
+        lambda folder, _: {"callbacks": [_model_checkpoint(folder)], "plugins": [AsyncCheckpointIO()]}, _last
     ),
     "arc-training's save_checkpoint": Way(
-        lambda folder: {"callbacks": [ArcSaves(folder / "arc.pt")], "enable_checkpointing": False}, lambda folder: None
+        lambda folder, _: {"callbacks": [ArcSaves(folder / "arc.pt")], "enable_checkpointing": False}, lambda _: None
     ),
-    "**ours:** FractionalCheckpoint": Way(
-        lambda folder: {"callbacks": [FractionalCheckpoint(EVERY / STEPS, dirpath=folder, save_top_k=-1)]}, _last_good
-    ),
-    "**ours:** FractionalCheckpoint, async_save=True": Way(
-        lambda folder: {
-            "callbacks": [FractionalCheckpoint(EVERY / STEPS, dirpath=folder, save_top_k=-1, async_save=True)]
-        },
-        _last_good,
-    ),
+    "**ours:** FractionalCheckpoint": Way(_fractional, _last_good),
+    "**ours:** FractionalCheckpoint, async_save=True": Way(partial(_fractional, async_save=True), _last_good),
 }
 
 
@@ -123,6 +122,7 @@ class Fault(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == FAULT and self.kind == "killed":
+            time.sleep(1)  # the first save is written, in the background too
             written = max(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills the process in the middle of a file
             resource.setrlimit(resource.RLIMIT_FSIZE, (written // 2, written // 2))
@@ -133,49 +133,48 @@ class Fault(pl.Callback):
             os._exit(9)
 
 
-def fit(way: Way, folder: Path, kind: str, resume: bool) -> dict[str, Any]:
-    """One run; where it began and ended."""
+def fit(way: Way, folder: Path, fault: pl.Callback | None, epochs: int = 1) -> dict[str, Any]:
+    """One run; where it began and ended. Without a fault it resumes what is there.
+
+    Args:
+        way: How it saves.
+        folder: The checkpoints'.
+        fault: What happens to it.
+        epochs: Among which the steps are divided.
+    """
     module = Net()
-    attached = way.attach(folder)
-    callbacks = [*attached.pop("callbacks"), *([] if resume else [Fault(kind, folder)])]
-    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "callbacks": callbacks}
+    data = DataLoader(torch.randn(STEPS // epochs, 4, 8), batch_size=None)
+    return {**run(way, folder, module, data, fault, max_epochs=epochs), "weights": module.net.weight.flatten().tolist()}
+
+
+def run(
+    way: Way, folder: Path, module: Net, data: Any, fault: pl.Callback | None, max_epochs: int = 1, **more: Any
+) -> dict[str, Any]:
+    """Train a module; where that began and ended."""
+    attached = way.attach(folder, EVERY * max_epochs / STEPS)
+    first = FirstStep()
+    callbacks = [*attached.pop("callbacks"), *([] if fault is None else [fault]), first]
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": max_epochs, "logger": False, "callbacks": callbacks}
     silent = {"enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(**(options | silent | attached))
-    path = way.resume(folder) if resume else None
-    first: list[int] = []
-    began = type("Began", (pl.Callback,), {"on_train_batch_start": lambda self, t, *rest: first.append(t.global_step)})
-    trainer.callbacks.append(began())
+    trainer = pl.Trainer(**(options | silent | attached | more))
     raised = None
     try:
-        trainer.fit(module, DataLoader(torch.randn(STEPS, 4, 8), batch_size=None), ckpt_path=path)
+        trainer.fit(module, data, ckpt_path=way.resume(folder) if fault is None else None)
     except Exception as error:
         raised = f"{type(error).__name__}: {error}"[:160]
     finite = all(bool(torch.isfinite(p).all()) for p in module.parameters())
-    began = module.resumed or (first[0] if first else trainer.global_step)
+    began = module.resumed or (trainer.global_step if first.step is None else first.step)
     return {"began": began, "ended": trainer.global_step, "finite": finite, **({"raised": raised} if raised else {})}
 
 
-def in_a_child(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What it returned, or how it died."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "result.json"
-        child = os.fork()
-        if child == 0:
-            warnings.simplefilter("ignore")
-            with contextlib.suppress(BaseException), Path(os.devnull).open("w") as nothing:
-                os.dup2(nothing.fileno(), 1)
-                os.dup2(nothing.fileno(), 2)
-                try:
-                    result = run()
-                except BaseException as error:
-                    result = {"raised": f"{type(error).__name__}: {error}"[:160]}
-                path.write_text(json.dumps(result))
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        if path.exists() and path.stat().st_size:
-            found: dict[str, Any] = json.loads(path.read_text())
-            return found
-        return {"killed": os.waitstatus_to_exitcode(status)}
+class FirstStep(pl.Callback):
+    """Where a run begins."""
+
+    step: int | None = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.step is None:
+            self.step = trainer.global_step
 
 
 def judged(way: Way, kind: str) -> dict[str, Any]:
@@ -187,13 +186,13 @@ def judged(way: Way, kind: str) -> dict[str, Any]:
         try:
             if kind == "full_disk" and not mounted:
                 return {"outcome": "not measured: no small disk can be mounted"}
-            first = in_a_child(lambda: fit(way, folder, kind, resume=False))
+            first = in_a_child(lambda: fit(way, folder, Fault(kind, folder)))
             if kind == "cut_short":
                 whole = Path(way.resume(folder) or folder / "arc.pt")
                 os.truncate(whole, whole.stat().st_size // 2)
             if mounted:
                 subprocess.run(["mount", "-o", "remount,size=100m", str(folder)], check=True)
-            second = in_a_child(lambda: fit(way, folder, "none", resume=True))
+            second = in_a_child(lambda: fit(way, folder, None))
         finally:
             if mounted:
                 subprocess.run(["umount", str(folder)], check=False)
@@ -203,7 +202,7 @@ def judged(way: Way, kind: str) -> dict[str, Any]:
 def mount(folder: Path, way: Way) -> bool:
     """A disk that holds the checkpoints of one save, and half of one more. It is enlarged before the resume."""
     with tempfile.TemporaryDirectory() as other:
-        in_a_child(lambda: fit(way, Path(other), "cut_short", resume=False))
+        in_a_child(lambda: fit(way, Path(other), Fault("cut_short", Path(other))))
         sizes = [path.stat().st_size for path in Path(other).rglob("*") if path.is_file() and not path.is_symlink()]
     size = int(1.5 * sum(sizes) / (KILL // EVERY if len(sizes) > 1 else 1) / 1024)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(folder)]
@@ -224,14 +223,10 @@ def outcome(kind: str, first: dict[str, Any], second: dict[str, Any]) -> str:
     return text
 
 
-def measure(quick: bool) -> dict[str, Any]:
-    """All ways and faults; of ways whose package is there."""
-    kinds = list(FAULTS)[: 1 if quick else None]
-    ways = {name: way for name, way in WAYS.items() if "arc" not in name or importlib.util.find_spec("arc")}
-    return {name: {kind: judged(way, kind) for kind in kinds} for name, way in ways.items()}
-
-
-def step_of(found: dict[str, Any]) -> int:
-    """Where a run went on with finite weights; -1 if it did not."""
+def step_of(found: dict[str, Any]) -> float:
+    """Where a run went on with finite weights, less what is amiss with it; -1 if it did not."""
+    if "passed" in found:
+        return float(found["passed"] / found["of"])
     resumed = found.get("resumed", {})
-    return int(resumed["began"]) if resumed.get("finite") and "raised" not in resumed else -1
+    is_good = resumed.get("finite") and "raised" not in resumed
+    return resumed["began"] - found.get("amiss", 0) / 1000 if is_good else -1.0

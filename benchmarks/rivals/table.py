@@ -28,7 +28,7 @@ def render(report: Report) -> str:
     parts = [
         f"{machine['device']}, {machine['threads']} thread, torch {machine['torch']}, pytorch-lightning "
         f"{machine['pytorch_lightning']}, Python {machine['python']}, {report['date']}. {len(FAULTS)} faults, "
-        f"{_programs(rows)} programs of the zoo. **Bold**: better than ours.",
+        f"{_programs(rows)} programs of the zoo.{_of_run(report)} **Bold**: better than ours.",
         cost(rows),
         "What becomes of a fault of one step, or of more where it says so:",
         faults(rows, [key for key in FAULTS if key not in OF_ARC]),
@@ -39,6 +39,14 @@ def render(report: Report) -> str:
         parts += ["What becomes of checkpoints, with a save every ten steps:", checkpoints(report["saves"])]
     absent = [f"- {name}: {why}" for name, why in {**report["absent"], **_missing(report)}.items()]
     return "\n\n".join([*parts, "Not in the table:", "\n".join(absent)])
+
+
+def _of_run(report: Report) -> str:
+    """How long it took, and what else the machine did."""
+    if "load" not in report or "minutes" not in report:
+        return ""
+    load = report["load"]
+    return f" Made in {report['minutes']} minutes on {load['cores']} cores, load average {load['average']} before it."
 
 
 def _missing(report: Report) -> dict[str, str]:
@@ -152,6 +160,9 @@ def checkpoints(found: Report) -> str:
     for name, of_way in found.items():
         cells = []
         for kind in saves.FAULTS:
+            if kind not in of_way:
+                cells.append("-")
+                continue
             best = max(saves.step_of(found[ours][kind]) for ours in found if ours.startswith("**ours"))
             better = not name.startswith("**ours") and saves.step_of(of_way[kind]) > best
             cells.append(_bold(of_way[kind]["outcome"], better))

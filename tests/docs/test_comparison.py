@@ -32,3 +32,26 @@ def test_the_table_has_at_least_eight_rivals(table):
     report = json.loads(RESULT.read_text())
     measured = [name for name, row in report["rows"].items() if "missing" not in row and name not in table.OURS]
     assert len(measured) >= 9, "a bare Trainer is none of the eight"
+
+
+def test_no_row_of_faults_or_checkpoints_is_empty(table):
+    report = json.loads(RESULT.read_text())
+    measured = [row for row in report["rows"].values() if "missing" not in row]
+    assert {tuple(row["faults"]) for row in measured} == {tuple(table.FAULTS)}
+    assert {tuple(way) for way in report["saves"].values()} == {tuple(table.saves.FAULTS)}
+
+
+def test_a_number_that_is_said_is_no_alarm(table):
+    from rivals.faults import alarms
+
+    assert alarms("Loss (avg): nan [stable]\nloss=nan") == []
+    assert alarms("WARNING: the loss is NaN") == ["WARNING: the loss is NaN"]
+
+
+def test_one_round_is_trained_however_little_time_is_left(table):
+    from common.blocks import within
+
+    go_on = within(3, deadline=0.0)
+    assert go_on(0)
+    assert not go_on(1)
+    assert not within(3, deadline=float("inf"))(3)
