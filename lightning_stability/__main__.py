@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-
-from lightning_stability import __version__
+from importlib.metadata import version
 
 
 def main() -> int:
@@ -13,7 +12,7 @@ def main() -> int:
     `status` and `report` are called on login nodes too: they do without torch and Lightning, which take seconds.
     """
     if sys.argv[1:] == ["--version"]:
-        print(f"lightning-stability {__version__}")
+        print(f"lightning-stability {version('lightning-stability')}")
         return 0
     if sys.argv[1:2] == ["report"]:
         from lightning_stability.status import show_report

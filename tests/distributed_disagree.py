@@ -1,6 +1,6 @@
 """One of two ranks whose gradients are not the same: the run ends on both (see test_disagreement.py).
 
-usage: distributed_disagree.py plain|late NAMESPACE FOLDER
+usage: distributed_disagree.py plain|late|uneven NAMESPACE FOLDER
 """
 
 import datetime
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_stability import NaNEarlyStop
+from lightning_stability import GradNormMonitor, IncidentReport, InputCheck, NaNEarlyStop, SpikeRecovery
 from lightning_stability.runtime import exchange
 from tests import runs
 
@@ -40,17 +40,22 @@ if __name__ == "__main__":
     pl, rank = runs.load_namespace(namespace), int(os.environ["LOCAL_RANK"])
     if kind == "late":  # the other rank will not answer
         exchange.TIMEOUT = datetime.timedelta(seconds=3)
-    methods: dict[str, Any] = {"plain": {"training_step": plain_backward}, "late": {}}[kind]
+    methods: dict[str, Any] = {"training_step": plain_backward} if kind == "plain" else {}
     if kind == "late":
         methods["on_after_backward"] = spoil_after_the_reduction
     module = runs.make_module(pl, **methods)
-    module.automatic_optimization = kind == "late"
-    trainer = runs.trainer(pl, callbacks=[NaNEarlyStop()], devices=2, strategy="ddp", max_epochs=2)
+    module.automatic_optimization = kind != "plain"
+    callbacks: list[Any] = [NaNEarlyStop()]
+    rows, options = 24, {}
+    if kind == "uneven":  # each rank has data of its own, and the second has more of them
+        callbacks += [GradNormMonitor(), InputCheck(), SpikeRecovery(), IncidentReport(folder / "incidents")]
+        rows, options = 24 + 8 * rank, {"use_distributed_sampler": False}
+    trainer = runs.trainer(pl, callbacks=callbacks, devices=2, strategy="ddp", max_epochs=2, **options)
     raised: BaseException | None = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            trainer.fit(module, runs.data(24))
+            trainer.fit(module, runs.data(rows))
         except BaseException as error:
             raised = error
     finite = all(bool(parameter.isfinite().all()) for parameter in module.parameters())

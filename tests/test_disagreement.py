@@ -16,6 +16,14 @@ def test_gradients_that_are_not_reduced_are_refused_at_the_first_step(tmp_path: 
     assert [result["step"] for result in results] == [0, 0]
 
 
+def test_ranks_whose_epochs_are_not_equally_long_do_not_wait_for_each_other_at_an_epochs_end(tmp_path: Path) -> None:
+    first, second = two_ranks(tmp_path, "uneven", "pytorch_lightning", launch_both=True, script=SCRIPT)
+    assert (first["raised"], first["step"]) == ("NoneType", 24), "as it ends without callbacks"
+    assert second["raised"] == "RuntimeError", "the first has left"
+    assert first["finite"]
+    assert second["finite"]
+
+
 @pytest.mark.slow
 def test_a_gradient_spoilt_after_the_reduction_ends_both_ranks(tmp_path: Path) -> None:
     first, second = two_ranks(tmp_path, "late", "pytorch_lightning", launch_both=True, script=SCRIPT)

@@ -229,14 +229,15 @@ class InputReport:
         if self._updates.streak and not self._updates.made:
             self.warn_of_skips(runtime)
         looked, flagged = counts.looked, counts.flagged
-        if trainer.world_size > 1:
+        on_this = " on this rank" if not runtime.all_end_epochs_at_once else ""
+        if trainer.world_size > 1 and not on_this:
             sums = torch.tensor([looked, flagged], device=trainer.strategy.root_device)
             dist.all_reduce(sums)
             looked, flagged = sums.tolist()
         if only_flagged and not flagged:
             return
         guarded = any(is_instance_by_name(callback, "NaNEarlyStop") for callback in trainer.callbacks)
-        seen = f"{_counted(looked, 'batch')} looked at, {flagged} flagged"
+        seen = f"{_counted(looked, 'batch')} looked at{on_this}, {flagged} flagged"
         rank_zero_info(f"InputCheck: {seen}{counts.details(guarded)}.")
 
     # Resuming and copies.

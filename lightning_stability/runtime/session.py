@@ -28,7 +28,7 @@ from lightning_stability.runtime.lifecycle import Lifecycle
 from lightning_stability.runtime.pipeline import Pipeline
 from lightning_stability.runtime.policies import Policy
 from lightning_stability.runtime.record import Limits, SpikeLimits
-from lightning_stability.runtime.trainers import log_folder, refuse_strategy
+from lightning_stability.runtime.trainers import epochs_are_as_long_on_all_ranks, log_folder, refuse_strategy
 from lightning_stability.runtime.watch import Watch
 from lightning_stability.runtime.windows import BadStep
 
@@ -53,6 +53,8 @@ class Session(Callback):
         self._lifecycle = Lifecycle()
         self._absent_metrics = AbsentMetrics()
         self.has_begun = False
+        self.all_end_epochs_at_once = False
+        """Whether all ranks are known to end an epoch after the same batch, and may ask each other something there."""
         self.events = EventLog(log_folder(trainer), trainer.global_rank)
         self.dispatch = Dispatch(self._trainer, self.events)
         limits = Limits(self.min_loss_scale, self.max_consecutive_skips)
@@ -228,6 +230,7 @@ class Session(Callback):
         """Everything is set up and restored."""
         self._lifecycle.started(trainer, [callback for callback in trainer.callbacks if callback is not self])
         self.dispatch.start()
+        self.all_end_epochs_at_once = bool(self.dispatch.contain(epochs_are_as_long_on_all_ranks, trainer))
         if self.watch.is_hooked:
             self.dispatch.contain(self.watch.start)
 
@@ -252,7 +255,7 @@ class Session(Callback):
         self.dispatch.contain(self.watch.end_epoch)
         if self.watch.guard is not None:
             self.dispatch.contain(self._absent_metrics.leave_out, trainer, self.watch.guard.take_left_out())
-        self.dispatch.contain(self.watch.check_contents, True)
+        self.dispatch.contain(self.watch.check_contents, self.all_end_epochs_at_once)
         self.act_between_steps()
         self.dispatch.write_progress(internals.batch_index(trainer), always=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -44,6 +45,18 @@ def _folder_of(logger: Any) -> Any:
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         folder = "/".join((str(logger.save_dir), str(logger.name), version))
     return folder
+
+
+def epochs_are_as_long_on_all_ranks(trainer: Any) -> bool:
+    """Whether all ranks are known to end an epoch after the same batch, so that they may ask each other there.
+
+    Otherwise one would wait for another that is still training. All ranks have to ask.
+    """
+    if trainer.world_size == 1:
+        return True
+    batches = trainer.num_training_batches
+    is_same = math.isfinite(batches) and batches == trainer.strategy.broadcast(batches)
+    return bool(trainer.strategy.reduce_boolean_decision(is_same, all=True))
 
 
 def why_gradients_are_hidden(trainer: Any) -> str | None:
