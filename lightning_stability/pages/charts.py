@@ -83,10 +83,9 @@ class Limit:
 def curves(
     title: str,
     series: Sequence[Series],
-    marks: Sequence[Mark] = (),
-    log: bool = False,
-    span: tuple[float, float] | None = None,
-    height: int = 170,
+    marks: Sequence[Mark],
+    log: bool,
+    span: tuple[float, float] | None,
 ) -> Markup:
     """A chart of curves over steps, with marks where something happened.
 
@@ -118,7 +117,7 @@ def curves(
         if span is not None and span[0] < span[1]:
             axes.set_xlim(span[0] - 0.01 * (span[1] - span[0]), span[1] + 0.01 * (span[1] - span[0]))
 
-    return draw_both(title, draw, height, margin=52)
+    return draw_both(title, draw, 170, margin=52)
 
 
 def ranges(title: str, spans: Sequence[Span], limits: Sequence[Limit], axis: str) -> Markup:
@@ -157,12 +156,11 @@ def ranges(title: str, spans: Sequence[Span], limits: Sequence[Limit], axis: str
     return draw_both(title, draw, lambda size: 62 + len(spans) * (34 if size.is_narrow else 22))
 
 
-def signals(title: str, channels: Sequence[Sequence[float]], names: Sequence[str], height: int = 0) -> Markup:
+def signals(title: str, channels: Sequence[Sequence[float]], names: Sequence[str]) -> Markup:
     """Curves below each other, each on its own scale; where a value is not finite there is a mark.
 
     Args:
         title: What it shows, for those who cannot see it.
-        height: In pixels; 0 for one that fits.
     """
 
     def draw(axes: Axes, size: Size) -> None:
@@ -179,7 +177,7 @@ def signals(title: str, channels: Sequence[Sequence[float]], names: Sequence[str
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(4 if size.is_narrow else 8, integer=True))
 
-    return draw_both(title, draw, height or 50 + 34 * len(channels))
+    return draw_both(title, draw, 50 + 34 * len(channels))
 
 
 def bars(title: str, values: Sequence[float], names: Sequence[str]) -> Markup:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_stability.internals import buffers_of, parameters_of, version_of
-from lightning_stability.recovery.tensors import dense, is_writable, sizes_by_device, sizes_of, values_of
+from lightning_stability.recovery.tensors import dense, is_writable, sizes_of, values_of
 
 SMALL = 65_536
 """What no optimizer trains is copied if it was seen to change, or if it holds no more numbers than this."""
@@ -93,26 +93,6 @@ class Contents:
             if not math.isfinite(size)
             and _Known.of(entry.value, values, size).became_nonfinite(self._known.get(entry.name))
         ]
-
-    @torch.no_grad()
-    def nonfinite_flag(self) -> Tensor | None:
-        """Whether anything holds non-finite values that did not do so when it was last good, without a host read.
-
-        For ranks that have to agree before one of them acts. Masks that came since `reference` count here.
-
-        Returns:
-            0-dimensional, bool; None if there is nothing to look at.
-        """
-        found: Tensor | None = None
-        looked_at = [
-            values
-            for entry, values in self._entries_with_values()
-            if (known := self._known.get(entry.name)) is None or not known.holds_nonfinite
-        ]
-        for _, sizes in sizes_by_device(looked_at):
-            flag = torch.isfinite(sizes).logical_not_().any()
-            found = flag if found is None else found | flag.to(found.device)
-        return found
 
     @torch.no_grad()
     def restore(self, names: Iterable[str], newer: Callable[[str], Tensor | None] = lambda name: None) -> list[str]:

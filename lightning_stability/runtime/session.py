@@ -204,11 +204,6 @@ class Session(Callback):
         """Whether a batch on which `training_step` has raised can be left out."""
         return self.watch.can_skip_a_batch
 
-    @property
-    def is_measuring(self) -> bool:
-        """Whether a policy needs records."""
-        return self.watch.is_hooked
-
     def is_ours(self) -> bool:
         """Whether the run is training; the learning-rate and batch-size finders do it with other callbacks."""
         trainer = self._trainer()  # gone, if a scheduler has kept our stand-in in an optimizer that outlives it

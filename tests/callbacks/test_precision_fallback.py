@@ -298,7 +298,7 @@ class TestAfterTheChange:
             seen: list[bool] = []  # noqa: RUF012
 
             def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-                self.seen.append(session_of(trainer).is_measuring)
+                self.seen.append(session_of(trainer).watch.is_hooked)
 
         module = poison.make_module(one, {2: "large_input", 9: "nan_input"}, OPTIMIZERS["foreach"], by_hand=False)
         result = poison.fit(one, module, [PrecisionFallback(), Look()], plugins=runs.fp16(one, init_scale=256.0))
