@@ -1,4 +1,7 @@
-"""Projects of others train as they do without the package, and a bad batch does not land."""
+"""Projects of others train as they do without the package, and a bad batch does not land.
+
+They need an environment of their own, without `constraints.txt`: "Versions" in CONTRIBUTING.md says how to install it.
+"""
 
 import functools
 import importlib.util
