@@ -77,7 +77,7 @@ def rows_born(result: Tensor, inputs: list[Tensor]) -> tuple[tuple[int, ...], in
     born = bad.clone()
     for tensor in inputs:
         if has_floats(tensor) and tensor.shape == result.shape and tensor.is_complex() == result.is_complex():
-            born &= dense_values(tensor) != values
+            born &= dense_values(tensor).to(values.device) != values  # (a copy may come from another device)
     rows = (born if bool(born.any()) else bad).reshape(len(values), -1).any(dim=1)
     return tuple(rows.nonzero().flatten().tolist()), len(values)
 
