@@ -40,7 +40,7 @@ A combination that is not on this page was not tested.
 | | what is known |
 |---|---|
 | Linux, CPU | tested: torch 2.13, pytorch-lightning 2.6.6, Python 3.11 |
-| Linux, oldest versions | fast tests: torch 2.4.0, pytorch-lightning 2.6.0, Python 3.10 (`make test-oldest`) |
+| Linux, oldest versions | fast tests: torch 2.7.0, pytorch-lightning 2.6.0, Python 3.10 (`make test-oldest`) |
 | Linux, NVIDIA GPU | tested on H100 and H200: torch 2.11, Python 3.12 |
 | AMD GPU, Intel GPU | not tested |
 | Apple's GPU (MPS), macOS | not tested |

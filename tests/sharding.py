@@ -11,4 +11,4 @@ except ImportError:  # torch before 2.6
 __all__ = ["NEEDS_FSDP2", "fully_shard"]
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
-NEEDS_FSDP2 = pytest.mark.skipif(VERSION < (2, 6), reason="FSDP2 on a CPU came with torch 2.6")
+NEEDS_FSDP2 = pytest.mark.skipif(VERSION < (2, 7), reason="FSDP2 on a CPU came with torch 2.7")

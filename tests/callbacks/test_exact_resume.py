@@ -360,6 +360,7 @@ SLOW = ("workers", "the shortest counts")  # in parts of their names
 def test_resumed_from_any_of_its_checkpoints_it_ends_as_if_it_had_not_been_interrupted(
     tmp_path: Path, name: str
 ) -> None:
+    fits.needs_new_swa(name)
     case = {**LOADERS, **MODULES}[name]
     options = {"max_epochs": 2, **case, "checkpoint": {"every_n_epochs": 0.4, **case.get("checkpoint", {})}}
     fit(tmp_path, **options)

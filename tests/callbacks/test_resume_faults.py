@@ -56,6 +56,7 @@ ENDS: dict[str, dict[str, Any]] = {
 def test_killed_at_the_end_of_fit_it_ends_as_one_that_was_not_killed(
     tmp_path: Path, processes: fits.Fits, name: str
 ) -> None:
+    fits.needs_new_swa(name)
     options = {"max_epochs": 2, **ENDS[name]}
     options["checkpoint"] = {"every_n_epochs": 0.5, **options.get("checkpoint", {})}
     assert processes.run(tmp_path / "reference", **options) == 0, log(tmp_path / "reference")
