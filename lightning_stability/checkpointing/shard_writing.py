@@ -7,6 +7,7 @@ looks whether all files are there, and moves the folder into place.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,16 @@ class ShardWriter:
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
-        if self._stager is None:
-            self._stager = _make_stager(trainer.strategy.root_device)
+        options: dict[str, Any] = {}
+        if "async_stager" in inspect.signature(async_save).parameters:  # torch 2.7 copies as its writer does
+            self._stager = self._stager or _make_stager(trainer.strategy.root_device)
+            options["async_stager"] = self._stager
         copied, ready = self._rest.take(rest) if trainer.is_global_zero else ({}, _nothing)
         future: Any = async_save(
             tensors,
             storage_writer=FileSystemWriter(part),
             process_group=self._group,
-            async_stager=self._stager,
+            **options,
         )
 
         def wait() -> None:
