@@ -191,7 +191,7 @@ def make_sharded(pl: Any) -> Any:
             self.at_start: dict[str, Any] = {}
 
         def configure_model(self) -> None:
-            from tests.sharding import fully_shard
+            from torch.distributed.fsdp import fully_shard
 
             if self.device_mesh is not None and not hasattr(self.net[0].weight, "full_tensor"):
                 fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])

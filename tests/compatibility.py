@@ -68,8 +68,8 @@ NCCL, the library for GPUs, that waits for the others.
 
 If one rank skips a bad step and another one did not see it as bad, the rank raises `RanksDisagreeError`. Before that
 our callbacks abort the waiting collectives, so that the process can end. On two H200 the run then ended by itself in
-58 s, and most of that was the 30 s for which torchrun waits. Without the abort it hung until it was killed. This
-needs torch 2.6 or newer. After an exception in your own code nothing is aborted.
+58 s, and most of that was the 30 s for which torchrun waits. Without the abort it hung until it was killed. After an
+exception in your own code nothing is aborted.
 """
 ABOUT = {
     "guards": """## NaNEarlyStop and GradNormMonitor
@@ -464,7 +464,7 @@ def make_module(pl: Any, case: Case) -> Any:
 
 
 def _shard(module: Any) -> None:
-    from tests.sharding import fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     fully_shard(module.net, mesh=module.device_mesh["data_parallel"])
 

@@ -29,7 +29,7 @@ def fit_ddp(pl: Any, folder: Path, clip: float | None) -> None:
 
 
 def fit_fsdp2(pl: Any, folder: Path, clip: float | None) -> None:
-    from tests.sharding import fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     class Uneven(nn.Module):
         """Rows that two ranks cannot share evenly, and a bias of which one rank holds nothing."""

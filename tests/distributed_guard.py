@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from lightning_stability import NaNEarlyStop, PrecisionFallback
 from tests import runs
 from tests.recovery import poison
-from tests.sharding import fully_shard
 
 FUSED = {False: lambda p: torch.optim.AdamW(p, lr=1e-2), True: lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True)}
 

@@ -9,7 +9,6 @@ import torch
 
 from tests import runs
 from tests.command import launcher, run_python
-from tests.sharding import NEEDS_FSDP2
 
 SCRIPT = Path(__file__).with_name("distributed_fit.py")
 
@@ -29,7 +28,7 @@ def two_ranks(
 
 
 SLOW = [
-    pytest.param(kind, namespace, marks=[pytest.mark.slow, *([NEEDS_FSDP2] if kind.startswith("fsdp2") else [])])
+    pytest.param(kind, namespace, marks=pytest.mark.slow)
     for kind in ("ddp", "ddp-clip", "fsdp2", "fsdp2-clip")
     for namespace in runs.NAMESPACES
     if (kind, namespace) != ("ddp", "pytorch_lightning")
@@ -98,7 +97,6 @@ def test_on_two_gpus_both_ranks_leave_fp16_at_the_step_that_overflows_on_one(tmp
         assert results[0][name]["sum"] == results[1][name]["sum"], name
 
 
-@NEEDS_FSDP2
 @BRIEF_AND_THOROUGH
 def test_a_bad_batch_on_one_rank_is_skipped_by_all_shards(tmp_path: Path, words: tuple[str, ...]) -> None:
     for result in two_ranks(tmp_path, "fsdp2", "lightning.pytorch", *words, launch_both=True, script=GUARD):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -34,7 +34,6 @@ from lightning_stability.internals import (
     unscales_itself,
 )
 from tests import runs
-from tests.sharding import NEEDS_FSDP2, VERSION, fully_shard
 
 
 class Thing:
@@ -261,7 +260,6 @@ def test_progress_and_results_are_found(pl: Any, tmp_path: Path) -> None:
     assert internals.last_saved(pl.callbacks.ModelCheckpoint(tmp_path)) == ""
 
 
-@NEEDS_FSDP2
 @pytest.mark.usefixtures("no_group_left")
 def test_a_strategy_with_shards_says_so_and_dumps_them_where_they_are(pl: Any, tmp_path: Path) -> None:
     class Shards(pl.LightningModule):
@@ -573,7 +571,6 @@ def test_the_memory_of_numpys_generator_says_when_it_has_made_a_number():
     assert internals.numpy_memory() != before
 
 
-@pytest.mark.skipif(VERSION < (2, 6), reason="torch before 2.6 cannot")
 def test_nccls_collectives_can_be_aborted():
     # (with NCCL itself: tests/test_many_gpus.py)
     assert callable(torch.distributed.distributed_c10d._abort_process_group)

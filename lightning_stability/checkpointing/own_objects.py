@@ -13,7 +13,7 @@ from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
 def needs_pickle(path: str) -> bool:
     """Whether a checkpoint holds Python objects, so that by itself it loads with `weights_only=False` alone."""
-    with contextlib.suppress(Exception):  # a folder, a file system that is gone; torch before 2.6 asks for no flag
+    with contextlib.suppress(Exception):  # a folder, a file system that is gone
         files, name = url_to_fs(path)
         with files.open(name, "rb") as file:
             return bool(_objects_in(file))

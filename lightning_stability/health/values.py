@@ -198,8 +198,6 @@ def stored_floats(tensor: Tensor) -> Tensor | None:
             tensor = torch.view_as_real(tensor)
         if has_own_dispatch(tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
             return None
-        if type(tensor) is not Tensor:  # (under a dispatch mode torch 2.4 makes none of what is one)
-            tensor = tensor.as_subclass(Tensor)
         return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has no norm
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):  # a kind that nobody foresaw
         return None

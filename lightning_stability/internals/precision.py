@@ -53,7 +53,7 @@ def abort_collectives() -> None:
     at exit, which waits for the other.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
-        abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)  # torch 2.6 has it
+        abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)  # (private: it may go)
         if abort is not None:
             abort()
 

@@ -281,8 +281,6 @@ def _restart_statistics(owner: nn.Module, bad: Tensor) -> None:
 
 def _write_where(bad: Tensor, old: Tensor, memory: Tensor) -> None:
     """Write what was there before over what is there, if the flag says so."""
-    if memory.is_floating_point() and memory.dtype.itemsize == 1:  # torch 2.4 chooses between no floats of eight bits
-        old, memory = old.view(torch.uint8), memory.view(torch.uint8)
     memory.copy_(torch.where(bad.to(memory.device), old, memory))
 
 

@@ -13,7 +13,6 @@ from tests import runs
 from tests.distributed_guard import Sharded
 from tests.distributed_incident import KINDS, adamw
 from tests.recovery import poison
-from tests.sharding import NEEDS_FSDP2
 from tests.test_distributed import two_ranks
 
 pytestmark = pytest.mark.slow
@@ -47,7 +46,6 @@ def test_a_rank_that_is_fine_says_that_another_one_is_not(ranks):
     assert "origin: Run again on this rank alone, the same step is finite: it came from another rank." in said
 
 
-@NEEDS_FSDP2
 def test_of_sharded_parameters_the_report_says_why_no_replay(tmp_path):
     results = two_ranks(tmp_path, "fsdp2", "pytorch_lightning", launch_both=True, script=SCRIPT)
     assert results[0] == results[1]  # the run has gone on

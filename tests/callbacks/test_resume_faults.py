@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 import subprocess
 import sys
@@ -208,7 +207,6 @@ def test_a_batch_sampler_whose_state_is_no_position_is_resumed(tmp_path: Path, l
     resume_from_all(saved(tmp_path), tmp_path, options)
 
 
-@pytest.mark.skipif("in_order" not in inspect.signature(DataLoader).parameters, reason="torch 2.6 brought it")
 def test_workers_that_deliver_as_they_finish_are_warned_of(tmp_path: Path) -> None:
     def data(**options: Any) -> Any:
         return lambda: DataLoader(fits.Samples(), batch_size=4, num_workers=1, **options)
@@ -405,7 +403,6 @@ class Thing:
     """An object of the user's own."""
 
 
-@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch 2.5 brought it")
 @pytest.mark.parametrize("thing", [Thing, lambda: Path("there"), lambda: torch.nn.ReLU, lambda: 3])
 def test_a_file_with_the_modules_own_objects_is_resumed_as_printed(tmp_path: Path, thing: Any) -> None:
     def module(pl: Any) -> Any:

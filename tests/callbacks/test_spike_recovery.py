@@ -16,7 +16,6 @@ from lightning_stability._compat import Callback, MisconfigurationException
 from lightning_stability.callbacks.spike_state import SpikeFit
 from lightning_stability.events import read_events
 from tests import runs
-from tests.sharding import NEEDS_FSDP2
 from tests.test_distributed import two_ranks
 
 FEATURES = 6
@@ -482,7 +481,7 @@ def test_a_bad_option_is_one_clear_error(options: dict[str, Any], found: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=NEEDS_FSDP2)])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_skip_and_go_back_at_the_same_steps(tmp_path: Path, kind: str) -> None:
     script = Path(__file__).parents[1] / "distributed_spikes.py"
     first, second = two_ranks(tmp_path, kind, "pytorch_lightning", launch_both=True, script=script)

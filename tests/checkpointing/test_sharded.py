@@ -22,9 +22,8 @@ from lightning_stability.checkpointing.sharded import METADATA, REST, parts
 from lightning_stability.commands import show_checkpoints
 from tests import checkpoint_fit as fits
 from tests.callbacks.test_fractional_checkpoint import assert_same, fit, log, result, saved
-from tests.sharding import NEEDS_FSDP2
 
-pytestmark = [pytest.mark.xdist_group("sharded"), NEEDS_FSDP2]
+pytestmark = pytest.mark.xdist_group("sharded")
 OPTIONS: dict[str, Any] = {"strategy": "fsdp2", "validate": False, "max_epochs": 2}
 KILLS = int(os.environ.get("SHARDED_KILLS", "12"))
 
