@@ -17,6 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_stability import FractionalCheckpoint
 from lightning_stability._compat import MisconfigurationException
+from lightning_stability.callbacks.checkpoint_messages import warn_of_failure
 from lightning_stability.checkpointing import last_good_checkpoint, list_checkpoints
 from tests import checkpoint_fit as fits
 from tests import runs
@@ -56,6 +57,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small file system takes root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(("left", "more"), [(2, "2 more failures in a row"), (1, "the next failure in a row"), (0, "")])
+def test_a_failed_save_says_how_many_more_end_the_run_while_it_trains(left: int, more: str) -> None:
+    with pytest.warns(UserWarning, match="could not be written") as caught:
+        warn_of_failure("a.ckpt", "no space", left)
+    said = str(caught[0].message)
+    assert more in said
+    assert ("training continues" in said) == (left > 0)
 
 
 @pytest.mark.parametrize("async_save", [False, True])

@@ -396,11 +396,16 @@ def test_one_update_with_an_absurd_learning_rate_is_gone_back_behind(one: Any, t
 
 def test_a_schedule_that_starts_again_is_no_spike(one: Any, tmp_path: Path) -> None:
     def configure_optimizers(self: Any) -> Any:
-        opt = torch.optim.AdamW(self.parameters(), lr=1e-2)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(opt, 60, eta_min=1e-6)
+        opt = torch.optim.SGD(self.parameters(), lr=1e-4)
+        schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 5.0 if step >= 100 else 1.0)
         return [opt], [{"scheduler": schedule, "interval": "step"}]
 
-    module = make_module(one, configure_optimizers=configure_optimizers)
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        level = getattr(self, "level", 1.0)  # a loss that goes with the rate of the update before
+        self.level = (self.optimizers().param_groups[0]["lr"] / 1e-4) ** 4
+        return level * (self.net(batch[0]) - batch[0][:, :3]).pow(2).mean()
+
+    module = make_module(one, configure_optimizers=configure_optimizers, training_step=training_step)
     saver = SpikeRecovery(every_n_steps=20)
     fit(one, module, make_data(200), [saver], tmp_path)
     assert (saver.spikes, saver.rewinds) == (0, 0)

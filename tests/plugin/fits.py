@@ -31,6 +31,8 @@ def digest(value):
         return {digest(str(k)): digest(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [digest(v) for v in value]
+    if callable(value):  # SWALR's state holds a function under torch 2.7
+        value = getattr(value, "__qualname__", type(value))
     return str(value).replace(str(Path.cwd()), "CWD")
 
 

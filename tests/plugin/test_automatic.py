@@ -353,6 +353,7 @@ logging.getLogger({namespace!r}).setLevel(logging.ERROR)
 warnings.formatwarning = lambda message, *_: f"MINE {{message}}\\n"
 before = process_wide()
 pl.Trainer(max_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu").fit(BoringModel())
+warnings.warn("still in the user's own form")
 assert {set(NAMESPACES).difference([namespace])!r} <= sys.modules.keys()
 assert process_wide() == before
 """,
