@@ -1,6 +1,6 @@
 """What a save costs training: FractionalCheckpoint beside Lightning's ModelCheckpoint.
 
-A model of 110 million parameters with AdamW (1.3 GB of state) is trained in blocks of steps; the first step of a block
+A model of 110 million parameters with AdamW (1.3 GB of state), or `--parameters`, is trained in blocks of steps; the first step of a block
 saves, the others feel what goes on in the background. The time lost per save is a block with a save less as many bare
 steps, measured before and after it. Each way saves three times in a fit, and the first, which allocates, is left out;
 ways are interleaved, and the median over all saves is given with the range. Over hundreds of short steps the difference
@@ -12,8 +12,8 @@ plain copy to host memory (pinned, on a GPU).
 With `--sharded` the same for FSDP2 in a world of one process: each rank writes what it holds, by torch's distributed
 checkpoint. Beside Lightning's ModelCheckpoint stands torch's own `async_save`, as it is called with no options.
 
-usage: python benchmarks/checkpoint.py [--quick] [--rounds N] [--minutes M] [--device cuda] [--folder DIR]
-                                       [--json FILE] [--gpu-tests] [--sharded]
+usage: python benchmarks/checkpoint.py [--quick] [--parameters MILLIONS] [--rounds N] [--minutes M] [--device cuda]
+                                       [--folder DIR] [--json FILE] [--gpu-tests] [--sharded]
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["LIGHTNING_STABILITY_CALLBACKS"] = "none"  # a bare Trainer shall be bare where the package is installed
 
 from common import machine, quiet, save, spread  # noqa: E402
 
@@ -73,7 +74,8 @@ def main() -> None:
 
 
 def measure(device: torch.device, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    width = 3317 if not options.quick else 1658
+    millions = 27.5 if options.quick else options.parameters
+    width = round(math.sqrt(1e5 * millions))
     ways = SHARDED_WAYS if options.sharded else WAYS
     module = Module(width, rows=64 if device.type == "cuda" else 4, sharded=options.sharded).to(device)
     state = trained_state(module, device)
@@ -82,7 +84,8 @@ def measure(device: torch.device, folder: Path, options: argparse.Namespace) -> 
     del state
     step = bare_step(module, device, folder, steps=5)
     # long enough for a save in the background to end within its block
-    steps = max(4, math.ceil(2 * max(limits["disk"]["median"], 0.2) / step))
+    writes = 3.5 if options.sharded else 2  # times as long as the disk alone
+    steps = max(4, math.ceil(writes * max(limits["disk"]["median"], 0.2) / step))
     lost: dict[str, list[float]] = {way: [] for way in ways}
     waited: dict[str, list[float]] = {way: [] for way in ways}
     bare_steps: list[float] = []
@@ -320,6 +323,7 @@ def print_report(report: dict[str, Any]) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a quarter of the parameters: to see that it runs")
+    parser.add_argument("--parameters", type=float, default=110, help="of the model, in millions")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of interleaved ways")
     parser.add_argument("--minutes", type=float, default=4, help="no more rounds than fit; one in any case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_stability.checkpointing.snapshot import HostSnapshot
-from lightning_stability.health.values import nonfinite_names
+from lightning_stability.health.values import NonfiniteLook, nonfinite_names
 from lightning_stability.recovery.random_state import RandomState
 from tests import checkpoint_fit as fits
 from tests.callbacks.test_fractional_checkpoint import result, resume_from_all, saved
@@ -66,6 +66,34 @@ def test_a_snapshot_is_of_the_moment_it_was_taken_and_pinned() -> None:
         wait()
         assert [float(copy.unique()) for copy in taken["weights"]] == expected
         assert all(copy.is_pinned() for copy in taken["weights"]), repeat
+
+
+def test_what_changes_after_its_copy_was_begun_waits_for_the_copy() -> None:
+    weights = [torch.full((2**20,), float(index), device="cuda") for index in range(8)]
+    snapshot = HostSnapshot()
+    for repeat in range(3):
+        expected = [float(weight[0]) + 1 for weight in weights]
+        torch.cuda._sleep(50_000_000)
+        for weight in weights:
+            weight.add_(1.0)
+        snapshot.begin(weights)
+        for weight in weights:
+            weight.add_(1.0)
+        taken, wait = snapshot.take({"weights": weights})
+        wait()
+        assert [float(copy.unique()) for copy in taken["weights"]] == expected, repeat
+
+
+def test_what_was_looked_for_before_a_copy_is_known_before_it_ends() -> None:
+    weights = [("weight", torch.full((2**28,), float("nan"), device="cuda"))]
+    memory = torch.empty(2**28, pin_memory=True)
+    ended = torch.cuda.Event()
+    look = NonfiniteLook(weights)
+    memory.copy_(weights[0][1], non_blocking=True)
+    memory.copy_(weights[0][1], non_blocking=True)
+    ended.record()
+    assert look.names() == ["weight"]
+    assert not ended.query()
 
 
 def test_the_finite_check_takes_few_launches_and_one_wait() -> None:

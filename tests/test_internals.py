@@ -289,6 +289,10 @@ def test_a_strategy_with_shards_says_so_and_dumps_them_where_they_are(pl: Any, t
     weight = dumped["state_dict"]["net.weight"]
     assert weight.to_local().data_ptr() == held[0]
     assert "net.weight" in dumped["optimizer_states"][0]["state"]
+    replaced = internals.with_local_part(weight, torch.full((1, 2), 3.0))
+    assert type(replaced) is type(weight)
+    assert (replaced.placements, replaced.shape) == (weight.placements, weight.shape)
+    assert replaced.to_local().tolist() == [[3.0, 3.0]]
     loaded = internals.load_all_shards(tmp_path / "folder")
     assert torch.equal(loaded["state_dict"]["net.weight"], weight.to_local())
     assert loaded["global_step"] == 1

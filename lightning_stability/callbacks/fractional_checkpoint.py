@@ -24,7 +24,7 @@ from lightning_stability.checkpointing.own_objects import allow_own_hyperparamet
 from lightning_stability.checkpointing.resume import SECTION
 from lightning_stability.checkpointing.saving import PendingSave, Saver, can_write_in_background
 from lightning_stability.checkpointing.schedule import EpochCount, EpochSchedule
-from lightning_stability.checkpointing.section import make_section, nonfinite_on_any_rank
+from lightning_stability.checkpointing.section import look_on_all_ranks, make_section
 from lightning_stability.checkpointing.stopping import checkpoint_folder
 from lightning_stability.events import EventLog
 
@@ -254,13 +254,15 @@ class FractionalCheckpoint(ProvesResume, SessionMember, RankedCheckpoint):
         if place.batches == 0:
             self._look_for_monitor(candidates)
         checkpoint, section = self._dump(trainer, place, epochs)
-        if bad := nonfinite_on_any_rank(trainer, checkpoint, section):
+        verdict = look_on_all_ranks(trainer, checkpoint, section)
+        self._saver.begin_copy(trainer, checkpoint)  # while it copies, the host does what follows
+        if bad := verdict():
             self._restore_books(before)
             self._refuse(trainer, bad)
             return
         pending = PendingSave(job, before, float(epochs), trainer.global_step, trainer.current_epoch)
-        self._fingerprint_from_here(trainer, section)
         self._saver.submit(trainer, pending, checkpoint)
+        self._fingerprint_from_here(trainer, section)
         pending.seconds = time.perf_counter() - started
         if not self.async_save:
             self._finish_pending(trainer)

@@ -36,7 +36,7 @@ from lightning_stability.checkpointing.writing import is_local
 from lightning_stability.diagnosis.environment import capture_environment
 from lightning_stability.events import EventLog
 from lightning_stability.health import LateReads, StepRecord
-from lightning_stability.health.checksums import BatchChecksum, checksum_of_all
+from lightning_stability.health.checksums import BatchChecksum, begin_checksum
 from lightning_stability.health.loss_scale import scale_tensor
 from lightning_stability.notices import warn, warn_always
 
@@ -259,9 +259,10 @@ def header(trainer: Any) -> dict[str, Any]:
     module, device = trainer.lightning_module, trainer.strategy.root_device
     # the first rank's buffers are saved for all, whatever the others' batch norms hold at that moment
     buffers = module.buffers() if trainer.is_global_zero else ()
+    weights, optimizer = begin_checksum([*module.parameters(), *buffers]), begin_checksum(_optimizer_tensors(trainer))
     return {
-        "weights": f"{checksum_of_all([*module.parameters(), *buffers]):016x}",
-        "optimizer": f"{checksum_of_all(_optimizer_tensors(trainer)):016x}",
+        "weights": f"{weights():016x}",
+        "optimizer": f"{optimizer():016x}",
         "dealing": batch_dealing(trainer),
         "environment": {
             **capture_environment(device),
@@ -386,7 +387,8 @@ class ProvesResume:
 
     def _fingerprint_from_here(self, trainer: Any, section: dict[str, Any] | None) -> None:
         if self._proof is not None and section is not None:
-            self._proof.begin(trainer, trainer.strategy.broadcast(save_name(section)))
+            name = save_name(section)
+            self._proof.begin(trainer, name if trainer.world_size == 1 else trainer.strategy.broadcast(name))
 
     def _end_proof(self, trainer: Any, all_ranks: bool = True) -> None:
         proof, self._proof = self._proof, None

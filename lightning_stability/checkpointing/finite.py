@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_stability.checkpointing.verification import checked_tensors, own_name
-from lightning_stability.health.values import nonfinite_names, stored_floats
+from lightning_stability.health.values import NonfiniteLook, nonfinite_names, stored_floats
 
+_Sort = Callable[[], tuple[list[str], list[str]]]
 _PLUS, _MINUS, _NAN = 1, 2, 4
 
 
@@ -84,15 +85,33 @@ class FiniteCheck:
 
     def unexpected(self, checkpoint: dict[str, Any]) -> list[str]:
         """The names of what became non-finite, of a checkpoint as Lightning dumps it."""
-        return self._unexpected(dict(checked_tensors(checkpoint)))
+        return self.begin(checkpoint)[1]()[0]
+
+    def begin(self, checkpoint: dict[str, Any], hidden: dict[str, Tensor] | None = None) -> tuple[NonfiniteLook, _Sort]:
+        """Begin to look at a checkpoint.
+
+        Args:
+            checkpoint: As Lightning dumps it.
+            hidden: Buffers that its `state_dict` does not have, which have to be finite too.
+
+        Returns:
+            The look, and what waits for it and gives two lists of names: what became non-finite, and all that is
+            non-finite in the checkpoint. Where the first list is empty, all is so by design.
+        """
+        tensors, hidden = dict(checked_tensors(checkpoint)), hidden or {}
+        both = {**hidden, **tensors}
+        look = NonfiniteLook(both.items())
+
+        def sort_out() -> tuple[list[str], list[str]]:
+            suspects = {name: both[name] for name in look.names()}
+            return self._unexpected(suspects), sorted({own_name(name) for name in suspects if name in tensors})
+
+        return look, sort_out
 
     def unexpected_now(self) -> list[str]:
         """The same of the module's weights and buffers of now."""
-        return self._unexpected({**dict(self._module.named_parameters()), **dict(self._module.named_buffers())})
-
-    def by_design(self, checkpoint: dict[str, Any]) -> list[str]:
-        """The names of what is not finite in a checkpoint in which nothing is unexpected."""
-        return sorted({own_name(name) for name in nonfinite_names(checked_tensors(checkpoint))})
+        held = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        return self._unexpected({name: held[name] for name in nonfinite_names(held.items())})
 
     def state_dict(self) -> dict[str, Tensor]:
         """What may be non-finite later though it is finite now; the rest is seen when a resumed run starts."""
@@ -108,10 +127,9 @@ class FiniteCheck:
         for name, codes in state.items():
             self._allow(name, codes)
 
-    def _unexpected(self, tensors: dict[str, Tensor]) -> list[str]:
-        suspects = nonfinite_names(tensors.items())
+    def _unexpected(self, suspects: dict[str, Tensor]) -> list[str]:
         buffers, defaults = self._buffers(), _metric_defaults(self._module)
-        found = [name for name in suspects if not self._is_by_design(name, tensors[name], buffers, defaults)]
+        found = [name for name in suspects if not self._is_by_design(name, suspects[name], buffers, defaults)]
         self._note_new_buffers()
         return found
 

@@ -12,6 +12,7 @@ from lightning_stability import internals
 from lightning_stability.checkpointing import writing
 from lightning_stability.checkpointing.shard_writing import ShardWriter
 from lightning_stability.checkpointing.snapshot import HostSnapshot
+from lightning_stability.checkpointing.verification import checked_tensors
 
 
 @dataclass
@@ -45,6 +46,12 @@ class Saver:
         self._snapshot = HostSnapshot() if in_background else None
         self._pending: PendingSave | None = None
 
+    def begin_copy(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
+        """If it will be written in the background: begin to copy what is large, before `submit`."""
+        writes = internals.writes_shards(trainer) or (trainer.is_global_zero and internals.writes_one_file(trainer))
+        if self._snapshot is not None and writes:
+            self._snapshot.begin(tensor for _, tensor in checked_tensors(checkpoint))
+
     def submit(self, trainer: Any, pending: PendingSave, checkpoint: dict[str, Any]) -> None:
         """Begin to write; what was submitted before must have been finished. All ranks call it."""
         self._pending = pending
@@ -66,7 +73,7 @@ class Saver:
     def _submit_shards(self, trainer: Any, pending: PendingSave, checkpoint: dict[str, Any]) -> None:
         """Each rank writes what it holds; the first one does what follows."""
         if self._shards is None:
-            self._shards = ShardWriter(self._in_background)
+            self._shards = ShardWriter(self._snapshot)
         job = pending.job if trainer.is_global_zero else writing.WriteJob(pending.job.path)
         try:
             wait = self._shards.begin(trainer, checkpoint, job.path)
@@ -86,7 +93,7 @@ class Saver:
             return None
         pending.error = self._writer.wait()
         failure = None if pending.error is None else f"{type(pending.error).__name__}: {pending.error}"
-        pending.failure = trainer.strategy.broadcast(failure) if together else failure
+        pending.failure = trainer.strategy.broadcast(failure) if together and trainer.world_size > 1 else failure
         return pending
 
     def close(self) -> None:

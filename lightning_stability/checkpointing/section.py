@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_stability.checkpointing import writing
 from lightning_stability.checkpointing.loops import SavePoint, SavePoints
 from lightning_stability.checkpointing.own_objects import without_objects
 from lightning_stability.checkpointing.resume import FORMAT, SECTION, was_stopped_early
+from lightning_stability.health.late_reads import begin_read
 
 
 def make_section(trainer: Any, point: SavePoint, epochs: float, stop_is_due: bool) -> dict[str, Any]:
@@ -141,14 +143,27 @@ def nonfinite_on_any_rank(trainer: Any, checkpoint: dict[str, Any], section: dic
         checkpoint: This rank's.
         section: Is told what is not finite by design.
     """
-    finite = SavePoints.of(trainer).finite
+    return look_on_all_ranks(trainer, checkpoint, section)()
+
+
+def look_on_all_ranks(
+    trainer: Any, checkpoint: dict[str, Any], section: dict[str, Any] | None
+) -> Callable[[], list[str]]:
+    """The same without waiting for the device: all ranks call it, then what it returns, which waits."""
     hidden = {} if section is None else section["ranks"][trainer.global_rank]["buffers"]
-    names = finite.unexpected({**checkpoint, "state_dict": {**checkpoint["state_dict"], **hidden}})
-    if section is not None:
-        section["nonfinite_by_design"] = finite.by_design(checkpoint)
-    if trainer.strategy.reduce_boolean_decision(not names, all=True):
-        return []
-    return names or ["what another rank holds"]
+    look, sort_out = SavePoints.of(trainer).finite.begin(checkpoint, hidden)
+    count = look.count(trainer.strategy.root_device)
+    on_all = begin_read(count if trainer.world_size == 1 else trainer.strategy.reduce(count, reduce_op="sum"))
+
+    def verdict() -> list[str]:
+        names, by_design = sort_out()
+        if section is not None:
+            section["nonfinite_by_design"] = by_design
+        if not on_all() or trainer.strategy.reduce_boolean_decision(not names, all=True):
+            return []
+        return names or ["what another rank holds"]
+
+    return verdict
 
 
 def is_of_a_stop(checkpoint: dict[str, Any]) -> bool:

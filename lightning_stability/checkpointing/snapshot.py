@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_stability.internals import has_own_dispatch
+from lightning_stability import internals
+
+_Kind = tuple[torch.dtype, torch.Size, tuple[int, ...], bool]
+"""Of memory: dtype, shape, strides, whether it is pinned."""
 
 
 class HostSnapshot:
     """Copies nested state to host memory, from a GPU to pinned memory and without waiting for it.
 
     The memory is used again by the next copy, so that only the first one allocates and pins. Tensors that share their
-    numbers (tied weights) share them in the copy too.
+    numbers (tied weights) share them in the copy too. Of a sharded tensor (`DTensor`) this rank's part is copied.
 
     Example:
         >>> weight = torch.zeros(2)
@@ -28,7 +31,18 @@ class HostSnapshot:
     """
 
     def __init__(self) -> None:
-        self._memory: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._memory: dict[_Kind, list[Tensor]] = {}
+        self._forget()
+
+    def begin(self, tensors: Iterable[Tensor]) -> None:
+        """Begin to copy tensors that `take` will be asked for next; the device copies while the host goes on.
+
+        Args:
+            tensors: Nothing may change them before `take`, except what the device does after the copy.
+        """
+        self._forget()
+        for tensor in tensors:
+            self._copy(getattr(tensor, "to_local", lambda: tensor)())  # noqa: B023
 
     def take(self, state: Any) -> tuple[Any, Callable[[], None]]:
         """Copy a state.
@@ -40,43 +54,49 @@ class HostSnapshot:
         Returns:
             The copy, and a function that waits until it is complete.
         """
-        unused = {kind: list(tensors) for kind, tensors in self._memory.items()}
-        copies: dict[tuple[Any, ...], Tensor] = {}
-        devices: set[torch.device] = set()
-
-        def copy_tensor(tensor: Tensor) -> Tensor:
-            tensor = tensor.detach()
-            if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or has_own_dispatch(tensor):
-                return _apart(tensor)
-            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-            key = (*place, tensor.dtype, tensor.device)
-            if tensor.numel() and key in copies:
-                return copies[key]
-            pinned = tensor.device.type == "cuda"
-            kind = (tensor.dtype, tensor.shape, tensor.stride(), pinned)
-            if unused.get(kind):
-                memory = unused[kind].pop()
-            else:
-                memory = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-                self._memory.setdefault(kind, []).append(memory)
-            memory.copy_(tensor, non_blocking=pinned)
-            if pinned:
-                devices.add(tensor.device)
-            copies[key] = memory
-            return memory
-
-        taken = _copy_tree(state, copy_tensor)
+        taken = _copy_tree(state, self._copy)
         events = []
-        for device in devices:
+        for device in self._devices:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             events.append(event)
+        self._forget()
 
         def wait() -> None:
             for event in events:
                 event.synchronize()
 
         return taken, wait
+
+    def _forget(self) -> None:
+        """All memory can be written to."""
+        self._unused = {kind: list(tensors) for kind, tensors in self._memory.items()}
+        self._copies: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._devices: set[torch.device] = set()
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if hasattr(tensor, "to_local"):
+            return internals.with_local_part(tensor, self._copy(tensor.to_local()))
+        has_memory = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+        if not has_memory or internals.has_own_dispatch(tensor):
+            return _apart(tensor)
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        key = (*place, tensor.dtype, tensor.device)
+        if tensor.numel() and key in self._copies:
+            return self._copies[key][1]
+        pinned = tensor.device.type == "cuda"
+        kind = (tensor.dtype, tensor.shape, tensor.stride(), pinned)
+        if self._unused.get(kind):
+            memory = self._unused[kind].pop()
+        else:
+            memory = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+            self._memory.setdefault(kind, []).append(memory)
+        memory.copy_(tensor, non_blocking=pinned)
+        if pinned:
+            self._devices.add(tensor.device)
+        self._copies[key] = tensor, memory  # held, so that nothing else comes to lie at its address
+        return memory
 
 
 def _apart(tensor: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from lightning_stability.health.late_reads import begin_read
 from lightning_stability.health.values import named_tensors
 from lightning_stability.internals import has_own_dispatch, strided_values
 
@@ -76,7 +77,6 @@ class BatchChecksum:
         return self._weights[key]
 
 
-@torch.no_grad()
 def checksum_of_all(tensors: Iterable[Tensor]) -> int:
     """One number for the bits of many tensors, in their order; waits for the devices.
 
@@ -89,6 +89,12 @@ def checksum_of_all(tensors: Iterable[Tensor]) -> int:
         >>> checksum_of_all([weight]) == before
         False
     """
+    return begin_checksum(tensors)()
+
+
+@torch.no_grad()
+def begin_checksum(tensors: Iterable[Tensor]) -> Callable[[], int]:
+    """The same; the devices add while the host goes on, and what it returns waits for them."""
     sums: dict[torch.device, list[Tensor]] = {}
     total = 0
     for place, tensor in enumerate(tensors, start=1):
@@ -100,10 +106,11 @@ def checksum_of_all(tensors: Iterable[Tensor]) -> int:
             total += int(words.numpy().sum(dtype=np.int64)) * (place * _FACTOR | 1)
         else:
             sums.setdefault(words.device, []).append(words.sum(dtype=torch.int64))
+    arriving = []
     for device, found in sums.items():
         places = torch.arange(1, len(found) + 1, device=device) * _FACTOR
-        total += int((torch.stack(found) * (places | 1)).sum())
-    return total % 2**64
+        arriving.append(begin_read((torch.stack(found) * (places | 1)).sum()))
+    return lambda: sum((arrived() for arrived in arriving), start=total) % 2**64
 
 
 def _local(tensor: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_stability.health.late_reads import begin_read
 from lightning_stability.internals import has_own_dispatch, leaves_with_paths, map_leaves
 
 SMALL = 4096
@@ -123,37 +124,65 @@ def _small(value: Any) -> Any:
 # What is not finite
 
 
-@torch.no_grad()
-def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of those tensors that hold NaN or infinity, in their order; tensors that cannot are passed over.
+class NonfiniteLook:
+    """Which tensors hold NaN or infinity: the devices look while the host goes on.
 
-    All tensors of one device and dtype are read in one multi-tensor pass; the host waits once per device.
+    All tensors of one device and dtype are read in one multi-tensor pass.
+
+    Args:
+        tensors: With their names. Those that cannot hold either are passed over.
+
+    Example:
+        >>> look = NonfiniteLook([("a", torch.zeros(2)), ("b", torch.tensor([1.0, float("nan")]))])
+        >>> look.count(torch.device("cpu")), look.names()
+        (tensor(1), ['b'])
+    """
+
+    @torch.no_grad()
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._names: list[str] = []
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for name, tensor in tensors:
+            values = stored_floats(tensor)
+            if values is not None:
+                places, held = groups[values.device, values.dtype]
+                places.append(len(self._names))
+                held.append(values)
+                self._names.append(name)
+        flags: dict[torch.device, list[Tensor]] = defaultdict(list)
+        order: dict[torch.device, list[int]] = defaultdict(list)
+        for (device, _), (places, held) in groups.items():
+            # the largest magnitude of each: it is NaN or inf if any number is, and no square overflows on the way
+            norms = torch._foreach_norm(held, float("inf"))  # type: ignore[no-untyped-call]
+            flags[device].append(~torch.isfinite(torch.stack(norms)))
+            order[device] += places
+        self._flags = [torch.cat(of_device) for of_device in flags.values()]
+        self._arriving = list(zip(order.values(), map(begin_read, self._flags), strict=True))
+
+    def count(self, device: torch.device) -> Tensor:
+        """How many hold one, as a tensor on a device, without waiting for it."""
+        counts = [flags.sum().to(device, non_blocking=True) for flags in self._flags]
+        return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64, device=device)
+
+    def names(self) -> list[str]:
+        """Their names, in the order of the tensors; waits for the devices."""
+        found = [
+            place
+            for places, arrived in self._arriving
+            for place, is_one in zip(places, arrived(), strict=True)
+            if is_one
+        ]
+        return [self._names[place] for place in sorted(found)]
+
+
+def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those tensors that hold NaN or infinity, in their order; the host waits once per device.
 
     Example:
         >>> nonfinite_names([("a", torch.zeros(2)), ("b", torch.tensor([1.0, float("nan")])), ("c", torch.tensor(1))])
         ['b']
     """
-    names: list[str] = []
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for name, tensor in tensors:
-        values = stored_floats(tensor)
-        if values is not None:
-            places, held = groups[values.device, values.dtype]
-            places.append(len(names))
-            held.append(values)
-            names.append(name)
-    flags: dict[torch.device, list[Tensor]] = defaultdict(list)
-    order: dict[torch.device, list[int]] = defaultdict(list)
-    for (device, _), (places, held) in groups.items():
-        # the largest magnitude of each: it is NaN or inf if any number is, and no square overflows on the way
-        norms = torch._foreach_norm(held, float("inf"))  # type: ignore[no-untyped-call]
-        flags[device].append(~torch.isfinite(torch.stack(norms)))
-        order[device] += places
-    nonfinite: list[int] = []
-    for device, of_device in flags.items():
-        found = torch.cat(of_device).tolist()
-        nonfinite += [place for place, is_one in zip(order[device], found, strict=True) if is_one]
-    return [names[place] for place in sorted(nonfinite)]
+    return NonfiniteLook(tensors).names()
 
 
 @torch.no_grad()

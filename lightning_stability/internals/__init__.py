@@ -114,6 +114,7 @@ from lightning_stability.internals.resume import (
 from lightning_stability.internals.sharding import (
     dump_shards,
     load_all_shards,
+    with_local_part,
     writes_shards,
 )
 from lightning_stability.internals.training import (
@@ -237,6 +238,7 @@ __all__ = [
     "version_of",
     "window_is_incomplete",
     "window_is_open",
+    "with_local_part",
     "within_compiled",
     "wrapped_sampler",
     "writes_one_file",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lightning_stability.internals.overrides import Overrides
 from lightning_stability.internals.resume import dump_checkpoint
 
@@ -37,6 +39,20 @@ def dump_shards(trainer: Any, weights_only: bool) -> dict[str, Any]:
         return dump_checkpoint(trainer, weights_only)
     finally:
         overrides.restore()
+
+
+def with_local_part(sharded: Tensor, local: Tensor) -> Tensor:
+    """A sharded tensor (`DTensor`) as it is, with another tensor for this rank's part, on any device.
+
+    `DTensor.from_local` would move the part to the device of the mesh.
+    """
+    kind: Any = type(sharded)
+    names, context = sharded.__tensor_flatten__()  # type: ignore[attr-defined]
+    inner = {name: getattr(sharded, name) for name in names}  # in newer versions of torch the mesh is one
+    whole: Tensor = kind.__tensor_unflatten__(
+        {**inner, "_local_tensor": local}, context, sharded.shape, sharded.stride()
+    )
+    return whole
 
 
 def load_all_shards(path: Path) -> dict[str, Any]:

@@ -63,9 +63,12 @@ class Contents:
     @torch.no_grad()
     def reference(self) -> None:
         """Note what everything is now, as what it is when it is good; what became non-finite since stays as noted."""
+        self._refer(self._sized())
+
+    def _refer(self, sized: list[_Sized]) -> None:
         self._note_trained()
         known, self._known = self._known, {}
-        for entry, values, size in self._sized():
+        for entry, values, size in sized:
             before = known.get(entry.name)
             now = _Known.of(entry.value, values, size)
             if before is not None and now.became_nonfinite(before):
@@ -87,9 +90,12 @@ class Contents:
 
         A tensor that was never seen counts if it holds NaN or +inf.
         """
+        return self._became_nonfinite(self._sized())
+
+    def _became_nonfinite(self, sized: list[_Sized]) -> list[str]:
         return [
             entry.name
-            for entry, values, size in self._sized()
+            for entry, values, size in sized
             if not math.isfinite(size)
             and _Known.of(entry.value, values, size).became_nonfinite(self._known.get(entry.name))
         ]
@@ -118,20 +124,25 @@ class Contents:
                 restored.append(name)
         return restored
 
-    def mend(self, newer: Callable[[str], Tensor | None]) -> tuple[list[str], list[str]]:
+    @torch.no_grad()
+    def mend(self, newer: Callable[[str], Tensor | None], refer: bool = False) -> tuple[list[str], list[str]]:
         """Restore what became non-finite, as far as there are copies.
 
         Args:
             newer: As for `restore`.
+            refer: Whether to `reference` afterwards; both together look at everything once.
 
         Returns:
             The names of what has been restored, and of what could not be.
         """
-        bad = self.became_nonfinite()
+        sized = self._sized()
+        bad = self._became_nonfinite(sized)
         restored = self.restore(bad, newer) if bad else []
+        if refer:
+            self._refer(self._sized() if restored else sized)
         return restored, [name for name in bad if name not in restored]
 
-    def _sized(self) -> list[tuple[_Entry, Tensor, float]]:
+    def _sized(self) -> list[_Sized]:
         read = list(self._entries_with_values())
         sizes = sizes_of([values for _, values in read])
         return [(entry, values, size) for (entry, values), size in zip(read, sizes, strict=True)]
@@ -184,6 +195,10 @@ class _Entry:
             memory.copy_(content)
         else:
             self.value.data = content.to(self.value.device, copy=True)
+
+
+_Sized = tuple[_Entry, Tensor, float]
+"""A tensor, its numbers, and their norm."""
 
 
 @dataclass(slots=True, eq=False)

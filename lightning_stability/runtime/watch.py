@@ -211,10 +211,9 @@ class Watch:
         """
         if self._contents is None or self.guard is None:
             return
-        restored, lost = self.restore_contents()
+        restored, lost = self._contents.mend(self.guard.copy_of, refer=True)
         if all_ranks and self._trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
             lost = lost or ["a parameter or buffer of another rank"]
-        self._contents.reference()
         self.guard.keep(self._contents.written)
         if restored or lost:
             self._dispatch.nonfinite_contents(restored, lost, all_ranks)

@@ -247,3 +247,26 @@ def test_a_snapshot_keeps_ties_and_strides_and_uses_its_memory_again() -> None:
     again, _ = snapshot.take(state)
     assert again["a"].data_ptr() == first["a"].data_ptr()
     assert again["a"].sum() == 0
+
+
+def test_a_copy_that_was_begun_is_what_is_taken() -> None:
+    weight, other = torch.ones(3), torch.zeros(3)
+    snapshot = HostSnapshot()
+    snapshot.begin([weight])
+    weight.fill_(7.0)
+    taken, wait = snapshot.take({"weight": weight, "other": other})
+    wait()
+    assert taken["weight"].tolist() == [1.0, 1.0, 1.0]
+    assert torch.equal(taken["other"], other)
+    again, _ = snapshot.take({"weight": weight})
+    assert again["weight"].tolist() == [7.0, 7.0, 7.0]
+
+
+def test_a_copy_that_was_begun_and_not_taken_is_forgotten() -> None:
+    weight = torch.ones(3)
+    snapshot = HostSnapshot()
+    snapshot.begin([weight])
+    weight.fill_(7.0)
+    snapshot.begin([weight])
+    taken, _ = snapshot.take({"weight": weight})
+    assert taken["weight"].tolist() == [7.0, 7.0, 7.0]
