@@ -1,10 +1,11 @@
 """What a save costs training: FractionalCheckpoint beside Lightning's ModelCheckpoint.
 
-A model of 110 million parameters with AdamW (1.3 GB of state), or `--parameters`, is trained in blocks of steps; the first step of a block
-saves, the others feel what goes on in the background. The time lost per save is a block with a save less as many bare
-steps, measured before and after it. Each way saves three times in a fit, and the first, which allocates, is left out;
-ways are interleaved, and the median over all saves is given with the range. Over hundreds of short steps the difference
-of two sums is noisy; what the step that saves takes longer than a bare one is the part that is sharp.
+A model with AdamW, of 110 million parameters (1.3 GB of state) if nothing else is said, is trained in blocks of steps;
+the first step of a block saves, the others feel what goes on in the background. The time lost per save is a block with
+a save less as many bare steps, measured before and after it. Each way saves three times in a fit, and the first, which
+allocates, is left out; ways are interleaved, and the median over all saves is given with the range. Over hundreds of
+short steps the difference of two sums is noisy; what the step that saves takes longer than a bare one is the part that
+is sharp.
 
 Beside them the limits: the state's bytes over the bandwidth of the disk, written once and flushed, and over that of a
 plain copy to host memory (pinned, on a GPU).
